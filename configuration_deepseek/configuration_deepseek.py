@@ -1,0 +1,390 @@
+"""What a DeepSeek model is: `DeepSeekConfig`, with the field names of the published config.json files.
+
+A generation is a choice of values here, never a branch in the model: each layer is described by a `LayerSpec`
+(which attention, which feed-forward), derived from the fields or given in `layer_specs`. The file travels to the Hub
+with every saved model.
+"""
+
+import difflib
+from dataclasses import fields
+from typing import Any, ClassVar, NamedTuple
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+from .official import from_official
+
+ATTENTION_WORDS = ("mha", "mla")
+FEED_FORWARD_WORDS = ("dense", "moe")
+CACHE_LAYER_TYPES = {"mha": "deepseek_kv", "mla": "deepseek_latent"}
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+SCORING_FUNCTIONS = ("softmax", "sigmoid")
+TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
+HEADS_BY_AUTO_CLASS = {
+    "AutoModelForCausalLM": "DeepSeekForCausalLM",
+    "AutoModelForSequenceClassification": "DeepSeekForSequenceClassification",
+    "AutoModelForTokenClassification": "DeepSeekForTokenClassification",
+    "AutoModelForQuestionAnswering": "DeepSeekForQuestionAnswering",
+}
+
+
+class LayerSpec(NamedTuple):
+    """The mechanisms of one decoder layer, by the words of `ATTENTION_WORDS` and `FEED_FORWARD_WORDS`."""
+
+    attention: str
+    feed_forward: str
+
+
+@strict
+class DeepSeekConfig(PreTrainedConfig):
+    """Configuration of every DeepSeek generation.
+
+    Trunk
+        vocab_size, hidden_size, num_hidden_layers, max_position_embeddings, rms_norm_eps, hidden_act,
+        initializer_range, tie_word_embeddings, use_cache: as in every decoder of transformers.
+        hidden_dropout: probability of dropping an element of a sub-layer's output before the residual addition, and
+            of the embeddings; 0 in all releases.
+
+    Attention
+        num_attention_heads, num_key_value_heads: heads of queries, and of keys and values (`None`: as many). MLA has
+            one latent instead of key / value heads, so there the second must equal the first.
+        head_dim: width of a head in multi-head attention (`None`: hidden_size / num_attention_heads). In MLA it is
+            the rotary width, `qk_rope_head_dim`.
+        attention_bias: bias on q, k, v, o (MHA) or on q_a, kv_a, o (MLA).
+        attention_dropout: dropout probability of the attention weights.
+        kv_lora_rank: width of the cached latent. A number selects multi-head latent attention (DeepSeek-V2, arXiv
+            2405.04434, section 2.1), `None` selects multi-head / grouped-query attention.
+        q_lora_rank: width of the query latent; `None` projects queries directly (V2-Lite).
+        qk_nope_head_dim, qk_rope_head_dim, v_head_dim: per head widths of MLA.
+        rope_parameters: transformers' rotary dictionary (`rope_type`, `rope_theta`, `factor`, ...). The published
+            `rope_scaling` and `rope_theta` are understood.
+        rope_interleave: rotary pairs are (0, 1), (2, 3), ... instead of (i, i + width / 2).
+
+    Feed-forward
+        intermediate_size, mlp_bias: the dense SwiGLU.
+        n_routed_experts: `None` makes every layer dense; else mixture of experts (DeepSeekMoE, arXiv 2401.06066).
+        n_shared_experts, num_experts_per_tok, moe_intermediate_size: shared experts, experts per token, expert width.
+        first_k_dense_replace, moe_layer_freq: layer i has experts if i >= first_k_dense_replace and
+            i % moe_layer_freq == 0.
+        scoring_func: "softmax" or "sigmoid" of the router logits.
+        topk_method: "greedy", "group_limited_greedy" (V2: groups by their best expert) or "noaux_tc" (V3: correction
+            bias, groups by the sum of their two best).
+        n_group, topk_group: number of expert groups, and how many of them a token may use.
+        norm_topk_prob, routed_scaling_factor: normalise the chosen scores; factor on them. With softmax scoring the
+            factor applies only where the scores are not normalised (the rule of V2's released code).
+        output_router_logits: return the router logits of every MoE layer.
+
+    Layers
+        layer_specs: `None` to derive them, or one (attention, feed_forward) pair of words per layer.
+        source_model_type: the model_type of the published config.json from which this one was translated.
+
+    Raises:
+        ValueError: for fields that cannot work together; the line names both values and what to change.
+    """
+
+    model_type = "deepseek"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {
+        "num_experts": "n_routed_experts",
+        "num_local_experts": "n_routed_experts",
+    }
+    base_model_tp_plan: ClassVar[dict[str, Any]] = {
+        "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
+        "layers.*.mlp.experts.down_proj": "rowwise",
+        "layers.*.mlp.experts": "moe_tp_experts",
+        "layers.*.mlp.shared_experts.gate_proj": "colwise",
+        "layers.*.mlp.shared_experts.up_proj": "colwise",
+        "layers.*.mlp.shared_experts.down_proj": "rowwise",
+        "layers.*.mlp.gate_proj": "colwise",
+        "layers.*.mlp.up_proj": "colwise",
+        "layers.*.mlp.down_proj": "rowwise",
+    }
+    base_model_ep_plan: ClassVar[dict[str, Any]] = {
+        "layers.*.mlp.experts.gate_up_proj": "grouped_gemm",
+        "layers.*.mlp.experts.down_proj": "grouped_gemm",
+        "layers.*.mlp.experts": "ep_dispatch_experts",
+    }
+    base_model_pp_plan: ClassVar[dict[str, Any]] = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["hidden_states", "attention_mask"], ["hidden_states"]),
+        "norm": (["hidden_states"], ["hidden_states"]),
+    }
+
+    # trunk
+    vocab_size: int = 102400
+    hidden_size: int = 4096
+    num_hidden_layers: int = 30
+    max_position_embeddings: int = 4096
+    rms_norm_eps: float = 1e-6
+    hidden_act: str = "silu"
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    hidden_dropout: float = 0.0
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    # attention
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    kv_lora_rank: int | None = None
+    q_lora_rank: int | None = None
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    rope_parameters: dict | None = None
+    rope_interleave: bool | None = None
+
+    # feed-forward
+    intermediate_size: int = 11008
+    mlp_bias: bool = False
+    n_routed_experts: int | None = None
+    n_shared_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    moe_intermediate_size: int | None = None
+    first_k_dense_replace: int = 0
+    moe_layer_freq: int = 1
+    scoring_func: str = "softmax"
+    topk_method: str = "greedy"
+    n_group: int | None = None
+    topk_group: int | None = None
+    norm_topk_prob: bool = False
+    routed_scaling_factor: float = 1.0
+    output_router_logits: bool = False
+
+    # layers
+    layer_specs: list | None = None
+    source_model_type: str | None = None
+    # Tells our own file from DeepSeekMoE-16B's, which bears the same model_type.
+    deepseek_format: int = 1
+
+    def __post_init__(self, **kwargs):
+        self._refuse_misspelled(kwargs)
+        kwargs.pop("auto_map", None)  # derived, see the property
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.kv_lora_rank is not None:
+            self.head_dim = self.qk_rope_head_dim
+        elif self.head_dim is None:
+            self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
+        if self.rope_interleave is None:
+            self.rope_interleave = self.kv_lora_rank is not None
+        if self.n_routed_experts is not None:
+            self.n_group = self.n_group or 1
+            self.topk_group = self.topk_group or 1
+        if self.layer_specs is not None:
+            self.layer_specs = [list(spec) for spec in self.layer_specs]
+        super().__post_init__(**kwargs)
+        self.rope_parameters.pop("type", None)  # the spelling before transformers 4.45; rope_type says the same
+
+    # Derived ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def specs(self) -> list[LayerSpec]:
+        """One `LayerSpec` per layer: those given, or those that the fields imply."""
+        if self.layer_specs is not None:
+            return [LayerSpec(*spec) for spec in self.layer_specs]
+        attention = "mha" if self.kv_lora_rank is None else "mla"
+        return [LayerSpec(attention, self._feed_forward_word(i)) for i in range(self.num_hidden_layers)]
+
+    def _feed_forward_word(self, layer_idx: int) -> str:
+        has_experts = (
+            self.n_routed_experts is not None
+            and layer_idx >= self.first_k_dense_replace
+            and layer_idx % self.moe_layer_freq == 0
+        )
+        return "moe" if has_experts else "dense"
+
+    @property
+    def layer_types(self) -> list[str]:
+        """The cache layer of each decoder layer, as transformers' caches look it up."""
+        return [CACHE_LAYER_TYPES[spec.attention] for spec in self.specs]
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of a query or key head of MLA: the part without position and the rotary part."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def auto_map(self) -> dict[str, str]:
+        """Where a process without this package finds the classes in the files beside config.json."""
+        return {
+            "AutoConfig": "configuration_deepseek.DeepSeekConfig",
+            "AutoModel": "modeling_deepseek.DeepSeekModel",
+            **{auto_class: f"modeling_deepseek.{head}" for auto_class, head in HEADS_BY_AUTO_CLASS.items()},
+        }
+
+    @auto_map.setter
+    def auto_map(self, value: dict[str, str]) -> None:
+        # transformers assigns a partial map on every save; the derived one is complete, so the assignment is moot.
+        pass
+
+    # Reading and writing ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read a config.json, ours or any published one, as keyword arguments of this class."""
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        return from_official(config_dict), kwargs
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs):
+        """Build a config from a dictionary in our form or in any published one."""
+        return super().from_dict(from_official(config_dict), **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as a dictionary, with the derived `auto_map`."""
+        return {**super().to_dict(), "auto_map": self.auto_map}
+
+    # Validation ------------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def field_names(cls) -> list[str]:
+        """Names that `DeepSeekConfig(...)` understands, aliases included."""
+        return [field.name for field in fields(cls)] + [*cls.attribute_map, "rope_scaling", "rope_theta"]
+
+    def _refuse_misspelled(self, kwargs: dict[str, Any]) -> None:
+        # transformers keeps unknown keys as attributes, so only a near miss of a field is taken for an error.
+        known = self.field_names()
+        for key in kwargs:
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.88)
+            if key not in known and not hasattr(type(self), key) and nearest:
+                raise ValueError(f"DeepSeekConfig: unknown field {key!r}; did you mean {nearest[0]!r}?")
+
+    def validate_layer_type(self) -> None:
+        """Part of transformers' strict validation: our cache words are not in its closed list, so it is replaced."""
+
+    def validate_architecture(self) -> None:
+        """Part of transformers' strict validation: refuse what cannot work, naming the values that clash."""
+        self._validate_sizes()
+        self._validate_layers()
+        words = self.specs
+        if any(spec.attention == "mla" for spec in words):
+            self._validate_mla()
+        if any(spec.attention == "mha" for spec in words):
+            self._validate_mha()
+        if any(spec.feed_forward == "moe" for spec in words):
+            self._validate_moe()
+        self._validate_rope_words()
+
+    def _validate_sizes(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
+        for name in ("attention_dropout", "hidden_dropout"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"{name}={value} must be at least 0 and below 1")
+
+    def _validate_layers(self) -> None:
+        _require(self.moe_layer_freq >= 1, f"moe_layer_freq={self.moe_layer_freq} must be at least 1")
+        if self.layer_specs is None:
+            return
+        _require(
+            len(self.layer_specs) == self.num_hidden_layers,
+            f"layer_specs has {len(self.layer_specs)} entries but num_hidden_layers={self.num_hidden_layers}; "
+            "give one pair of words per layer",
+        )
+        for i, spec in enumerate(self.layer_specs):
+            _require(len(spec) == 2, f"layer_specs[{i}]={spec} must be a pair (attention, feed_forward)")
+            for word, known in zip(spec, (ATTENTION_WORDS, FEED_FORWARD_WORDS), strict=True):
+                _require_word(f"layer_specs[{i}]", word, known)
+            _require(
+                spec[0] != "mla" or self.kv_lora_rank is not None,
+                f"layer_specs[{i}] says 'mla' but kv_lora_rank is None; set kv_lora_rank, or say 'mha'",
+            )
+            _require(
+                spec[1] != "moe" or self.n_routed_experts is not None,
+                f"layer_specs[{i}] says 'moe' but n_routed_experts is None; set n_routed_experts, or say 'dense'",
+            )
+
+    def _validate_mla(self) -> None:
+        for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
+        if self.q_lora_rank is not None:
+            _require(self.q_lora_rank > 0, f"q_lora_rank={self.q_lora_rank} must be positive, or None for no latent")
+        _require(
+            self.qk_rope_head_dim % 2 == 0,
+            f"qk_rope_head_dim={self.qk_rope_head_dim} is odd, but rotary pairs need an even width; make it even",
+        )
+        _require(
+            self.num_key_value_heads == self.num_attention_heads,
+            f"num_key_value_heads={self.num_key_value_heads} clashes with num_attention_heads="
+            f"{self.num_attention_heads}: latent attention has no grouped heads; make them equal",
+        )
+
+    def _validate_mha(self) -> None:
+        _require(
+            self.num_key_value_heads > 0 and self.num_attention_heads % self.num_key_value_heads == 0,
+            f"num_attention_heads={self.num_attention_heads} is no multiple of num_key_value_heads="
+            f"{self.num_key_value_heads}; change one of them",
+        )
+        _require(
+            self.head_dim > 0 and self.head_dim % 2 == 0,
+            f"head_dim={self.head_dim} (hidden_size={self.hidden_size}, num_attention_heads="
+            f"{self.num_attention_heads}) is odd, but rotary pairs need an even width; make it even",
+        )
+
+    def _validate_moe(self) -> None:
+        experts, top_k = self.n_routed_experts, self.num_experts_per_tok
+        for name in ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"):
+            value = getattr(self, name)
+            _require(value is not None and value > 0, f"{name}={value} must be positive where there are experts")
+        _require(
+            top_k <= experts,
+            f"num_experts_per_tok={top_k} exceeds n_routed_experts={experts}; choose at most {experts} experts",
+        )
+        _require_word("scoring_func", self.scoring_func, SCORING_FUNCTIONS)
+        _require_word("topk_method", self.topk_method, TOPK_METHODS)
+        _require(
+            (self.topk_method == "noaux_tc") == (self.scoring_func == "sigmoid"),
+            f"scoring_func={self.scoring_func!r} clashes with topk_method={self.topk_method!r}; use 'sigmoid' with "
+            "'noaux_tc', and 'softmax' with 'greedy' or 'group_limited_greedy'",
+        )
+        if self.topk_method == "greedy":
+            return
+        _require(
+            experts % self.n_group == 0,
+            f"n_routed_experts={experts} is no multiple of n_group={self.n_group}; change one of them",
+        )
+        _require(
+            self.topk_group <= self.n_group,
+            f"topk_group={self.topk_group} exceeds n_group={self.n_group}; choose at most {self.n_group} groups",
+        )
+        reachable = experts // self.n_group * self.topk_group
+        _require(
+            top_k <= reachable,
+            f"num_experts_per_tok={top_k} exceeds the {reachable} experts in topk_group={self.topk_group} of "
+            f"n_group={self.n_group} groups; raise topk_group or lower num_experts_per_tok",
+        )
+        _require(
+            self.topk_method != "noaux_tc" or experts // self.n_group >= 2,
+            f"n_group={self.n_group} leaves one of n_routed_experts={experts} per group, but noaux_tc ranks groups "
+            "by their two best; lower n_group",
+        )
+
+    def _validate_rope_words(self) -> None:
+        rope = self.rope_parameters
+        _require_word("rope_parameters['rope_type']", rope["rope_type"], ROPE_TYPES)
+        _require(rope["rope_theta"] > 0, f"rope_theta={rope['rope_theta']} must be positive")
+        if rope["rope_type"] != "default":
+            factor = rope.get("factor")
+            _require(
+                isinstance(factor, (int, float)) and factor >= 1,
+                f"rope_parameters['factor']={factor} must be a number of at least 1 for rope_type="
+                f"{rope['rope_type']!r}",
+            )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(f"DeepSeekConfig: {message}")
+
+
+def _require_word(where: str, word: Any, known: tuple[str, ...]) -> None:
+    if word not in known:
+        nearest = difflib.get_close_matches(str(word), known, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else "use one of " + ", ".join(map(repr, known))
+        raise ValueError(f"DeepSeekConfig: {where} has the unknown word {word!r}; {hint}")

@@ -1,0 +1,170 @@
+"""Named sizes as data: tiny ones for tests, and those of the published checkpoints.
+
+Every row is a set of `DeepSeekConfig` fields; `preset(name)` makes a fresh config of it.
+"""
+
+import difflib
+from typing import Any
+
+from .configuration_deepseek import DeepSeekConfig
+
+_SOFTMAX_GREEDY = {"scoring_func": "softmax", "topk_method": "greedy"}
+_SOFTMAX_GROUPS = {"scoring_func": "softmax", "topk_method": "group_limited_greedy"}
+_SIGMOID_GROUPS = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}
+_V1_TOKENS = {"vocab_size": 102400, "bos_token_id": 100000, "eos_token_id": 100001}
+_V3_TOKENS = {"vocab_size": 129280, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+
+
+def _yarn(mscale: float) -> dict[str, Any]:
+    """YaRN from 4096 to 163840 positions, as in V2 and V3."""
+    return {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 40.0,
+        "original_max_position_embeddings": 4096,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": mscale,
+        "mscale_all_dim": mscale,
+    }
+
+
+_TINY: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+_TINY_MLA: dict[str, Any] = {"kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10}
+_TINY_MOE: dict[str, Any] = {
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20,
+    "first_k_dense_replace": 1,
+}
+_MLA = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+_V2: dict[str, Any] = {
+    **_V1_TOKENS,
+    **_MLA,
+    **_SOFTMAX_GROUPS,
+    "hidden_size": 5120,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 60,
+    "num_attention_heads": 128,
+    "q_lora_rank": 1536,
+    "n_routed_experts": 160,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "moe_intermediate_size": 1536,
+    "first_k_dense_replace": 1,
+    "n_group": 8,
+    "topk_group": 3,
+    "routed_scaling_factor": 16.0,
+    "max_position_embeddings": 163840,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "tiny_llm": {**_TINY, "num_key_value_heads": 2},
+    "tiny_moe": {**_TINY, **_TINY_MOE, **_SOFTMAX_GREEDY},
+    "tiny_v2_lite": {**_TINY, **_TINY_MLA, **_TINY_MOE, **_SOFTMAX_GREEDY},
+    "tiny_v2": {
+        **_TINY,
+        **_TINY_MLA,
+        **_TINY_MOE,
+        **_SOFTMAX_GROUPS,
+        "q_lora_rank": 24,
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 16.0,
+    },
+    "tiny_v3": {
+        **_TINY,
+        **_TINY_MLA,
+        **_TINY_MOE,
+        **_SIGMOID_GROUPS,
+        "q_lora_rank": 24,
+        "n_shared_experts": 1,
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 2.5,
+    },
+    "llm_7b": {**_V1_TOKENS, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 30},
+    "moe_16b": {
+        **_V1_TOKENS,
+        **_SOFTMAX_GREEDY,
+        "hidden_size": 2048,
+        "intermediate_size": 10944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 6,
+        "moe_intermediate_size": 1408,
+        "first_k_dense_replace": 1,
+    },
+    "v2_lite": {
+        **_V1_TOKENS,
+        **_MLA,
+        **_SOFTMAX_GREEDY,
+        "hidden_size": 2048,
+        "intermediate_size": 10944,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "n_routed_experts": 64,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 6,
+        "moe_intermediate_size": 1408,
+        "first_k_dense_replace": 1,
+        "max_position_embeddings": 163840,
+        "rope_parameters": _yarn(0.707),
+    },
+    "v2": {**_V2, "rope_parameters": _yarn(0.707)},
+    "v2.5": {**_V2, "rope_parameters": _yarn(1.0)},
+    "v3": {
+        **_V3_TOKENS,
+        **_MLA,
+        **_SIGMOID_GROUPS,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "num_hidden_layers": 61,
+        "num_attention_heads": 128,
+        "q_lora_rank": 1536,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 2048,
+        "first_k_dense_replace": 3,
+        "n_group": 8,
+        "topk_group": 4,
+        "routed_scaling_factor": 2.5,
+        "max_position_embeddings": 163840,
+        "rope_parameters": _yarn(1.0),
+    },
+}
+PRESETS["r1"] = PRESETS["v3"]
+
+
+def preset(name: str, **overrides: Any) -> DeepSeekConfig:
+    """Make the config of a named size.
+
+    Args:
+        name: a key of `PRESETS`.
+        overrides: fields that replace the preset's own.
+
+    Raises:
+        ValueError: for an unknown name, with the nearest known one.
+    """
+    if name not in PRESETS:
+        nearest = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else "known: " + ", ".join(PRESETS)
+        raise ValueError(f"unknown preset {name!r}; {hint}")
+    fields = {**PRESETS[name], **overrides}
+    if isinstance(fields.get("rope_parameters"), dict):
+        fields["rope_parameters"] = dict(fields["rope_parameters"])  # configs complete theirs in place
+    return DeepSeekConfig(**fields)

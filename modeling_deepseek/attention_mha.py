@@ -1,0 +1,50 @@
+"""Multi-head and grouped-query attention with rotary positions over whole heads: DeepSeek-LLM and DeepSeekMoE-16B.
+
+DeepSeek LLM (arXiv 2401.02954, section 2.2); grouped queries as in arXiv 2305.13245.
+"""
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from .attention_core import attend
+from .rope import apply_rotary
+
+
+class DeepSeekMultiHeadAttention(nn.Module):
+    """q, k, v projections per head, rotary on q and k, softmax attention, output projection."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx, self.is_causal = config, layer_idx, True
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.attention_dropout = config.attention_dropout
+        self.scaling = config.head_dim**-0.5
+        query_width = config.num_attention_heads * config.head_dim
+        key_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, query_width, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.attention_bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[B, S, D] -> [B, S, D] and the attention weights [B, H, S, T] where the implementation gives them."""
+
+        def heads(states: torch.Tensor) -> torch.Tensor:
+            return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, heads, S, W]
+
+        query = apply_rotary(heads(self.q_proj(hidden_states)), *position_embeddings, self.config.rope_interleave)
+        key = apply_rotary(heads(self.k_proj(hidden_states)), *position_embeddings, self.config.rope_interleave)
+        value = heads(self.v_proj(hidden_states))
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        output, weights = attend(self, query, key, value, attention_mask, self.scaling, **kwargs)
+        return self.o_proj(output.flatten(2)), weights

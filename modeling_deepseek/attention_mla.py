@@ -1,0 +1,178 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1): V2, V2-Lite, V2.5, V3, R1, V3.1.
+
+Keys and values of all heads are up-projections of one latent c per token; positions live in a separate rotary part,
+one key k_r for all heads. Only c and k_r are cached. There are two ways to the same result:
+
+    expanded   [k, v] = W_kv_b c                      score = q_n k + q_r k_r        output = sum p v
+    absorbed   q_c = q_n W_k, from W_kv_b = [W_k; W_v]  score = q_c c + q_r k_r      output = W_v sum p c
+
+Expanding costs per cached token, absorbing per query, so prompts expand and decoding absorbs. Letters: B batch,
+H heads, S queries, T keys, R latent width, n, r and v: widths of the positionless, rotary and value parts of a head.
+"""
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache
+
+from .attention_core import attend
+from .layers import DeepSeekRMSNorm
+from .rope import apply_rotary, yarn_softmax_factor
+
+
+class DeepSeekMultiHeadLatentAttention(nn.Module):
+    """MLA, with the query through a latent of its own (`q_lora_rank`) or projected directly (V2-Lite)."""
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__()
+        self.config, self.layer_idx, self.is_causal = config, layer_idx, True
+        self.num_heads, self.num_key_value_groups = config.num_attention_heads, 1
+        self.attention_dropout = config.attention_dropout
+        self.nope, self.rope, self.latent = config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
+        self.scaling = config.qk_head_dim**-0.5 * yarn_softmax_factor(config.rope_parameters)
+
+        query_width, bias = self.num_heads * config.qk_head_dim, config.attention_bias
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(config.hidden_size, query_width, bias=False)
+        else:
+            self.q_proj = None
+            self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=bias)
+            self.q_a_layernorm = DeepSeekRMSNorm(config.q_lora_rank)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, query_width, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, self.latent + self.rope, bias=bias)
+        self.kv_a_layernorm = DeepSeekRMSNorm(self.latent)
+        self.kv_b_proj = nn.Linear(self.latent, self.num_heads * (self.nope + config.v_head_dim), bias=False)
+        self.o_proj = nn.Linear(self.num_heads * config.v_head_dim, config.hidden_size, bias=bias)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor],
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[B, S, D] -> [B, S, D] and the attention weights [B, H, S, T] where the implementation gives them."""
+        query = self.query(hidden_states, position_embeddings)  # [B, H, S, n + r]
+        rows = self.latent_rows(hidden_states, position_embeddings)  # [B, 1, S, R + r]
+        up_projection = None
+        if past_key_values is not None:
+            seen = past_key_values.get_seq_length(self.layer_idx)
+            rows, _ = past_key_values.update(rows, rows[..., :0], self.layer_idx)
+            if self.absorbing_is_cheaper(query.shape[2], seen):
+                cache_layer = past_key_values.layers[self.layer_idx]
+                up_projection = up_projection_of(self.kv_b_proj, rows, self.latent, cache_layer)
+        if up_projection is None:
+            output, weights = self.attend_expanded(query, rows, attention_mask, **kwargs)
+        else:
+            output, weights = self.attend_absorbed(query, rows, up_projection, attention_mask, **kwargs)
+        return self.o_proj(output.flatten(2)), weights
+
+    def query(self, hidden_states: torch.Tensor, position_embeddings: tuple) -> torch.Tensor:
+        """[B, S, D] -> [B, H, S, n + r], the rotary part rotated (eq. 6-8 and 14)."""
+        if self.q_proj is not None:
+            query = self.q_proj(hidden_states)
+        else:
+            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        query = query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        nope, rope = query.split((self.nope, self.rope), dim=-1)
+        return torch.cat((nope, apply_rotary(rope, *position_embeddings, self.config.rope_interleave)), dim=-1)
+
+    def latent_rows(self, hidden_states: torch.Tensor, position_embeddings: tuple) -> torch.Tensor:
+        """[B, S, D] -> [B, 1, S, R + r]: what is cached per token, the normed latent and the rotated key (eq. 9, 15)."""
+        latent, rope = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1).split((self.latent, self.rope), dim=-1)
+        rope = apply_rotary(rope, *position_embeddings, self.config.rope_interleave)
+        return torch.cat((self.kv_a_layernorm(latent), rope), dim=-1)
+
+    def attend_expanded(
+        self, query: torch.Tensor, rows: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Keys and values of every head from the latents: [B, H, S, n + r], [B, 1, T, R + r] -> [B, S, H, v]."""
+        latent, rope = rows.split((self.latent, self.rope), dim=-1)
+        expanded = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        nope, value = expanded.split((self.nope, expanded.shape[-1] - self.nope), dim=-1)  # [B, H, T, n], [.., v]
+        key = torch.cat((nope, rope.expand(-1, self.num_heads, -1, -1)), dim=-1)
+        return attend(self, query, key, value, attention_mask, self.scaling, **kwargs)
+
+    def attend_absorbed(
+        self,
+        query: torch.Tensor,
+        rows: torch.Tensor,
+        up_projection: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The latents themselves as keys and values of one head, which all queries of all heads share.
+
+        Args:
+            query: [B, H, S, n + r]; rows: [B, 1, T, R + r]; up_projection: [H (n + v), R].
+        """
+        up_projection = up_projection.unflatten(0, (self.num_heads, -1))  # [H, n + v, R]
+        batch, heads, length, _ = query.shape
+        nope, rope = query.split((self.nope, self.rope), dim=-1)
+        # The head is the batch dimension of both products, so that each weight is read once for all sequences.
+        by_head = nope.transpose(0, 1).flatten(1, 2) @ up_projection[:, : self.nope]  # [H, B S, R]
+        query = torch.cat((by_head.unflatten(1, (batch, length)).transpose(0, 1), rope), dim=-1)
+        if attention_mask is not None:
+            attention_mask = attention_mask.expand(batch, heads, length, -1).reshape(batch, 1, heads * length, -1)
+        kwargs["is_causal"] = False  # rows of the query are heads, not only positions; a mask says what is visible
+        query = query.reshape(batch, 1, heads * length, -1)
+        mixed, weights = attend(self, query, rows, rows[..., : self.latent], attention_mask, self.scaling, **kwargs)
+        mixed = mixed.squeeze(2).unflatten(1, (heads, length)).transpose(0, 1).flatten(1, 2)  # [H, B S, R]
+        output = mixed @ up_projection[:, self.nope :].transpose(1, 2)  # [H, B S, v]
+        output = output.unflatten(1, (batch, length)).permute(1, 2, 0, 3)
+        return output, None if weights is None else weights.view(batch, heads, length, -1)
+
+    def absorbing_is_cheaper(self, queries: int, seen: int | torch.Tensor) -> bool:
+        """Whether `queries` new tokens after `seen` cached ones should absorb rather than expand.
+
+        Compares multiplications per head: S R (n + v) + S T (2 R + r) against T R (n + v) + S T (n + r + v).
+        """
+        if self.training or torch.is_grad_enabled():
+            return False  # the absorbed form may use a kept up-projection, through which no gradient flows
+        if self.config._attn_implementation not in ("eager", "sdpa"):
+            return False  # other kernels have no room for heads as wide as the latent
+        if not isinstance(seen, int):
+            return queries == 1  # static caches count on the device; asking would wait for it
+        keys, per_head = seen + queries, self.nope + self.config.v_head_dim
+        absorbed = queries * self.latent * per_head + queries * keys * (2 * self.latent + self.rope)
+        expanded = keys * self.latent * per_head + queries * keys * (per_head + self.rope)
+        return seen > 0 and absorbed < expanded
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether the module is a Linear whose weight alone says what it does: no wrapper, hook or replaced forward."""
+    weight = getattr(module, "weight", None)
+    return (
+        type(module) is nn.Linear
+        and type(weight) in (nn.Parameter, torch.Tensor)
+        and not weight.is_meta
+        and module.bias is None
+        and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    )
+
+
+def up_projection_of(kv_b_proj: nn.Module, rows: torch.Tensor, latent: int, cache_layer) -> torch.Tensor | None:
+    """The matrix [H (n + v), R] that `kv_b_proj` applies to a latent, or `None` if no matrix can stand for it.
+
+    A plain Linear gives its weight. Anything else (adapted, quantized, offloaded, hooked) is called on the identity,
+    so that it is honoured as in the expanded form, and the answer is kept on the cache layer for the cache's life.
+
+    Args:
+        rows: a tensor of the type and device that the projection gets.
+        latent: R.
+        cache_layer: our own kind keeps the answer; with another it is computed at each step.
+    """
+    if is_plain_linear(kv_b_proj):
+        return kv_b_proj.weight
+    if any(module._forward_pre_hooks for module in kv_b_proj.modules()):
+        return None  # PEFT chooses adapters per row of the batch by such hooks; one matrix cannot
+    kept = getattr(cache_layer, "up_projection", None)
+    if kept is None:
+        probe = torch.cat((torch.eye(latent, dtype=rows.dtype, device=rows.device), rows.new_zeros(1, latent)))
+        answer = kv_b_proj(probe)
+        if answer[-1].any():
+            return None  # affine: a matrix would lose the bias
+        kept = answer[:-1].T
+        if hasattr(cache_layer, "up_projection"):
+            cache_layer.up_projection = kept
+    return kept

@@ -1,0 +1,104 @@
+"""What attention keeps between calls: cache layers that grow in place.
+
+| word              | attention | keys                         | values           |
+|-------------------|-----------|------------------------------|------------------|
+| `deepseek_kv`     | mha       | [B, key/value heads, T, W]   | the same         |
+| `deepseek_latent` | mla       | [B, 1, T, latent + rotary]   | [B, 1, T, 0]     |
+
+The latent and the shared rotary key of a token stand side by side in one row, so that absorbed decode reads the
+buffer as it lies (keys = whole rows, values = their first columns) and never copies it. The words are our own:
+transformers' table of cache layers is process-wide. Each word has a dynamic and a static layer.
+"""
+
+import torch
+from transformers.cache_utils import DynamicLayer, StaticLayer
+
+
+class _Buffer:
+    """[B, H, capacity, W] of which the first `length` rows count; doubles when full, so that a step costs O(1)."""
+
+    def __init__(self, first_rows: torch.Tensor):
+        self.data = first_rows
+
+    def append(self, length: int, rows: torch.Tensor) -> torch.Tensor:
+        """Write rows [B, H, S, W] behind the first `length`; returns a view of all length + S."""
+        end = length + rows.shape[-2]
+        if end > self.data.shape[-2]:
+            grown = rows.new_empty(*rows.shape[:2], max(end, 2 * self.data.shape[-2]), rows.shape[-1])
+            grown[:, :, :length] = self.data[:, :, :length]
+            self.data = grown
+        self.data[:, :, length:end] = rows
+        return self.data[:, :, :end]
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values of multi-head attention, in buffers that double."""
+
+    _layer_type = "deepseek_kv"
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self._key_buffer, self._value_buffer = _Buffer(self.keys), _Buffer(self.values)
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Append [B, H, S, W] states; returns all keys and values so far."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if torch.is_grad_enabled() and (key_states.requires_grad or self.keys.requires_grad):
+            # Autograd saved the old rows for backward: writing beside them in the same storage would invalidate them.
+            self.keys = torch.cat((self.keys, key_states), dim=-2)
+            self.values = torch.cat((self.values, value_states), dim=-2)
+            return self.keys, self.values
+        length = self.keys.shape[-2]
+        self._adopt()
+        self.keys = self._key_buffer.append(length, key_states)
+        self.values = self._value_buffer.append(length, value_states)
+        return self.keys, self.values
+
+    def _adopt(self) -> None:
+        # reorder, crop, select, offload and our own concatenation replace keys and values behind the buffers' backs.
+        if self.keys.data_ptr() != self._key_buffer.data.data_ptr() or not _rows_of(self.keys, self._key_buffer.data):
+            self._key_buffer, self._value_buffer = _Buffer(self.keys), _Buffer(self.values)
+
+    def get_seq_length(self) -> int:
+        """Tokens seen so far."""
+        return self.keys.shape[-2] if self.is_initialized else 0
+
+
+def _rows_of(view: torch.Tensor, data: torch.Tensor) -> bool:
+    return view.stride() == data.stride() and view.shape[:2] == data.shape[:2]
+
+
+class LatentLayer(GrowingLayer):
+    """Latents and shared rotary keys of multi-head latent attention (arXiv 2405.04434, section 2.1.2).
+
+    `up_projection` is kept here by attention_mla.py where it had to be computed; it lives as long as what is cached.
+    """
+
+    _layer_type = "deepseek_latent"
+    up_projection: torch.Tensor | None = None
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.up_projection = None
+        super().reset()
+
+
+class StaticKeyValueLayer(StaticLayer):
+    """Keys and values of multi-head attention in tensors of a fixed length, for compiled generation."""
+
+    _layer_type = "deepseek_kv"
+
+
+class StaticLatentLayer(StaticLayer):
+    """Latents and rotary keys in a tensor of a fixed length, for compiled generation."""
+
+    _layer_type = "deepseek_latent"
+    up_projection: torch.Tensor | None = None
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.up_projection = None
+        super().reset()

@@ -1,0 +1,42 @@
+"""The small parts of a block: RMSNorm and the SwiGLU feed-forward. Used by every generation."""
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+
+class DeepSeekRMSNorm(nn.Module):
+    """Root mean square norm (arXiv 1910.07467): x / sqrt(mean(x^2) + eps) * weight, over the last dimension.
+
+    The division is done in float32; V1 to V3.2 multiply by the weight after casting back to the input's type.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[..., width] -> [..., width], in the input's type."""
+        x = hidden_states.float()
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * x.to(hidden_states.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, eps={self.variance_epsilon}"
+
+
+class DeepSeekMLP(nn.Module):
+    """SwiGLU feed-forward (arXiv 2002.05202): down(act(gate(x)) * up(x)). Dense layers and shared experts."""
+
+    def __init__(self, config, intermediate_size: int | None = None):
+        super().__init__()
+        width = intermediate_size or config.intermediate_size
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> [..., D]."""
+        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))

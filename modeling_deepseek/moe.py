@@ -1,0 +1,81 @@
+"""Mixture of experts (DeepSeekMoE, arXiv 2401.06066): routed experts chosen per token, plus shared experts for all.
+
+Experts are stored fused, one tensor per projection for all of them, and run by transformers' experts interface
+(`experts_implementation`: eager, batched_mm, grouped_mm, ...). Checkpoints hold them one by one; see
+checkpoint_keys.py. Letters: N tokens, E experts, K experts per token, D hidden width, I expert width.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.activations import ACT2FN
+from transformers.integrations.moe import use_experts_implementation
+
+from .checkpoint_keys import fuse_expert_keys
+from .layers import DeepSeekMLP
+from .routers import DeepSeekTopKRouter
+
+
+@use_experts_implementation
+class DeepSeekExperts(nn.Module):
+    """The routed experts of one layer: SwiGLU e is down_proj[e] (act(gate) * up), gate and up in gate_up_proj[e]."""
+
+    def __init__(self, config):
+        super().__init__()
+        experts, width, expert_width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.num_experts = experts
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * expert_width, width))
+        self.down_proj = nn.Parameter(torch.empty(experts, width, expert_width))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Eager form: a loop over the experts that some token chose.
+
+        Args:
+            hidden_states: [N, D].
+            top_k_index: [N, K] expert indices; an index of E (expert parallelism's "elsewhere") is skipped.
+            top_k_weights: [N, K].
+
+        Returns:
+            [N, D], the weighted sum over each token's experts.
+        """
+        expert_of_pair, order = top_k_index.flatten().sort(stable=True)  # [N K], pairs of one expert side by side
+        counts = torch.bincount(expert_of_pair, minlength=self.num_experts)[: self.num_experts].tolist()
+        order = order[: sum(counts)]
+        tokens, weights = order // top_k_index.shape[-1], top_k_weights.flatten()[order].unsqueeze(-1)
+        chunks = hidden_states[tokens].split([count for count in counts if count])
+        chosen = [expert for expert, count in enumerate(counts) if count]
+        outputs = torch.cat([self.one_expert(x, expert) for x, expert in zip(chunks, chosen, strict=True)])
+        return torch.zeros_like(hidden_states).index_add(0, tokens, (outputs * weights).to(hidden_states.dtype))
+
+    def one_expert(self, hidden_states: torch.Tensor, expert: int) -> torch.Tensor:
+        """[n, D] -> [n, D] through one expert."""
+        gate, up = F.linear(hidden_states, self.gate_up_proj[expert]).chunk(2, dim=-1)
+        return F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        # Trainer's resume and load_best_model_at_end hand a checkpoint with one tensor per expert to load_state_dict,
+        # past transformers' conversion; unfused keys would leave the experts untouched.
+        fuse_expert_keys(state_dict, prefix, self.num_experts)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class DeepSeekMoE(nn.Module):
+    """Routed experts by the gate's choice, plus the shared experts (one SwiGLU of their joint width)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate = DeepSeekTopKRouter(config)
+        self.experts = DeepSeekExperts(config)
+        self.shared_experts = None
+        if config.n_shared_experts:
+            self.shared_experts = DeepSeekMLP(config, config.moe_intermediate_size * config.n_shared_experts)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[B, S, D] -> [B, S, D]."""
+        tokens = hidden_states.flatten(0, -2)  # [N, D]
+        _, weights, indices = self.gate(tokens)
+        output = self.experts(tokens, indices, weights).view_as(hidden_states)
+        return output if self.shared_experts is None else output + self.shared_experts(hidden_states)

@@ -1,0 +1,97 @@
+"""Routers: which experts a token goes to, and with what weight.
+
+    logits = x W^T                         float32, [N, E]
+    scores = softmax or sigmoid of logits
+    choice = scores with what the method adds or masks; the top K of choice are taken
+    weight = the scores of those taken, normalised or scaled
+
+| generation       | scores  | method              | choice                                                       |
+|------------------|---------|---------------------|--------------------------------------------------------------|
+| MoE-16B, V2-Lite | softmax | greedy              | scores                                                       |
+| V2, V2.5         | softmax | group_limited_greedy| scores in the topk_group groups with the best expert, else 0 |
+| V3, R1           | sigmoid | noaux_tc            | scores + bias in the topk_group groups with the best sum of  |
+|                  |         |                     | their two best, else -inf                                    |
+
+DeepSeekMoE (arXiv 2401.06066, eq. 3-5), DeepSeek-V2 (2405.04434, section 2.2.2), DeepSeek-V3 (2412.19437, eq. 12-16).
+"""
+
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def keep_best_groups(choice: torch.Tensor, num_groups: int, top_groups: int, best: int, fill: float) -> torch.Tensor:
+    """Replace by `fill` what lies outside of the best groups of experts.
+
+    Args:
+        choice: [N, E], experts of a group side by side.
+        num_groups, top_groups: groups there are, and groups to keep.
+        best: a group is ranked by the sum of so many of its best experts.
+        fill: the value outside.
+    """
+    grouped = choice.unflatten(-1, (num_groups, -1))  # [N, G, E / G]
+    group_scores = grouped.topk(best, dim=-1).values.sum(-1)  # [N, G]
+    kept = torch.zeros_like(group_scores, dtype=torch.bool)
+    kept.scatter_(-1, group_scores.topk(top_groups, dim=-1, sorted=False).indices, True)
+    return grouped.masked_fill(~kept.unsqueeze(-1), fill).flatten(-2)
+
+
+def choose_greedy(router: nn.Module, scores: torch.Tensor) -> torch.Tensor:
+    """The scores themselves."""
+    return scores
+
+
+def choose_group_limited(router: nn.Module, scores: torch.Tensor) -> torch.Tensor:
+    """Scores inside of the groups with the best expert."""
+    return keep_best_groups(scores, router.n_group, router.topk_group, best=1, fill=0.0)
+
+
+def choose_with_bias(router: nn.Module, scores: torch.Tensor) -> torch.Tensor:
+    """Scores plus correction bias inside of the groups with the best pair. The bias only chooses, it never weighs."""
+    biased = scores + router.e_score_correction_bias
+    return keep_best_groups(biased, router.n_group, router.topk_group, best=2, fill=float("-inf"))
+
+
+SCORING_FUNCTIONS = {"softmax": partial(torch.softmax, dim=-1), "sigmoid": torch.sigmoid}
+CHOICES = {
+    "greedy": choose_greedy,
+    "group_limited_greedy": choose_group_limited,
+    "noaux_tc": choose_with_bias,
+}
+
+
+class DeepSeekTopKRouter(nn.Module):
+    """The gate of a mixture-of-experts layer. `weight` is [E, D]; with noaux_tc also `e_score_correction_bias` [E]."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.score = SCORING_FUNCTIONS[config.scoring_func]
+        self.choose = CHOICES[config.topk_method]
+        self.n_group, self.topk_group = config.n_group, config.topk_group
+        self.normalize = config.norm_topk_prob and self.top_k > 1
+        # V2's released code scales only weights that it does not normalise; V3's scales all.
+        scales = config.scoring_func == "sigmoid" or not self.normalize
+        self.routed_scaling_factor = config.routed_scaling_factor if scales else 1.0
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        if config.topk_method == "noaux_tc":
+            # float32 always: in bfloat16 an update of 0.001 to a bias near 1 is lost.
+            bias = torch.zeros(config.n_routed_experts, dtype=torch.float32)
+            self.register_buffer("e_score_correction_bias", bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[N, D] -> router logits [N, E] (float32), weights [N, K] (float32), expert indices [N, K]."""
+        with torch.autocast(device_type=hidden_states.device.type, enabled=False):
+            # float32: rounded scores flip the choice of experts
+            logits = F.linear(hidden_states.float(), self.weight.float())
+            scores = self.score(logits)
+            indices = self.choose(self, scores).topk(self.top_k, dim=-1, sorted=False).indices
+            weights = scores.gather(-1, indices)
+            if self.normalize:
+                weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+            return logits, weights * self.routed_scaling_factor, indices
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]} -> top {self.top_k} of {self.weight.shape[0]}"
