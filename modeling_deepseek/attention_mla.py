@@ -10,6 +10,8 @@ Expanding costs per cached token, absorbing per query, so prompts expand and dec
 H heads, S queries, T keys, R latent width, n, r and v: widths of the positionless, rotary and value parts of a head.
 """
 
+from typing import cast
+
 import torch
 from torch import nn
 from transformers.cache_utils import Cache
@@ -31,10 +33,10 @@ class DeepSeekMultiHeadLatentAttention(nn.Module):
         self.scaling = config.qk_head_dim**-0.5 * yarn_softmax_factor(config.rope_parameters)
 
         query_width, bias = self.num_heads * config.qk_head_dim, config.attention_bias
+        self.q_proj: nn.Linear | None = None
         if config.q_lora_rank is None:
             self.q_proj = nn.Linear(config.hidden_size, query_width, bias=False)
         else:
-            self.q_proj = None
             self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=bias)
             self.q_a_layernorm = DeepSeekRMSNorm(config.q_lora_rank)
             self.q_b_proj = nn.Linear(config.q_lora_rank, query_width, bias=False)
@@ -67,7 +69,9 @@ class DeepSeekMultiHeadLatentAttention(nn.Module):
             output, weights = self.attend_absorbed(query, rows, up_projection, attention_mask, **kwargs)
         return self.o_proj(output.flatten(2)), weights
 
-    def query(self, hidden_states: torch.Tensor, position_embeddings: tuple) -> torch.Tensor:
+    def query(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
         """[B, S, D] -> [B, H, S, n + r], the rotary part rotated (eq. 6-8 and 14)."""
         if self.q_proj is not None:
             query = self.q_proj(hidden_states)
@@ -77,8 +81,10 @@ class DeepSeekMultiHeadLatentAttention(nn.Module):
         nope, rope = query.split((self.nope, self.rope), dim=-1)
         return torch.cat((nope, apply_rotary(rope, *position_embeddings, self.config.rope_interleave)), dim=-1)
 
-    def latent_rows(self, hidden_states: torch.Tensor, position_embeddings: tuple) -> torch.Tensor:
-        """[B, S, D] -> [B, 1, S, R + r]: what is cached per token, the normed latent and the rotated key (eq. 9, 15)."""
+    def latent_rows(
+        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+    ) -> torch.Tensor:
+        """[B, S, D] -> [B, 1, S, R + r], cached per token: the normed latent and the rotated key (eq. 9, 15)."""
         latent, rope = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1).split((self.latent, self.rope), dim=-1)
         rope = apply_rotary(rope, *position_embeddings, self.config.rope_interleave)
         return torch.cat((self.kv_a_layernorm(latent), rope), dim=-1)
@@ -141,11 +147,10 @@ class DeepSeekMultiHeadLatentAttention(nn.Module):
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether the module is a Linear whose weight alone says what it does: no wrapper, hook or replaced forward."""
-    weight = getattr(module, "weight", None)
     return (
         type(module) is nn.Linear
-        and type(weight) in (nn.Parameter, torch.Tensor)
-        and not weight.is_meta
+        and type(module.weight) in (nn.Parameter, torch.Tensor)
+        and not module.weight.is_meta
         and module.bias is None
         and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
     )
@@ -163,7 +168,7 @@ def up_projection_of(kv_b_proj: nn.Module, rows: torch.Tensor, latent: int, cach
         cache_layer: our own kind keeps the answer; with another it is computed at each step.
     """
     if is_plain_linear(kv_b_proj):
-        return kv_b_proj.weight
+        return cast(torch.Tensor, kv_b_proj.weight)
     if any(module._forward_pre_hooks for module in kv_b_proj.modules()):
         return None  # PEFT chooses adapters per row of the batch by such hooks; one matrix cannot
     kept = getattr(cache_layer, "up_projection", None)

@@ -7,6 +7,8 @@ cache.py. Which of them a layer has is said by the config (`config.specs`), so n
 Letters: B batch, S tokens of this call, T tokens including cached ones, D hidden width, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -88,8 +90,8 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
         std = self.config.initializer_range
         if isinstance(module, DeepSeekTopKRouter):
             init.normal_(module.weight, mean=0.0, std=std)
-            if hasattr(module, "e_score_correction_bias"):
-                init.zeros_(module.e_score_correction_bias)
+            if isinstance(bias := getattr(module, "e_score_correction_bias", None), torch.Tensor):
+                init.zeros_(bias)
         elif isinstance(module, DeepSeekExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
@@ -151,11 +153,11 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
     ) -> MoeModelOutputWithPast:
@@ -206,7 +208,7 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         past_key_values: Cache | None,
-    ) -> torch.Tensor | None:
+    ) -> Any:
         """The mask of this call, in the form that the attention implementation asks for; built once for all layers."""
         if position_ids is not None and inputs_embeds.shape[1] > 1:
             # transformers looks for packed documents only without a mask and a cache: let those that say nothing
@@ -229,8 +231,6 @@ class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
-    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: DeepSeekConfig):
         super().__init__(config)
@@ -241,12 +241,12 @@ class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs,
@@ -294,11 +294,11 @@ class DeepSeekForSequenceClassification(DeepSeekPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
@@ -364,12 +364,12 @@ class DeepSeekForTokenClassification(DeepSeekPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
     ) -> TokenClassifierOutput:
@@ -408,13 +408,13 @@ class DeepSeekForQuestionAnswering(DeepSeekPreTrainedModel):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
-        inputs_embeds: torch.FloatTensor | None = None,
-        start_positions: torch.LongTensor | None = None,
-        end_positions: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
         **kwargs,
     ) -> QuestionAnsweringModelOutput:
         """Arguments as in `DeepSeekModel.forward`, and start_positions, end_positions: [B], the answer's first and

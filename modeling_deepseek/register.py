@@ -1,6 +1,5 @@
 """Makes the Auto classes of transformers know ours. Stays at home: a saved folder says the same by its auto_map."""
 
-from configuration_deepseek import DeepSeekConfig
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -9,6 +8,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+
+from configuration_deepseek import DeepSeekConfig
 
 from .modeling_deepseek import (
     DeepSeekForCausalLM,
