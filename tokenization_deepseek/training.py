@@ -1,0 +1,87 @@
+"""Train a DeepSeek tokenizer of any vocabulary size on a corpus."""
+
+import json
+from collections.abc import Iterable, Iterator, Sized
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from .chat import CHAT_TEMPLATES
+from .pre_tokenization import pre_tokenizer
+from .tokenization_deepseek import SPECIAL_TOKENS, DeepSeekTokenizer
+
+MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    vocab_size: int,
+    generation: str = "v3",
+    *,
+    add_bos_token: bool = True,
+    add_eos_token: bool = False,
+    chat_template: str | None = None,
+    model_max_length: int | None = None,
+    min_frequency: int = 2,
+    show_progress: bool = False,
+) -> DeepSeekTokenizer:
+    """Byte-level BPE over `texts`, cut before merging as the generation does ("llm", "coder", "v3").
+
+    Ids: the special tokens first (0 BOS, 1 EOS, 2 pad as in V3, then the others; V3 has those behind its 128000 text
+    tokens, which a small vocabulary can't), then the 256 bytes, then the merges in the order learned.
+
+    vocab_size: all tokens, special ones included. It is an upper bound: a small corpus has no more pairs that occur
+        min_frequency times, so size the embedding by len(tokenizer).
+    chat_template: a word of CHAT_TEMPLATES ("v2", "v3", "r1", "v3.1"), or none.
+    model_max_length: tokens; where truncation=True cuts.
+
+    Raises ValueError: a vocabulary too small for the bytes and special tokens, texts that are empty, no strings, or
+    one string where several are meant, an unknown generation or chat template.
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ValueError(
+            f"vocab_size {vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special tokens "
+            f"take {MIN_VOCAB_SIZE}"
+        )
+    if chat_template is not None and chat_template not in CHAT_TEMPLATES:
+        raise ValueError(f"no chat template {chat_template!r}; choose one of {', '.join(CHAT_TEMPLATES)}")
+    if isinstance(texts, str):
+        raise ValueError("texts is one string; give a list or another iterable of strings")
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizer(generation)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=[AddedToken(token, normalized=False) for token in SPECIAL_TOKENS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=show_progress,
+    )
+    length = len(texts) if isinstance(texts, Sized) else None  # only the progress bar uses it
+    backend.train_from_iterator(_checked(texts), trainer=trainer, length=length)
+    return DeepSeekTokenizer(
+        tokenizer_object=_with_special_flags(backend),
+        add_bos_token=add_bos_token,
+        add_eos_token=add_eos_token,
+        chat_template=None if chat_template is None else CHAT_TEMPLATES[chat_template],
+        model_max_length=model_max_length,
+    )
+
+
+def _checked(texts: Iterable[str]) -> Iterator[str]:
+    seen = False
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"texts[{row}] is {type(text).__name__}, not a string")
+        seen = seen or bool(text)
+        yield text
+    if not seen:
+        raise ValueError("texts holds no text to train on")
+
+
+def _with_special_flags(backend: Tokenizer) -> Tokenizer:
+    """The trainer marks every token it is given as special; decoding must keep those that SPECIAL_TOKENS says."""
+    state = json.loads(backend.to_str())
+    for token in state["added_tokens"]:
+        token["special"] = SPECIAL_TOKENS[token["content"]]
+    return Tokenizer.from_str(json.dumps(state))
