@@ -1,8 +1,8 @@
 """Fixtures of the Hub tests: a Hub on 127.0.0.1 and child processes that talk to it.
 
-The code of a child is a function of the test file that imports all it needs itself; its source is run in a fresh
-Python process, its arguments and its result travel as JSON. Starting a child and importing transformers takes
-seconds, so one child does many things and returns the facts that several tests look at.
+The code of a child is a function of the test file, run in a fresh Python process (child.py); arguments and result
+travel as JSON. It imports all but the standard library itself, after the child's environment is set. Starting a child
+and importing transformers takes seconds, so one child does many things and returns what several tests look at.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import os
 import subprocess
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,26 +22,6 @@ from server import HubServer
 
 PACKAGES = ("configuration_deepseek", "modeling_deepseek", "tokenization_deepseek", "finetune_deepseek")
 TOKEN = "hf_alice"
-
-CHILD = """
-import json, sys
-
-class NoProject:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {packages!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}} (this process is a stranger to it)", name=name)
-
-if {stranger}:
-    sys.meta_path.insert(0, NoProject())
-
-{source}
-
-if __name__ == "__main__":
-    arguments = json.loads(sys.argv[1])
-    result = {function}(*arguments)
-    with open(sys.argv[2], "w") as file:
-        json.dump(result, file)
-"""
 
 
 class Run(Protocol):
@@ -81,12 +60,9 @@ def _runner(folder: Path, stranger: bool) -> Run:
     def run(function: Callable, *arguments: Any, hub: HubServer | None = None, token: str | None = TOKEN) -> Any:
         home = folder / str(next(numbers))
         home.mkdir()
-        source = textwrap.dedent(inspect.getsource(function))
-        script, result = home / "child.py", home / "result.json"
-        script.write_text(
-            CHILD.format(packages=PACKAGES, stranger=stranger, source=source, function=function.__name__)
-        )
-        command = [sys.executable, str(script), json.dumps(arguments), str(result)]
+        result = home / "result.json"
+        command = [sys.executable, "-P", str(Path(__file__).with_name("child.py")), inspect.getfile(function)]
+        command += [function.__name__, json.dumps(arguments), str(result), *(PACKAGES if stranger else ())]
         child = subprocess.run(
             command, cwd=home, env=_environment(home, hub, token), capture_output=True, text=True, timeout=240
         )

@@ -1,0 +1,215 @@
+"""Every class, saved to a folder, opens by every fitting Auto class: with our packages, and in a process without them.
+
+One process saves, one stranger loads with trust_remote_code, one process of ours loads; all outputs are compared.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+HEADS = {
+    "DeepSeekModel": "AutoModel",
+    "DeepSeekForCausalLM": "AutoModelForCausalLM",
+    "DeepSeekForSequenceClassification": "AutoModelForSequenceClassification",
+    "DeepSeekForTokenClassification": "AutoModelForTokenClassification",
+    "DeepSeekForQuestionAnswering": "AutoModelForQuestionAnswering",
+}
+
+
+def outputs(model):
+    """All tensors that the model gives for two fixed rows, the second padded, concatenated to one."""
+    import torch
+
+    ids = torch.arange(3, 25).reshape(2, 11)
+    mask = torch.ones_like(ids)
+    mask[1, 8:] = 0
+    with torch.no_grad():
+        result = model.eval()(input_ids=ids, attention_mask=mask, use_cache=False)
+    return torch.cat([value.flatten() for value in result.to_tuple() if torch.is_tensor(value)])
+
+
+def save_all(folder):
+    """Save each class for each tiny preset, an adapter, and what they compute."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    import modeling_deepseek
+    from configuration_deepseek import PRESETS, preset
+
+    presets = [name for name in PRESETS if name.startswith("tiny_")]
+    expected = {}
+    for name in presets:
+        for head in HEADS:
+            torch.manual_seed(0)
+            model = getattr(modeling_deepseek, head)(preset(name))
+            path = f"{name}/{head}"
+            model.save_pretrained(Path(folder, path))
+            expected[path] = outputs(model)
+            trunk = model if head == "DeepSeekModel" else model.model
+            expected[f"{path}'s trunk"] = outputs(trunk)
+
+    base = f"{folder}/tiny_v3/DeepSeekForCausalLM"
+    model = modeling_deepseek.DeepSeekForCausalLM.from_pretrained(base)
+    prompt = torch.arange(3, 9)[None]
+    expected["generated"] = model.generate(prompt, max_new_tokens=6, do_sample=False)
+    targets = ["q_b_proj", "kv_b_proj", "o_proj"]
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    lora = LoraConfig(
+        task_type="CAUSAL_LM", target_modules=targets, target_parameters=parameters, init_lora_weights=False
+    )
+    plain = outputs(model)
+    adapted = get_peft_model(model, lora)
+    expected["adapter"] = outputs(adapted)
+    adapted.save_pretrained(f"{folder}/adapter")
+    adapted.merge_adapter()
+    merged = outputs(adapted)
+    adapted.unmerge_adapter()
+    unmerged = outputs(adapted)
+    with adapted.disable_adapter():
+        disabled = outputs(adapted)
+    adapted.merge_and_unload().save_pretrained(f"{folder}/merged")
+    expected["merged"] = merged
+    torch.save(expected, f"{folder}/expected.pt")
+
+    def difference(left, right):
+        return (left - right).abs().max().item()
+
+    return {
+        "presets": presets,
+        "adapter changes": difference(plain, expected["adapter"]),
+        "merged": difference(merged, expected["adapter"]),
+        "unmerged": difference(unmerged, expected["adapter"]),
+        "disabled": difference(disabled, plain),
+    }
+
+
+def load_all(folder, trust_remote_code):
+    """Load by Auto classes all that `save_all` wrote: differences, classes, and weights that were missing.
+
+    With trust_remote_code it also writes the folder `again`, which both processes load.
+    """
+    import torch
+    import transformers
+    from peft import AutoPeftModelForCausalLM, PeftModel
+
+    trust = {"trust_remote_code": True} if trust_remote_code else {}
+    if not trust_remote_code:
+        import modeling_deepseek  # noqa: F401 - this alone registers everything
+
+    expected = torch.load(f"{folder}/expected.pt")
+    facts = {"differences": {}, "classes": {}, "missing": {}}
+
+    def load(path, auto_class):
+        auto = getattr(transformers, auto_class)
+        model, info = auto.from_pretrained(f"{folder}/{path}", output_loading_info=True, **trust)
+        facts["classes"][f"{path} by {auto_class}"] = [type(model).__module__, type(model).__name__]
+        facts["missing"][f"{path} by {auto_class}"] = sorted(info["missing_keys"])
+        return model
+
+    def compare(name, result):
+        facts["differences"][name] = (result - expected[name]).abs().max().item()
+
+    for path in [name for name in expected if name.partition("/")[2] in HEADS]:
+        compare(path, outputs(load(path, HEADS[path.partition("/")[2]])))
+        compare(f"{path}'s trunk", outputs(load(path, "AutoModel")))
+    causal = "tiny_v3/DeepSeekForCausalLM"
+    for auto_class in list(HEADS.values())[2:]:
+        load(causal, auto_class)  # only the head is new
+    config = transformers.AutoConfig.from_pretrained(f"{folder}/{causal}", **trust)
+    facts["config"] = [type(config).__module__, type(config).__name__, config.kv_lora_rank]
+
+    model = load(causal, "AutoModelForCausalLM")
+    prompt = torch.arange(3, 9)[None]
+    compare("generated", model.generate(prompt, max_new_tokens=6, do_sample=False))
+    if trust_remote_code:
+        model.save_pretrained(f"{folder}/again")
+    compare("adapter", outputs(PeftModel.from_pretrained(model, f"{folder}/adapter")))
+    with_base = AutoPeftModelForCausalLM.from_pretrained(f"{folder}/adapter", **trust)
+    facts["differences"]["adapter with its base"] = (outputs(with_base) - expected["adapter"]).abs().max().item()
+    again = load("again", "AutoModelForCausalLM")
+    facts["differences"]["again"] = (outputs(again) - expected[causal]).abs().max().item()
+    compare("merged", outputs(load("merged", "AutoModelForCausalLM")))
+    return facts
+
+
+def importable(packages):
+    import importlib.util
+
+    def found(name):
+        try:
+            return importlib.util.find_spec(name) is not None
+        except ModuleNotFoundError:
+            return False
+
+    return [name for name in packages if found(name)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("saved")
+
+
+@pytest.fixture(scope="module")
+def saved(run_client, folder):
+    return run_client(save_all, str(folder))
+
+
+@pytest.fixture(scope="module")
+def loaded(saved, run_client, run_stranger, folder):
+    stranger = run_stranger(load_all, str(folder), True)  # first: it saves a folder for both
+    return {"stranger": stranger, "ours": run_client(load_all, str(folder), False)}
+
+
+def test_a_stranger_has_none_of_our_packages(run_client, run_stranger):
+    packages = ["configuration_deepseek", "modeling_deepseek", "tokenization_deepseek", "finetune_deepseek"]
+    assert run_client(importable, packages) == packages
+    assert run_stranger(importable, [*packages, "modeling_deepseek.rope", "json"]) == ["json"]
+
+
+@pytest.mark.parametrize("process", ["ours", "stranger"])
+def test_every_class_gives_equal_outputs_by_every_fitting_auto_class(saved, loaded, process):
+    names = [f"{preset}/{head}" for preset in saved["presets"] for head in HEADS]
+    names += [f"{name}'s trunk" for name in names]
+    names += ["generated", "adapter", "adapter with its base", "merged", "again"]
+    assert loaded[process]["differences"] == dict.fromkeys(names, 0.0)
+
+
+@pytest.mark.parametrize(("process", "home"), [("ours", "modeling_deepseek"), ("stranger", "transformers_modules")])
+def test_the_class_is_the_one_asked_for(loaded, process, home):
+    heads = {auto_class: head for head, auto_class in HEADS.items()}
+    for what, (module, name) in loaded[process]["classes"].items():
+        assert name == heads[what.rpartition(" ")[2]], what
+        assert module.split(".")[0] == home, what
+    config_home = "configuration_deepseek" if process == "ours" else home
+    module, *rest = loaded[process]["config"]
+    assert [module.split(".")[0], *rest] == [config_home, "DeepSeekConfig", 16]
+
+
+@pytest.mark.parametrize("process", ["ours", "stranger"])
+def test_a_head_on_a_causal_lm_checkpoint_is_all_that_is_new(loaded, process):
+    causal = "tiny_v3/DeepSeekForCausalLM by AutoModelFor"
+    new = {what.removeprefix(causal): keys for what, keys in loaded[process]["missing"].items() if keys}
+    assert new == {
+        "SequenceClassification": ["score.weight"],
+        "TokenClassification": ["score.bias", "score.weight"],
+        "QuestionAnswering": ["qa_outputs.bias", "qa_outputs.weight"],
+    }
+
+
+def test_adapters_merge_and_unmerge(saved):
+    assert saved["adapter changes"] > 0.01
+    assert saved["merged"] < 1e-5
+    assert saved["unmerged"] < 1e-5
+    assert saved["disabled"] == pytest.approx(0, abs=1e-5)
+
+
+def test_the_folder_holds_all_that_travels(saved, folder):
+    head = folder / "tiny_v3" / "DeepSeekForQuestionAnswering"
+    config = json.loads((head / "config.json").read_text())
+    for auto_class in ["AutoConfig", *HEADS.values()]:
+        module, _, name = config["auto_map"][auto_class].partition(".")
+        assert f"class {name}(" in (head / f"{module}.py").read_text(), auto_class
+    assert not (head / "register.py").exists()
