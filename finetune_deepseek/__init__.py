@@ -1,0 +1,8 @@
+"""Fine-tuning: one training path on Trainer and PEFT (run.py) and the tasks that it serves.
+
+A task is one file with a subclass of `run.Task`, and one line here.
+"""
+
+TASKS = {
+    "translation": "finetune_deepseek.translation:Translation",
+}

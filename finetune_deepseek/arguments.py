@@ -1,0 +1,389 @@
+"""The command line of a fine-tuning run: dataclasses, a YAML file beneath the flags, and a short --help.
+
+A run is described by four dataclasses: `ModelArguments`, `LoraArguments`, the task's own data arguments, and
+`TrainingArguments` (transformers' Seq2SeqTrainingArguments with other defaults). A YAML file holds the same names as
+the flags; it is put in front of the command line, so flags win. It may describe several runs, one after the other:
+
+    source_lang: en                           # for every stage
+    stages:
+      - preset: tiny_v3                       # the first stage without a name writes to --output_dir itself
+        target_lang: zh
+      - name: adapter                         # a named stage writes to its own folder inside it
+        model_name_or_path: "{output_dir}"    # the --output_dir of the whole command
+        use_peft: true
+        target_lang: de
+"""
+
+import argparse
+import difflib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+
+
+def nearest_match(word: str, known: Iterable[str]) -> str:
+    """`" (did you mean 'x'?)"` for the known word that is nearest, or nothing if none is near."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+@dataclass
+class ModelArguments:
+    """Which model and which tokenizer."""
+
+    _argument_group_name = "model"
+
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Pretrained model, or LoRA adapter: a folder or a Hub id."}
+    )
+    preset: str | None = field(
+        default=None, metadata={"help": "Random weights in a named size of this package, such as tiny_v3."}
+    )
+    config_name: str | None = field(
+        default=None, metadata={"help": "Random weights by any config.json: a folder or a Hub id."}
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": "Changes to --preset or --config_name: hidden_size=256,num_hidden_layers=4 (or JSON)."},
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
+        default="float32", metadata={"help": "Type of the weights; auto takes the checkpoint's."}
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that comes with a Hub model."})
+    tokenizer_name: str | None = field(
+        default=None,
+        metadata={"help": "Tokenizer of a model with random weights; without it one is trained on the data."},
+    )
+    vocab_size: int = field(default=8192, metadata={"help": "Size of a tokenizer to be trained, in tokens."})
+    tokenizer_generation: str = field(
+        default="v3", metadata={"help": "Pre-tokenization and special tokens of a tokenizer to be trained."}
+    )
+
+    def __post_init__(self) -> None:
+        named = [name for name in ("model_name_or_path", "preset", "config_name") if getattr(self, name)]
+        if len(named) > 1:
+            raise ValueError(f"--{named[0]} and --{named[1]} both name a model; keep one of them.")
+        if self.config_overrides and self.model_name_or_path:
+            raise ValueError(
+                "--config_overrides needs --preset or --config_name: a pretrained model's shape is fixed."
+            )
+
+
+@dataclass
+class LoraArguments:
+    """Low-rank adapters in place of training every weight."""
+
+    _argument_group_name = "LoRA"
+
+    use_peft: bool = field(default=False, metadata={"help": "Train LoRA adapters and leave the model as it is."})
+    lora_target: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Groups of weights: attention dense shared experts router embeddings head all. Without it the "
+            "first four, where the model has them.",
+            "metavar": "GROUP",
+        },
+    )
+    lora_r: int = field(default=16, metadata={"help": "Rank; for routed experts it is the rank of each expert."})
+    lora_alpha: int = field(default=32, metadata={"help": "The update is scaled by lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Not possible for the groups experts and router."})
+    use_rslora: bool = field(default=False, metadata={"help": "Scale by lora_alpha / sqrt(lora_r)."})
+    use_dora: bool = field(default=False, metadata={"help": "DoRA; not possible for the groups experts and router."})
+    lora_bias: bool = field(default=False, metadata={"help": "A bias on the adapter; not for experts and router."})
+    adapter_off_check: str | None = field(
+        default=None,
+        metadata={
+            "help": "A generated_predictions.jsonl of the base model: after training its prompts are generated again "
+            "with the adapter switched off, and the run fails unless every output is equal.",
+            "metavar": "FILE",
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.lora_r < 1:
+            raise ValueError(f"--lora_r {self.lora_r}: the rank must be 1 or more.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"--lora_dropout {self.lora_dropout}: it must be at least 0 and less than 1.")
+        if self.lora_target is not None:
+            # YAML and habit also write "attention,dense".
+            self.lora_target = [word for words in self.lora_target for word in words.split(",") if word]
+        if not self.use_peft and (self.lora_target or self.adapter_off_check):
+            flag = "lora_target" if self.lora_target else "adapter_off_check"
+            raise ValueError(f"--{flag} has no effect without --use_peft; add it.")
+
+
+@dataclass
+class TrainingArguments(Seq2SeqTrainingArguments):
+    """transformers' arguments with defaults for this package's runs, and a few of ours."""
+
+    _argument_group_name = "training and output (transformers' TrainingArguments; --help_all lists every one)"
+
+    # Both are shown to the model at evaluation: the text that it generates and its loss on the reference.
+    predict_with_generate: bool = field(default=True, metadata={"help": "Evaluate by generation, not by loss alone."})
+    # The lengths and row numbers beside the model's inputs are ours to use; the collator leaves them out.
+    remove_unused_columns: bool = False
+    # Rows of like length in one batch: padding costs as much time as text does.
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = field(
+        default="group_by_length", metadata={"help": "Order of the training rows."}
+    )
+    # Pinning only helps copies to a GPU, and warns without one.
+    dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
+    learning_rate: float = field(
+        default=0.0,
+        metadata={"help": "Peak learning rate; 0 takes 2e-4 for LoRA, 2e-5 for a pretrained model, else 1e-3."},
+    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rate over time."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or below 1 the share of all steps."})
+    logging_steps: float = field(default=50, metadata={"help": "Steps between two loss lines."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={"help": "Stop after this many evaluations without a better --metric_for_best_model."},
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Remove the checkpoints of an earlier run in --output_dir."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "A checkpoint folder; true takes the last one in --output_dir, if any."}
+    )
+
+    def __post_init__(self) -> None:
+        if not self.output_dir:
+            raise ValueError("--output_dir is missing: name the folder for the model and its results.")
+        if self.early_stopping_patience is not None:
+            self.load_best_model_at_end = True
+        if self.load_best_model_at_end and self.eval_strategy == "no":
+            raise ValueError(
+                "Keeping the best model and early stopping need evaluations: add --eval_strategy epoch --save_strategy "
+                "epoch (or steps)."
+            )
+        super().__post_init__()
+
+
+# What --help shows of TrainingArguments; the others stay usable, and --help_all lists them.
+COMMON_TRAINING_FLAGS = (
+    *("output_dir", "do_train", "do_eval", "do_predict", "num_train_epochs", "max_steps", "seed"),
+    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "label_smoothing_factor", "bf16"),
+    *("eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit", "logging_steps", "report_to"),
+    *("load_best_model_at_end", "metric_for_best_model", "early_stopping_patience", "generation_num_beams"),
+    *("resume_from_checkpoint", "overwrite_output_dir", "push_to_hub", "hub_model_id", "hub_private_repo"),
+)
+
+
+@dataclass
+class Stage:
+    """One run. `given` holds the names that were set by the YAML file or the command line."""
+
+    name: str | None
+    model: ModelArguments
+    lora: LoraArguments
+    data: Any
+    training: TrainingArguments
+    given: set[str]
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """One spelling and one value name per flag, and no default where there is none."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings:
+            return super()._format_action_invocation(action)
+        value = (
+            "" if action.nargs in (0, "?") else " " + self._format_args(action, action.dest.rsplit("_")[-1].upper())
+        )
+        return action.option_strings[0] + value
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, "", argparse.SUPPRESS):
+            return action.help
+        return super()._get_help_string(action)
+
+    def _format_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any) -> str:
+        return f"usage: {self._prog} [config.yaml] [--flag value ...]\n\n"
+
+
+class ArgumentParser(HfArgumentParser):
+    """HfArgumentParser that raises ValueError, names the nearest flag, and hides the rare ones in --help."""
+
+    def __init__(self, task: str, data_arguments: type, epilog: str, show_all: bool = False) -> None:
+        self.classes = (ModelArguments, LoraArguments, data_arguments, TrainingArguments)
+        super().__init__(
+            self.classes,  # type: ignore[arg-type]
+            prog=f"deepseek-hf finetune {task}",
+            description="The YAML file holds flags by name, without the dashes; the command line wins over it.\n"
+            "Without --do_train, --do_eval and --do_predict, everything is done that the data has a split for.",
+            epilog=epilog,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_argument("--help_all", action="help", help="Show every flag of transformers' TrainingArguments too.")
+        training_flags = set(TrainingArguments.__dataclass_fields__) - set(COMMON_TRAINING_FLAGS)
+        for action in self._actions:
+            is_rare = action.dest in training_flags
+            is_complement = action.option_strings[0].startswith("--no_")
+            if not show_all and (is_rare or is_complement):
+                action.help = argparse.SUPPRESS
+
+    def error(self, message: str) -> None:  # type: ignore[override]
+        raise ValueError(message)
+
+    def names(self) -> list[str]:
+        """What may stand in a YAML file."""
+        return [name for cls in self.classes for name, f in cls.__dataclass_fields__.items() if f.init]
+
+    def given_names(self, argv: Sequence[str]) -> set[str]:
+        """The names of the flags in `argv`; an unknown flag is an error."""
+        given = set()
+        for token in argv:
+            if not token.startswith("--"):
+                continue
+            flag = token.partition("=")[0]
+            action = self._option_string_actions.get(flag)
+            if action is None:
+                known = self._option_string_actions
+                raise ValueError(f"unknown flag {flag}{nearest_match(flag, known)}; --help lists them.")
+            given.add(action.dest)
+        return given
+
+    def parse_stage(self, name: str | None, argv: Sequence[str]) -> Stage:
+        """Parse one run's flags into its dataclasses."""
+        given = self.given_names(argv)
+        *parsed, rest = self.parse_args_into_dataclasses(
+            list(argv), return_remaining_strings=True, look_for_args_file=False
+        )
+        if rest:
+            raise ValueError(f"unexpected argument {rest[0]!r}; a YAML file comes first, everything else is a --flag.")
+        model, lora, data, training = parsed
+        if not training.learning_rate:
+            pretrained = 2e-5 if model.model_name_or_path else 1e-3
+            training.learning_rate = 2e-4 if lora.use_peft else pretrained
+        return Stage(name, model, lora, data, training, given)
+
+
+def as_flags(settings: dict[str, Any], known: Sequence[str], where: str) -> list[str]:
+    """The settings of a YAML file as command-line flags. A null leaves the default.
+
+    Raises:
+        ValueError: for a name that isn't a flag.
+    """
+    flags: list[str] = []
+    for name, value in settings.items():
+        if name not in known:
+            raise ValueError(f"{where}: unknown key {name!r}{nearest_match(str(name), known)}.")
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            flags.append(f"--{name}={json.dumps(value) if isinstance(value, dict) else value}")
+    return flags
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping.
+
+    Raises:
+        ValueError: if the file isn't there, isn't YAML (with the line), or is no mapping.
+    """
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: can't be read ({error.strerror}); the first argument names a YAML file.") from error
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        raise ValueError(f"{path}, line {line}: not valid YAML: {error.problem}.") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path}: expected flags as `name: value` lines, found {type(settings).__name__}.")
+    return settings
+
+
+def stage_settings(settings: dict[str, Any], path: str | Path) -> list[tuple[str | None, dict[str, Any]]]:
+    """Split a YAML file into (name, settings) per stage; the keys outside of `stages` go to each."""
+    common = {name: value for name, value in settings.items() if name != "stages"}
+    stages = settings.get("stages", [{}])
+    if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
+        raise ValueError(f"{path}: `stages` must be a list of mappings, one per run.")
+    names = [stage.get("name") for stage in stages]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{path}: every stage but one needs a `name` of its own; it becomes the stage's folder.")
+    return [
+        (name, common | {key: value for key, value in stage.items() if key != "name"})
+        for name, stage in zip(names, stages, strict=True)
+    ]
+
+
+def _fill_output_dir(value: Any, output_dir: str) -> Any:
+    return value.replace("{output_dir}", output_dir) if isinstance(value, str) else value
+
+
+def parse_command(
+    task: str, data_arguments: type, argv: Sequence[str], recipe: Path | None = None, epilog: str = ""
+) -> list[Stage]:
+    """Parse what follows `deepseek-hf finetune TASK` into the runs that it asks for.
+
+    Args:
+        task: the task's name, for --help.
+        data_arguments: the task's dataclass. Its `SOURCES` are the names of the flags that name data.
+        argv: an optional YAML file, then flags.
+        recipe: the YAML file to take when neither a YAML file nor a model nor data is named.
+        epilog: the end of --help.
+
+    Raises:
+        ValueError: with one line, for everything that doesn't fit.
+    """
+    parser = ArgumentParser(task, data_arguments, epilog, show_all="--help_all" in argv)
+    path: str | Path | None = None
+    if argv and not argv[0].startswith("-"):
+        path, argv = argv[0], argv[1:]
+    given = parser.given_names(argv)
+    if given & {"help", "help_all"}:
+        parser.print_help()
+        raise SystemExit(0)
+    sources = {"model_name_or_path", "preset", "config_name", *getattr(data_arguments, "SOURCES", ())}
+    if path is None and recipe is not None and not given & sources:
+        path = recipe
+
+    stages = []
+    for name, settings in stage_settings(read_yaml(path) if path else {}, path or ""):
+        flags = as_flags(settings, parser.names(), str(path))
+        output_dir = parser.parse_known_args([*flags, *argv])[0].output_dir
+        if not output_dir:
+            raise ValueError("--output_dir is missing: name the folder for the model and its results.")
+        flags = [_fill_output_dir(flag, output_dir) for flag in flags]
+        stage = parser.parse_stage(name, [*flags, *argv])
+        if name is not None:
+            stage.training.output_dir = os.path.join(output_dir, name)
+            if stage.training.hub_model_id:
+                stage.training.hub_model_id += f"-{name}"
+        stages.append(stage)
+    return stages
+
+
+def check_output_dir(training: TrainingArguments) -> None:
+    """Make the output folder, or say in one line why it can't be used.
+
+    Raises:
+        ValueError: if the path is a file or can't be written, or if it holds checkpoints of an earlier run that is
+            neither resumed nor overwritten (Trainer would mix up the two runs' checkpoints).
+    """
+    folder = Path(training.output_dir or "")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output_dir {folder}: can't make this folder ({error.strerror}); name another.") from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--output_dir {folder}: no right to write there; name another.")
+    is_new = training.do_train and not training.resume_from_checkpoint and not training.overwrite_output_dir
+    if is_new and any(folder.glob("checkpoint-*")):
+        raise ValueError(
+            f"--output_dir {folder} holds checkpoints of an earlier run: add --resume_from_checkpoint true, or "
+            "--overwrite_output_dir to remove them, or name another folder."
+        )

@@ -1,0 +1,181 @@
+"""Fills the model card template (model_card.md) from a run.
+
+The template is itself a valid card. A `<!-- slot -->` comment marks where a text goes; it takes the place of the
+comment and of what stands behind it on the same line.
+"""
+
+import platform
+import re
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from peft import PeftModel
+
+from .arguments import Stage
+
+TEMPLATE = Path(__file__).with_suffix(".md")
+SLOT = re.compile(r"<!-- (\w+) -->[^\n]*")
+PACKAGES = ("deepseek-hf", "torch", "transformers", "peft", "datasets", "sacrebleu")
+
+
+def fill(template: str, slots: dict[str, str]) -> str:
+    """The template with each slot's text; a slot without one keeps what the template says."""
+    return SLOT.sub(lambda match: slots.get(match[1]) or match[0], template)
+
+
+def table(head: list[str], rows: list[list[Any]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def base_model(stage: Stage, model: Any) -> str | None:
+    """The Hub id of the model that was fine-tuned; None for random weights and local folders."""
+    name = stage.model.model_name_or_path
+    if isinstance(model, PeftModel):
+        name = model.peft_config[model.active_adapter].base_model_name_or_path
+    return None if not name or Path(name).exists() else name
+
+
+def results_table(task_card: dict[str, Any], results: dict[str, Any]) -> str:
+    """Scores on the test split beside the baseline's, else those on the validation split."""
+    split = "test" if any(f"test_{name}" in results for name in task_card["metrics"]) else "eval"
+    rows = [
+        [label, number(results[f"{split}_{name}"]), number(results.get(f"baseline_{name}"))]
+        for name, (_, label) in task_card["metrics"].items()
+        if f"{split}_{name}" in results
+    ]
+    if not rows:
+        return ""
+    where = f"{results.get(f'{split}_samples', '?')} rows of the {'test' if split == 'test' else 'validation'} split."
+    return where + "\n\n" + table(["metric", "model", "nearest training pair"], rows)
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def eval_results(task_card: dict[str, Any], results: dict[str, Any]) -> list[EvalResult]:
+    """The test scores for the card's model-index."""
+    return [
+        EvalResult(
+            task_type=task_card["pipeline_tag"],
+            task_name=task_card["title"],
+            dataset_type=task_card["datasets"][0] if task_card["datasets"] else "local",
+            dataset_name=task_card["dataset_name"],
+            dataset_split="test",
+            metric_type=metric_type,
+            metric_name=label,
+            metric_value=round(results[f"test_{name}"], 4),
+        )
+        for name, (metric_type, label) in task_card["metrics"].items()
+        if f"test_{name}" in results
+    ]
+
+
+def usage(model: Any, name: str, prompt: str) -> str:
+    """Python lines that load the model or adapter and continue a prompt."""
+    # Only PEFT's own class opens every kind of adapter with the right numbers.
+    package, auto_class = (
+        ("peft", "AutoPeftModelForCausalLM")
+        if isinstance(model, PeftModel)
+        else ("transformers", "AutoModelForCausalLM")
+    )
+    return f"""```python
+import modeling_deepseek
+import tokenization_deepseek
+from {package} import {auto_class}
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = {auto_class}.from_pretrained("{name}")
+inputs = tokenizer({prompt!r}, return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=64)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+```"""
+
+
+def protocol(task_card: dict[str, Any], stage: Stage, results: dict[str, Any], splits: dict[str, Any]) -> str:
+    """Everything needed to compare a number honestly."""
+    args = stage.training
+    signatures = [results[key] for key in sorted(results) if key.startswith("test_") and key.endswith("_signature")]
+    sizes = ", ".join(
+        f"{split} {len(rows):,}" if isinstance(rows, Dataset) else f"{split} streamed"
+        for split, rows in splits.items()
+    )
+    rows = [
+        ["data", f"{task_card['dataset_name']}: {sizes}"],
+        ["test rows, SHA-256", results.get("test_data_hash", "-")],
+        ["preprocessing", task_card["preprocessing"]],
+        ["metric signatures", "<br>".join(signatures) or "-"],
+        ["generation", f"{args.generation_num_beams or 1} beam(s), no sampling"],
+        ["seed", args.seed],
+        ["parameters", f"{results['parameters_total']:,} in all, {results['parameters_active']:,} active per token, "
+                       f"{results['parameters_trainable']:,} trained"],
+        ["optimizer", f"{getattr(args.optim, 'value', args.optim)}, learning rate {args.learning_rate:g}, "
+                      f"{getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}"],
+        ["epochs", number(results.get("epoch"))],
+        ["wall time in seconds", results.get("wall_time_seconds", "-")],
+        ["versions", ", ".join([f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in PACKAGES)])],
+    ]  # fmt: skip
+    # A cell holds one line, and a bar would end it.
+    return table(["", ""], [[str(cell).replace("|", r"\|").replace("\n", r"\n") for cell in row] for row in rows])
+
+
+def write(
+    task_card: dict[str, Any],
+    stage: Stage,
+    model: Any,
+    results: dict[str, Any],
+    splits: dict[str, Any],
+    folder: Path,
+    write_text: Callable[[Path, str], None],
+) -> None:
+    """Write README.md into `folder`.
+
+    Args:
+        task_card: what `Task.card_data` gives: `title`, `pipeline_tag`, `language`, `datasets` (Hub ids),
+            `dataset_name`, `metrics` {result name: (Hub's metric id, label)}, `prompt`, `preprocessing` and `data`
+            (Markdown).
+        results: the run's results so far.
+        splits: the text rows by split.
+    """
+    is_adapter = isinstance(model, PeftModel)
+    name = stage.training.hub_model_id or str(stage.training.output_dir)
+    base = base_model(stage, model)
+    scores = eval_results(task_card, results)
+    card = ModelCard(TEMPLATE.read_text(encoding="utf-8"), ignore_metadata_errors=False)
+    template = card.data.to_dict()
+    card.data = ModelCardData(
+        **template
+        | {
+            "library_name": "peft" if is_adapter else template["library_name"],
+            "pipeline_tag": task_card["pipeline_tag"],
+            # Random weights are the run's own; a fine-tuned model keeps its base's license, which is not ours to say.
+            "license": None if stage.model.model_name_or_path else template["license"],
+            "tags": [*template["tags"], *(["lora"] if is_adapter else [])],
+            "language": task_card["language"],
+            "base_model": base,
+            "datasets": task_card["datasets"] or None,
+            "metrics": [metric for metric, _ in task_card["metrics"].values()],
+            "model_name": Path(name).name,
+            "eval_results": scores or None,
+        }
+    )
+    origin = f"`{base}`" if base else "a local model" if stage.model.model_name_or_path else "random weights"
+    kind = "A LoRA adapter" if is_adapter else "A model"
+    card.text = fill(
+        card.text,
+        {
+            "title": Path(name).name,
+            "summary": f"{kind} for {task_card['title']}, trained from {origin} with deepseek-hf.",
+            "usage": usage(model, name, task_card["prompt"]),
+            "results": results_table(task_card, results) or "No split was scored.",
+            "data": task_card["data"] or task_card["dataset_name"],
+            "protocol": protocol(task_card, stage, results, splits),
+        },
+    )
+    write_text(folder / "README.md", str(card))
