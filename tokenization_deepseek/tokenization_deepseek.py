@@ -102,6 +102,15 @@ class DeepSeekTokenizer(PreTrainedTokenizerFast):
     # ---- loading: transformers forgets the two flags, and would rebuild the file for a class with an own __init__
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in transformers; raises ValueError, naming the folder, for a broken tokenizer file."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except json.JSONDecodeError as error:
+            where = f"{pretrained_model_name_or_path}: tokenizer.json or tokenizer_config.json"
+            raise ValueError(f"{where} is broken JSON: {error}") from error
+
+    @classmethod
     def _from_pretrained(cls, resolved_vocab_files, *args, **kwargs):
         config_file = resolved_vocab_files.get("tokenizer_config_file")
         if config_file is not None:
