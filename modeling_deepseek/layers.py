@@ -1,4 +1,4 @@
-"""The small parts of a block: RMSNorm and the SwiGLU feed-forward. Used by every generation."""
+"""The small parts of a block: RMSNorm, the SwiGLU feed-forward, and buffers that stay float32."""
 
 import torch
 from torch import nn
@@ -24,6 +24,18 @@ class DeepSeekRMSNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, eps={self.variance_epsilon}"
+
+
+class Float32Buffers(nn.Module):
+    """Base of modules whose buffers stay float32: `.to(bfloat16)` or `.half()` of the model casts weights only."""
+
+    def _apply(self, fn, recurse=True):
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in self._buffers.items():
+            if buffer is not None and buffer.dtype != kept[name].dtype:
+                self._buffers[name] = kept[name].to(buffer.device)
+        return self
 
 
 class DeepSeekMLP(nn.Module):

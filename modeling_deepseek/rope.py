@@ -8,8 +8,9 @@ transformers' initialisers; YaRN's softmax factor is here.
 import math
 
 import torch
-from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
+
+from .layers import Float32Buffers
 
 
 def yarn_softmax_factor(rope_parameters: dict) -> float:
@@ -40,7 +41,7 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interlea
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-class DeepSeekRotaryEmbedding(nn.Module):
+class DeepSeekRotaryEmbedding(Float32Buffers):
     """Positions to cos and sin, one angle per pair, computed in float32."""
 
     inv_freq: torch.Tensor

@@ -21,6 +21,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .layers import Float32Buffers
+
 
 def keep_best_groups(choice: torch.Tensor, num_groups: int, top_groups: int, best: int, fill: float) -> torch.Tensor:
     """Replace by `fill` what lies outside of the best groups of experts.
@@ -62,7 +64,7 @@ CHOICES = {
 }
 
 
-class DeepSeekTopKRouter(nn.Module):
+class DeepSeekTopKRouter(Float32Buffers):
     """The gate of a mixture-of-experts layer. `weight` is [E, D]; with noaux_tc also `e_score_correction_bias` [E]."""
 
     def __init__(self, config):
@@ -77,7 +79,7 @@ class DeepSeekTopKRouter(nn.Module):
         self.routed_scaling_factor = config.routed_scaling_factor if scales else 1.0
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         if config.topk_method == "noaux_tc":
-            # float32 always: in bfloat16 an update of 0.001 to a bias near 1 is lost.
+            # float32 even in a bfloat16 model: there an update of 0.001 to a bias near 1 is lost.
             bias = torch.zeros(config.n_routed_experts, dtype=torch.float32)
             self.register_buffer("e_score_correction_bias", bias)
 
