@@ -7,6 +7,8 @@ cache.py. Which of them a layer has is said by the config (`config.specs`), so n
 Letters: B batch, S tokens of this call, T tokens including cached ones, D hidden width, V vocabulary.
 """
 
+import os
+import tempfile
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention_mha import DeepSeekMultiHeadAttention
 from .attention_mla import DeepSeekMultiHeadLatentAttention
 from .cache import GrowingLayer, LatentLayer, StaticKeyValueLayer, StaticLatentLayer
+from .checkpoint_files import CheckpointError, naming_the_broken_file, writing_beside
 from .checkpoint_keys import register_conversions
 from .configuration_deepseek import DeepSeekConfig
 from .layers import DeepSeekMLP, DeepSeekRMSNorm
@@ -115,13 +118,37 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
                 requested_experts = "eager"
         return super().get_correct_experts_implementation(requested_experts)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As transformers', but a damaged file is named."""
+        with naming_the_broken_file(pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
+        """As transformers', but a save that fails leaves the folder as it was."""
+        if kwargs.get("distributed_checkpoint"):  # all processes write to one folder, and need its true name
+            return super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
+        with writing_beside(save_directory) as beside:
+            weights = None if state_dict is None else dict(state_dict)  # transformers empties what it is given
+            super().save_pretrained(beside, is_main_process, weights, **kwargs)
+        if push_to_hub:  # apart, so that a failed upload doesn't undo the save
+            kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            with tempfile.TemporaryDirectory() as upload:
+                super().save_pretrained(upload, is_main_process, state_dict, push_to_hub, **kwargs)
+
     @staticmethod
     def _finalize_model_loading(model, load_config, loading_info):
         """As transformers', but a trunk weight that the checkpoint lacks or misshapes is an error, not a warning."""
         source = load_config.pretrained_model_name_or_path
+        if loading_info.conversion_errors:
+            key = min(loading_info.conversion_errors)
+            raise CheckpointError(
+                f"{source}: the checkpoint's parts of weight {key} do not fit together (first of "
+                f"{len(loading_info.conversion_errors)}); some are missing or misshapen, copy or download it again"
+            )
         if loading_info.mismatched_keys and not load_config.ignore_mismatched_sizes:
             key, found, wanted = sorted(loading_info.mismatched_keys)[0]
-            raise ValueError(
+            raise CheckpointError(
                 f"{source}: weight {key} has shape {tuple(found)} but the config asks for {tuple(wanted)} (first of "
                 f"{len(loading_info.mismatched_keys)}); mend config.json, or pass ignore_mismatched_sizes=True"
             )
@@ -129,7 +156,7 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
         prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
         missing = sorted(key for key in loading_info.missing_keys if key.startswith(prefix))
         if missing and source is not None:
-            raise ValueError(
+            raise CheckpointError(
                 f"{source}: {len(missing)} weights of the model are not in the checkpoint, the first is {missing[0]}; "
                 "the checkpoint is incomplete, or config.json describes another model"
             )
