@@ -13,6 +13,17 @@ transformers' table of cache layers is process-wide. Each word has a dynamic and
 import torch
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
+CACHE_IMPLEMENTATIONS = ("dynamic", "static", "offloaded", "offloaded_static")
+
+
+def refuse_cache_implementation(word: str | None) -> None:
+    """Raise ValueError for a `cache_implementation` of `generate` that our layers cannot be kept in."""
+    if word is not None and word not in CACHE_IMPLEMENTATIONS:
+        supported = ", ".join(map(repr, CACHE_IMPLEMENTATIONS))
+        raise ValueError(f"cache_implementation {word!r} is not supported by DeepSeek models; use one of {supported}")
+    if word is not None and "offloaded" in word and not torch.accelerator.is_available():
+        raise ValueError(f"cache_implementation {word!r} needs an accelerator, and there is none; use 'dynamic'")
+
 
 class _Buffer:
     """[B, H, capacity, W] of which the first `length` rows count; doubles when full, so that a step costs O(1)."""

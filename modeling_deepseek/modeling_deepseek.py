@@ -31,7 +31,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_mha import DeepSeekMultiHeadAttention
 from .attention_mla import DeepSeekMultiHeadLatentAttention
-from .cache import GrowingLayer, LatentLayer, StaticKeyValueLayer, StaticLatentLayer
+from .cache import GrowingLayer, LatentLayer, StaticKeyValueLayer, StaticLatentLayer, refuse_cache_implementation
 from .checkpoint_files import CheckpointError, naming_the_broken_file, writing_beside
 from .checkpoint_keys import register_conversions
 from .configuration_deepseek import DeepSeekConfig
@@ -306,6 +306,14 @@ class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
+
+    def _prepare_cache_for_generation(self, generation_config, *args, **kwargs):
+        refuse_cache_implementation(generation_config.cache_implementation)
+        return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused, for its paged cache cannot hold latents. `generate_batch` and `generate` get here too."""
+        refuse_cache_implementation("paged")
 
 
 class DeepSeekForSequenceClassification(DeepSeekPreTrainedModel):
