@@ -7,9 +7,11 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AutoTokenizer,
 )
 
 from configuration_deepseek import DeepSeekConfig
+from tokenization_deepseek import DeepSeekTokenizer
 
 from .modeling_deepseek import (
     DeepSeekForCausalLM,
@@ -31,6 +33,7 @@ MODELS_BY_AUTO_CLASS = {
 def register() -> None:
     """Register config, models and tokenizer under model_type "deepseek"; transformers' own types stay untouched."""
     AutoConfig.register(DeepSeekConfig.model_type, DeepSeekConfig, exist_ok=True)
+    AutoTokenizer.register(DeepSeekConfig, tokenizer_class=DeepSeekTokenizer, exist_ok=True)
     DeepSeekConfig.register_for_auto_class()
     for auto_class, model_class in MODELS_BY_AUTO_CLASS.items():
         auto_class.register(DeepSeekConfig, model_class, exist_ok=True)
