@@ -1,11 +1,9 @@
-"""Our model, heads, tokenizer and adapter, and a Trainer run, pushed to the stand-in Hub and loaded from it again.
+"""Our model, heads, tokenizer, adapter, a Trainer run and the translation command, pushed to a Hub and loaded again.
 
 One process pushes; a process of ours and a stranger (trust_remote_code, none of our packages) load every revision.
 """
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 
@@ -19,6 +17,30 @@ def outputs(model):
     with torch.no_grad():
         result = model.eval()(input_ids=torch.arange(3, 14)[None], use_cache=False)
     return torch.cat([value.flatten() for value in result.to_tuple() if torch.is_tensor(value)])
+
+
+def run_the_command(folder):
+    """`finetune translation` on a private data set of the Hub, then LoRA on what it pushed; the folders' outputs."""
+    from datasets import Dataset, DatasetDict
+    from peft import AutoPeftModelForCausalLM
+
+    from finetune_deepseek.__main__ import finetune
+    from modeling_deepseek import DeepSeekForCausalLM
+
+    rows = [{"translation": {"en": f"cat {n}", "de": f"Katze {n}", "fr": f"chat {n}"}} for n in range(6)]
+    splits = DatasetDict({"train": Dataset.from_list(rows), "test": Dataset.from_list(rows[:2])})
+    splits.push_to_hub("alice/pairs", private=True)
+    common = ["--dataset_name", "alice/pairs", "--max_steps", "1", "--use_cpu", "--disable_tqdm", "true"]
+    common += ["--max_target_length", "8", "--push_to_hub", "--hub_private_repo", "true"]
+    full, lora = f"{folder}/full", f"{folder}/lora"
+    model = ["--preset", "tiny_v2_lite", "--vocab_size", "300", "--hub_model_id", "alice/translator"]
+    finetune(["translation", *common, *model, "--target_lang", "de", "--output_dir", full])
+    adapter = ["--model_name_or_path", "alice/translator", "--use_peft", "--hub_model_id", "alice/translator-fr"]
+    finetune(["translation", *common, *adapter, "--target_lang", "fr", "--output_dir", lora])
+    return {
+        "command": outputs(DeepSeekForCausalLM.from_pretrained(full)),
+        "command's adapter": outputs(AutoPeftModelForCausalLM.from_pretrained(lora)),
+    }
 
 
 def push_all(folder):
@@ -86,9 +108,12 @@ def push_all(folder):
     expected["run"] = outputs(trained)
     facts["training moved by"] = (expected["run"] - before).abs().max().item()
     facts["run"] = [commit.title for commit in api.list_repo_commits("alice/run")]
-    facts["private"] = {
-        name: api.model_info(f"alice/{name}").private for name in ("model", "run", "QuestionAnswering")
-    }
+
+    expected |= run_the_command(folder)
+    cards = {name: api.model_info(f"alice/{name}") for name in ("translator", "translator-fr")}
+    facts["cards"] = {name: [card.library_name, card.card_data.base_model] for name, card in cards.items()}
+    names = ("model", "run", "QuestionAnswering", "translator", "translator-fr")
+    facts["private"] = {name: api.model_info(f"alice/{name}").private for name in names}
 
     torch.save(expected, f"{folder}/expected.pt")
 
@@ -141,6 +166,9 @@ def pull_all(folder, trust_remote_code, branch_commit):
         compare(head, head, load(head, head))
     compare("adapter on its base", "adapter", PeftModel.from_pretrained(load("model", revision="v1"), "alice/adapter"))
     compare("adapter alone", "adapter", AutoPeftModelForCausalLM.from_pretrained("alice/adapter", **trust))
+    compare("command", "command", load("translator"))
+    adapted = AutoPeftModelForCausalLM.from_pretrained("alice/translator-fr", **trust)
+    compare("command's adapter", "command's adapter", adapted)
 
     tokenizer = transformers.AutoTokenizer.from_pretrained("alice/model", revision="v1", **trust)
     chat = [{"role": "user", "content": "A cat"}]
@@ -175,7 +203,7 @@ def pulled(request, pushed, hub, run_client, run_stranger, folder):
 
 def test_every_revision_gives_equal_outputs_back(pulled):
     names = ["tag", "branch", "commit", "main", "run", "SequenceClassification", "TokenClassification"]
-    names += ["QuestionAnswering", "adapter on its base", "adapter alone"]
+    names += ["QuestionAnswering", "adapter on its base", "adapter alone", "command", "command's adapter"]
     assert pulled["differences"] == dict.fromkeys(names, 0.0)
 
 
@@ -194,7 +222,14 @@ def test_trainer_pushes_every_save_and_the_end(pushed):
 
 
 def test_visibility_is_as_asked_for(pushed):
-    assert pushed["private"] == {"model": False, "run": True, "QuestionAnswering": True}
+    private = ["run", "QuestionAnswering", "translator", "translator-fr"]
+    assert pushed["private"] == {"model": False, **dict.fromkeys(private, True)}
+
+
+def test_the_command_pushes_with_its_card(pushed, hub):
+    assert pushed["cards"] == {"translator": ["transformers", None], "translator-fr": ["peft", "alice/translator"]}
+    files = hub.repos["models", "alice/translator"].commit_at("main").files
+    assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= set(files)
 
 
 def test_the_code_is_pushed_beside_the_weights(pushed, hub):
@@ -202,8 +237,7 @@ def test_the_code_is_pushed_beside_the_weights(pushed, hub):
     code = {path for path in files if path.endswith(".py")}
     assert {"modeling_deepseek.py", "configuration_deepseek.py"} <= code
     assert "register.py" not in code
-    package = Path(__file__).parents[2] / "modeling_deepseek"
-    assert hub.read("alice/model", "modeling_deepseek.py") == (package / "modeling_deepseek.py").read_bytes()
+    assert b"class DeepSeekForCausalLM(" in hub.read("alice/model", "modeling_deepseek.py")
 
 
 def test_what_is_private_or_missing_is_an_oserror_that_names_it(pushed):
