@@ -1,0 +1,95 @@
+"""The README's commands and Python lines do what they say; both languages show the same ones."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+READMES = ("README.md", "README.zh-CN.md")
+PAIRS = [("one", "eins"), ("two", "zwei"), ("three", "drei")]
+# What makes a run of the README's commands small; appended, so it wins.
+SMALL = ["--max_steps", "1", "--vocab_size", "300", "--per_device_train_batch_size", "2", "--max_target_length", "8"]
+
+
+def blocks(readme: str, language: str) -> list[str]:
+    """The fenced code blocks of one language, comments stripped."""
+    text = (ROOT / readme).read_text(encoding="utf-8")
+    return [re.sub(r"\s+#.*", "", block) for block in re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)]
+
+
+def commands(readme: str) -> list[list[str]]:
+    text = "\n".join(blocks(readme, "bash")).replace("\\\n", " ")
+    return [shlex.split(line) for line in text.splitlines() if line.strip()]
+
+
+def run(command: list[str], folder: Path, **environment: str) -> str:
+    done = subprocess.run(
+        command, cwd=folder, env=os.environ | environment, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def test_both_languages_show_the_same_code():
+    english, chinese = ((commands(readme), blocks(readme, "python")) for readme in READMES)
+    assert english == chinese
+    assert len(english[0]) >= 8 and len(english[1]) == 2
+
+
+def test_files_named_in_the_map_exist_and_none_is_left_out():
+    for readme in READMES:
+        block = re.search(r"```\n(configuration_deepseek/ .*?)```", (ROOT / readme).read_text("utf-8"), re.DOTALL)
+        assert block is not None
+        named = set(re.findall(r"[\w.]+\.(?:py|yaml)\b", block[1]))
+        there = {path.name for path in ROOT.glob("*_deepseek/*.*") if path.suffix in (".py", ".yaml")}
+        assert named == there - {"__init__.py"}, readme
+
+
+def test_make_targets_are_the_pip_commands():
+    shown = commands("README.md")
+    for target in ("quickstart", "test"):
+        assert ["make", target] in shown
+        assert subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True).returncode == 0
+    fresh = run(["make", "-n", "quickstart", "VENV=absent"], ROOT)
+    assert '-c constraints.txt -e ".[dev]"' in fresh
+    assert ["pip", "install", "-c", "constraints.txt", "-e", ".[dev]"] in shown
+
+
+def test_python_lines_run(tmp_path):
+    code = "\n".join(blocks("README.md", "python"))
+    out = run([sys.executable, "-c", code], tmp_path, PYTHONPATH=str(ROOT))
+    assert re.search(r"tensor\(\[\[\s*0,\s*5,\s*8,\s*13,", out)
+
+
+def test_translation_commands_run(tmp_path):
+    rows = [{"translation": {"en": english, "de": german}} for english, german in PAIRS]
+    for name in ("train.json", "dev.json", "test.json"):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
+    shown = [command for command in commands("README.md") if "--train_file" in command or "--help" in command]
+    assert len(shown) == 3
+    for command in shown:
+        assert command[0] == "deepseek-hf"
+        small = SMALL if "--train_file" in command else []
+        run([sys.executable, "-m", "finetune_deepseek", *command[2:], *small], tmp_path, PYTHONPATH=str(ROOT))
+    assert (tmp_path / "runs/en-de/model.safetensors").is_file()
+    assert (tmp_path / "runs/en-de-lora/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_quickstart_reaches_what_it_promises(tmp_path):
+    run(
+        [sys.executable, "-m", "finetune_deepseek", "translation", "--output_dir", str(tmp_path)],
+        tmp_path,
+        PYTHONPATH=str(ROOT),
+    )
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    assert results["test_exact_match"] >= 75
+    assert results["test_exact_match"] > results["baseline_exact_match"]
+    assert results["adapter_exact_match"] > results["adapter_baseline_exact_match"]
+    assert results["adapter_parameters_trainable_share"] <= 0.1
