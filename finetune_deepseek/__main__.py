@@ -6,6 +6,7 @@ Bad input ends with one line on stderr and exit code 2. Set DEEPSEEK_HF_TRACEBAC
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from safetensors import SafetensorError
@@ -44,6 +45,8 @@ def guarded(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0
+    # PEFT still asks for it by the old name.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     try:
         finetune(argv)
     except (ValueError, OSError, SafetensorError) as error:
@@ -52,10 +55,7 @@ def guarded(argv: Sequence[str]) -> int:
         print(f"deepseek-hf: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            "deepseek-hf: interrupted; --resume_from_checkpoint true goes on from the last checkpoint.",
-            file=sys.stderr,
-        )
+        print("deepseek-hf: interrupted; go on with --resume_from_checkpoint true.", file=sys.stderr)
         return 130
     return 0
 

@@ -19,7 +19,7 @@ import difflib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,9 +73,7 @@ class ModelArguments:
         if len(named) > 1:
             raise ValueError(f"--{named[0]} and --{named[1]} both name a model; keep one of them.")
         if self.config_overrides and self.model_name_or_path:
-            raise ValueError(
-                "--config_overrides needs --preset or --config_name: a pretrained model's shape is fixed."
-            )
+            raise ValueError("--config_overrides needs --preset or --config_name; a pretrained model has its shape.")
 
 
 @dataclass
@@ -163,8 +161,8 @@ class TrainingArguments(Seq2SeqTrainingArguments):
             self.load_best_model_at_end = True
         if self.load_best_model_at_end and self.eval_strategy == "no":
             raise ValueError(
-                "Keeping the best model and early stopping need evaluations: add --eval_strategy epoch --save_strategy "
-                "epoch (or steps)."
+                "Keeping the best model and early stopping need evaluations: "
+                "add --eval_strategy epoch --save_strategy epoch (or steps)."
             )
         super().__post_init__()
 
@@ -239,7 +237,7 @@ class ArgumentParser(HfArgumentParser):
 
     def names(self) -> list[str]:
         """What may stand in a YAML file."""
-        return [name for cls in self.classes for name, f in cls.__dataclass_fields__.items() if f.init]
+        return [f.name for cls in self.classes for f in fields(cls) if f.init]
 
     def given_names(self, argv: Sequence[str]) -> set[str]:
         """The names of the flags in `argv`; an unknown flag is an error."""

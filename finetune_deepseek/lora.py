@@ -9,6 +9,7 @@ models it rewrites targets such as `gate_proj` to the routed experts.
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer, ParamWrapper
@@ -129,9 +130,9 @@ def lora_config(arguments: LoraArguments, groups: list[str], task_type: str) -> 
     )
 
 
-def attached_layers(model: nn.Module) -> dict[str, list[LoraLayer]]:
+def attached_layers(model: nn.Module) -> dict[str, list[Any]]:
     """The LoRA layers in a wrapped model, by group."""
-    layers: dict[str, list[LoraLayer]] = {word: [] for word in (*GROUPS, OTHER)}
+    layers: dict[str, list[Any]] = {word: [] for word in (*GROUPS, OTHER)}
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             target = plain_name(name)
@@ -192,8 +193,8 @@ def census(model: nn.Module) -> dict[str, GroupCensus]:
             continue
         group = groups[group_of(plain_name(name))]
         group.total += parameter.numel()
-        is_expert = ".experts." in name and parameter.ndim == 3 and top_k
-        group.active += parameter.numel() * top_k // parameter.shape[0] if is_expert else parameter.numel()
+        share = top_k / parameter.shape[0] if top_k and ".experts." in name and parameter.ndim == 3 else 1
+        group.active += round(parameter.numel() * share)
         group.trainable += parameter.numel() if parameter.requires_grad else 0
     for word, layers in attached_layers(model).items():
         groups[word].adapters = len(layers)

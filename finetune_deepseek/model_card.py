@@ -102,12 +102,9 @@ def protocol(task_card: dict[str, Any], stage: Stage, results: dict[str, Any], s
     """Everything needed to compare a number honestly."""
     args = stage.training
     signatures = [results[key] for key in sorted(results) if key.startswith("test_") and key.endswith("_signature")]
-    sizes = ", ".join(
-        f"{split} {len(rows):,}" if isinstance(rows, Dataset) else f"{split} streamed"
-        for split, rows in splits.items()
-    )
+    sizes = {split: f"{len(rows):,}" if isinstance(rows, Dataset) else "streamed" for split, rows in splits.items()}
     rows = [
-        ["data", f"{task_card['dataset_name']}: {sizes}"],
+        ["data", f"{task_card['dataset_name']}: {', '.join(f'{split} {size}' for split, size in sizes.items())}"],
         ["test rows, SHA-256", results.get("test_data_hash", "-")],
         ["preprocessing", task_card["preprocessing"]],
         ["metric signatures", "<br>".join(signatures) or "-"],

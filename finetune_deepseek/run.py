@@ -2,7 +2,7 @@
 
 `run(task_class, stage)` does it for every task; a `Task` supplies rows, features, a collator and scores. Generation
 happens inside Trainer's evaluation: `FinetuneTrainer.prediction_step` generates from left-padded prompts beside the
-loss on the full rows, and returns row numbers in place of labels, so scores compare texts with the untouched references.
+loss on the full rows, and returns row numbers in place of labels, so that scores see the references' own text.
 """
 
 import hashlib
@@ -13,8 +13,9 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -28,13 +29,16 @@ from transformers import (
     EarlyStoppingCallback,
     EvalPrediction,
     GenerationConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     Seq2SeqTrainer,
     Trainer,
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
+
+import modeling_deepseek  # noqa: F401  registers the model with the Auto classes
+from configuration_deepseek.presets import preset
+from tokenization_deepseek import train_tokenizer
 
 from . import model_card
 from .arguments import ModelArguments, Stage, TrainingArguments, check_output_dir
@@ -44,7 +48,7 @@ from .lora import apply_lora, census, census_table
 IGNORED_LABEL = -100  # torch's cross entropy leaves it out
 PREDICTIONS_FILE = "generated_predictions.jsonl"
 EXAMPLES_SHOWN = 10
-Rows = Dataset | IterableDataset
+Rows: TypeAlias = Dataset | IterableDataset
 
 
 class Task(ABC):
@@ -160,8 +164,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 class FinetuneTrainer(Seq2SeqTrainer):
     """Seq2SeqTrainer for decoder-only models, with whole-or-nothing saving and this package's model card."""
 
+    model: Any
+
     def __init__(self, *, generation_config: GenerationConfig, card: Callable[[Path], None], **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        if isinstance(self.model, PeftModel):
+            # The vocabulary is never resized here, so a LoRA on embeddings needs no copy of them in the adapter.
+            self.model.save_pretrained = partial(self.model.save_pretrained, save_embedding_layers=False)  # type: ignore
         self.generation = generation_config
         self.card = card
 
@@ -185,10 +194,10 @@ class FinetuneTrainer(Seq2SeqTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         # Trainer switches config.use_cache off for its own forwards; a saved model should generate fast.
-        config, use_cache = self.model.config, self.model.config.use_cache
-        config.use_cache = True
+        config: Any = self.model.config
+        use_cache, config.use_cache = config.use_cache, True
         try:
-            with replaced_folder(Path(output_dir or self.args.output_dir)) as folder:
+            with replaced_folder(Path(output_dir or self.args.output_dir or "")) as folder:
                 super()._save(str(folder), state_dict)
         finally:
             config.use_cache = use_cache
@@ -197,13 +206,13 @@ class FinetuneTrainer(Seq2SeqTrainer):
         try:
             super()._save_checkpoint(model, trial)
         except BaseException:  # a half-written checkpoint would be resumed from
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            folder = Path(str(self._get_output_dir(trial=trial))) / f"checkpoint-{self.state.global_step}"
             shutil.rmtree(folder, ignore_errors=True)
             raise
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         if self.is_world_process_zero():
-            self.card(Path(self.args.output_dir))
+            self.card(Path(str(self.args.output_dir)))
 
 
 def parse_overrides(text: str | None) -> dict[str, Any]:
@@ -240,8 +249,6 @@ def load_tokenizer(
     else:
         if "train" not in splits:
             raise ValueError("A model with random weights needs a training split or --tokenizer_name.")
-        from tokenization_deepseek import train_tokenizer
-
         texts = task.tokenizer_texts(splits)
         tokenizer = train_tokenizer(texts, arguments.vocab_size, arguments.tokenizer_generation)
         print(f"trained a tokenizer of {len(tokenizer):,} tokens")
@@ -258,8 +265,6 @@ def load_model(arguments: ModelArguments, task: Task, tokenizer: PreTrainedToken
     Raises:
         ValueError: if no model is named, or the tokenizer has more tokens than the model.
     """
-    import modeling_deepseek  # noqa: F401  registers the model with the Auto classes
-
     loading = {
         "revision": arguments.model_revision,
         "trust_remote_code": arguments.trust_remote_code,
@@ -267,7 +272,7 @@ def load_model(arguments: ModelArguments, task: Task, tokenizer: PreTrainedToken
         "attn_implementation": arguments.attn_implementation,
     }
     path = arguments.model_name_or_path
-    model: PreTrainedModel | PeftModel
+    model: Any
     if path:
         if is_adapter(path):
             base = PeftConfig.from_pretrained(path).base_model_name_or_path
@@ -286,9 +291,7 @@ def load_model(arguments: ModelArguments, task: Task, tokenizer: PreTrainedToken
         raise ValueError("No model is named: give --model_name_or_path, --preset or --config_name.")
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
-        raise ValueError(
-            f"The tokenizer has {len(tokenizer):,} tokens, the model {rows:,}; they don't belong together."
-        )
+        raise ValueError(f"The tokenizer has {len(tokenizer):,} tokens, the model {rows:,}; name the model's own.")
     return model
 
 
@@ -301,8 +304,6 @@ def make_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -
         "pad_token_id": tokenizer.pad_token_id,
     }
     if arguments.preset:
-        from configuration_deepseek.presets import preset
-
         return preset(arguments.preset, **overrides)
     assert arguments.config_name is not None
     return AutoConfig.from_pretrained(
@@ -321,8 +322,6 @@ def choose_work(stage: Stage, splits: dict[str, Rows]) -> None:
     if not stage.given & set(needs):
         for flag, split in needs.items():
             setattr(args, flag, split in splits)
-    elif args.eval_strategy == "no":
-        args.do_eval = args.do_eval and "do_eval" in stage.given
     for flag, split in needs.items():
         if getattr(args, flag) and split not in splits:
             raise ValueError(f"--{flag}: there is no {split} data, only {', '.join(splits)}; add --{split}_file.")
@@ -336,7 +335,8 @@ def evaluation_features(task: Task, rows: Rows, tokenizer: PreTrainedTokenizerBa
     """Features of a scored split, longest first (a batch that doesn't fit shows at once), with row numbers."""
     features = task.features(rows, tokenizer, is_training=False)
     assert isinstance(features, Dataset)
-    return features.add_column("row", list(range(offset, offset + len(features)))).sort("length", reverse=True)
+    longest_first = np.argsort(-np.array(features["length"]), kind="stable")
+    return features.add_column("row", list(range(offset, offset + len(features)))).select(longest_first)
 
 
 def decode(predictions: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -421,8 +421,8 @@ class Run:
             longest = max(rows["length"]) if isinstance(rows, Dataset) else 0
             if limit and longest > limit:
                 raise ValueError(
-                    f"The longest {split} row has {longest} tokens, the model takes {limit} (max_position_embeddings); "
-                    "lower the length limits of the data or raise it by --config_overrides."
+                    f"The longest {split} row has {longest} tokens, the model takes {limit}; lower the length "
+                    "limits of the data, or raise max_position_embeddings by --config_overrides."
                 )
         return features, examples
 
@@ -486,12 +486,12 @@ class Run:
         """Score the test split and its baseline; write and show the predictions."""
         output = self.trainer.predict(self.features["test"], metric_key_prefix="test")
         if output.predictions is None:  # predict_with_generate is off
-            self._record("test", output.metrics | self._count("test"))
+            self._record("test", (output.metrics or {}) | self._count("test"))
             return
         predictions = sorted(self._predictions(output).items())
         texts = [text for _, text in predictions]
         rows = [self.examples[number] for number, _ in predictions]
-        results = output.metrics | prefixed("test", self.task.score(texts, rows)) | self._count("test")
+        results = (output.metrics or {}) | prefixed("test", self.task.score(texts, rows)) | self._count("test")
         baseline = self.task.baseline(self.splits.get("train"), rows)
         if baseline is not None:
             results |= prefixed("baseline", self.task.score(baseline, rows))
@@ -519,14 +519,15 @@ class Run:
             ) from error
         # The same features in the same order make the same batches, so that outputs can be equal bit by bit.
         features = evaluation_features(self.task, Dataset.from_list(rows), self.tokenizer, 0)
+        self.trainer.compute_metrics = None  # these rows have their own numbers
         with self.model.disable_adapter():
             found = self._predictions(self.trainer.predict(features, metric_key_prefix="off"))
         differing = [number for number in range(len(prompts)) if found[number] != expected[number]]
         if differing:
             number = differing[0]
             raise ValueError(
-                f"--adapter_off_check {path}: {len(differing)} of {len(rows)} outputs differ with the adapter switched "
-                f"off, first {expected[number]!r} before and {found[number]!r} now."
+                f"--adapter_off_check {path}: {len(differing)} of {len(rows)} outputs differ with the adapter off, "
+                f"first {expected[number]!r} before and {found[number]!r} now."
             )
         print(f"adapter switched off: all {len(rows):,} outputs equal those in {path}")
         self.results["adapter_off_equal"] = len(rows)
@@ -559,9 +560,8 @@ def show_examples(lines: list[dict[str, Any]]) -> None:
     """Print the first predictions beside their references."""
     for line in lines[:EXAMPLES_SHOWN]:
         mark = "=" if line["prediction"] == line["target"] else " "
-        print(
-            f"  source      {line['source']}\n  reference   {line['target']}\n{mark} prediction  {line['prediction']}\n"
-        )
+        print(f"  source      {line['source']}\n  reference   {line['target']}")
+        print(f"{mark} prediction  {line['prediction']}\n")
 
 
 def write_results(folder: Path, results: dict[str, Any], keep_old: bool) -> None:
@@ -598,7 +598,8 @@ def run_stages(task_class: type[Task], stages: list[Stage]) -> dict[str, Any]:
             print(f"\n=== stage {number} of {len(stages)}: {stage.training.output_dir} ===")
         stage_results = run(task_class, stage)
         if stage.name:
-            stage_results = prefixed(stage.name, {k.removeprefix("test_"): v for k, v in stage_results.items()})
+            own = {key.removeprefix("test_").removeprefix(f"{stage.name}_"): v for key, v in stage_results.items()}
+            stage_results = prefixed(stage.name, own)
         results |= stage_results
         if number > 1 and stage.training.process_index == 0:
             write_results(folder, results, keep_old=True)

@@ -1,7 +1,7 @@
 """Translation: pairs of texts in, a model that continues a prompt with the translation out.
 
-Data has the layout of Hugging Face's run_translation, `{"translation": {"en": ..., "de": ...}}`, or two columns named as
-the languages. It comes from the embedded default corpus, the Hub, or local files.
+Data has the layout of Hugging Face's run_translation, `{"translation": {"en": ..., "de": ...}}`, or two columns named
+as the languages. It comes from the embedded default corpus, the Hub, or local files.
 """
 
 import gzip
@@ -40,9 +40,7 @@ class TranslationArguments:
     target_lang: str = field(default="zh", metadata={"help": "Key of the target text in the data."})
     dataset_name: str | None = field(default=None, metadata={"help": "Data set id on the Hub."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration, such as de-en."})
-    data_dir: str | None = field(
-        default=None, metadata={"help": "Folder with train.*, validation.* and test.* files."}
-    )
+    data_dir: str | None = field(default=None, metadata={"help": "Folder with train, validation and test files."})
     train_file: str | None = field(default=None, metadata={"help": ".json, .jsonl, .csv or .parquet, also gzipped."})
     validation_file: str | None = field(default=None, metadata={"help": "The same, for --do_eval."})
     test_file: str | None = field(default=None, metadata={"help": "The same, for --do_predict."})
@@ -187,6 +185,11 @@ def read_file(path: str, streaming: bool) -> Dataset | IterableDataset:
         raise ValueError(f"{path}{', ' if cause.startswith('line') else ': '}{' '.join(cause.split())}.") from error
 
 
+def progress(dataset: Dataset | IterableDataset, label: str) -> dict[str, str]:
+    """The words beside `map`'s progress bar; a stream has none."""
+    return {"desc": label} if isinstance(dataset, Dataset) else {}
+
+
 class Translation(Task):
     """See the module. `prompt` is what the model is given, `target` what it has to write."""
 
@@ -316,7 +319,7 @@ class Translation(Task):
                 "target": [target.strip() for _, target in pairs],
             }
 
-        rows = dataset.map(convert, batched=True, remove_columns=list(first))
+        rows = dataset.map(convert, batched=True, remove_columns=list(first), **progress(dataset, "read"))
         if isinstance(dataset, Dataset):
             if not len(rows):
                 raise ValueError(f"{where}: no row has text in both {languages[0]!r} and {languages[1]!r}.")
@@ -365,8 +368,8 @@ class Translation(Task):
     ) -> Dataset | IterableDataset:
         """Token ids of prompt + target + end, with the loss on the target only.
 
-        Adds `input_ids`, `labels`, `length`; for evaluation also `prompt_ids`. For training, rows over the length limits
-        are left out.
+        Gives `input_ids`, `labels`, `length`; for evaluation also `prompt_ids`. For training, rows over the length
+        limits are left out.
         """
         arguments = self.arguments
         end = tokenizer.eos_token_id
@@ -394,7 +397,7 @@ class Translation(Task):
             return features if is_training else features | {"prompt_ids": [prompt for prompt, _ in pairs]}
 
         remove = ["prompt", "source", "target"]
-        features = rows.map(encode, batched=True, remove_columns=remove)
+        features = rows.map(encode, batched=True, remove_columns=remove, **progress(rows, "tokenize"))
         if isinstance(rows, Dataset) and len(features) < len(rows):
             print(
                 f"left out {len(rows) - len(features):,} of {len(rows):,} training rows over --max_source_length "
@@ -428,6 +431,12 @@ class Translation(Task):
             return None
         return nearest_pair_baseline(train["source"], train["target"], [row["source"] for row in rows])
 
+    def _local_name(self) -> str:
+        """The names of local data without their folders, which are nobody else's business."""
+        arguments = self.arguments
+        paths = (arguments.data_dir, arguments.train_file, arguments.validation_file, arguments.test_file)
+        return ", ".join(Path(path).name for path in paths if path)
+
     def card_data(self) -> dict[str, Any]:
         arguments = self.arguments
         return {
@@ -436,7 +445,7 @@ class Translation(Task):
             "datasets": [arguments.dataset_name] if arguments.dataset_name else [],
             "metrics": {"bleu": ("sacrebleu", "BLEU"), "chrf2": ("chrf", "chrF2"),
                         "exact_match": ("exact_match", "exact match")},
-            "dataset_name": arguments.dataset_name or arguments.data_dir or arguments.test_file or "CLDR phrases (embedded)",
+            "dataset_name": arguments.dataset_name or self._local_name() or "CLDR phrases (embedded)",
             "title": f"{arguments.source_lang} to {arguments.target_lang} translation",
             "prompt": self.prompt("Hello."),
             "data": self.description,
