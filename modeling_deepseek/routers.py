@@ -73,9 +73,11 @@ class DeepSeekTopKRouter(Float32Buffers):
         self.score = SCORING_FUNCTIONS[config.scoring_func]
         self.choose = CHOICES[config.topk_method]
         self.n_group, self.topk_group = config.n_group, config.topk_group
-        self.normalize = config.norm_topk_prob and self.top_k > 1
-        # V2's released code scales only weights that it does not normalise; V3's scales all.
-        scales = config.scoring_func == "sigmoid" or not self.normalize
+        # V2's released code leaves a single weight as it is, and scales only weights that it does not normalise; V3's
+        # formula (eq. 13) normalises and scales all.
+        is_sigmoid = config.scoring_func == "sigmoid"
+        self.normalize = config.norm_topk_prob and (is_sigmoid or self.top_k > 1)
+        scales = is_sigmoid or not self.normalize
         self.routed_scaling_factor = config.routed_scaling_factor if scales else 1.0
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         if config.topk_method == "noaux_tc":
