@@ -110,12 +110,11 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """The implementation asked for; without a wish grouped_mm, or eager for widths that grouped_mm refuses."""
-        if requested_experts is None and self.config.n_routed_experts is not None:
-            dtype = self.config.dtype or torch.get_default_dtype()
-            itemsize = (getattr(torch, dtype) if isinstance(dtype, str) else dtype).itemsize
-            widths = (self.config.hidden_size, self.config.moe_intermediate_size)
-            if any(width * itemsize % 16 for width in widths):
-                requested_experts = "eager"
+        config = self.config
+        # It wants rows of whole 16 bytes: 8 numbers in bfloat16, to which a model may be cast at any time.
+        odd = config.n_routed_experts and (config.hidden_size % 8 or (config.moe_intermediate_size or 0) % 8)
+        if requested_experts is None and odd:
+            requested_experts = "eager"
         return super().get_correct_experts_implementation(requested_experts)
 
     @classmethod
@@ -239,11 +238,15 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
         """The mask of this call, in the form that the attention implementation asks for; built once for all layers."""
         if position_ids is not None and inputs_embeds.shape[1] > 1:
             # transformers looks for packed documents only without a mask and a cache: let those that say nothing
-            # count as absent, else documents leak into each other.
+            # count as absent, and tell padding by positions, else documents leak into each other.
             if past_key_values is not None and not past_key_values.is_compileable:
                 past_key_values = past_key_values if past_key_values.get_seq_length() else None
             if attention_mask is not None and attention_mask.ndim == 2 and past_key_values is None:
-                attention_mask = None if attention_mask.bool().all() else attention_mask
+                visible = attention_mask.bool()
+                positions = torch.where(visible, position_ids, -2)  # each pad becomes a document of its own
+                restarts = visible[:, 1:] & (positions[:, 1:] <= positions.cummax(-1).values[:, :-1])
+                if visible.all() or restarts.any():
+                    attention_mask, position_ids = None, positions
         return create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
