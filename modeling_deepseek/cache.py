@@ -73,6 +73,12 @@ class GrowingLayer(DynamicLayer):
         if self.keys.data_ptr() != self._key_buffer.data.data_ptr() or not _rows_of(self.keys, self._key_buffer.data):
             self._key_buffer, self._value_buffer = _Buffer(self.keys), _Buffer(self.values)
 
+    def offload(self) -> None:
+        """Move to the CPU, the buffers too: they would keep the accelerator's memory."""
+        super().offload()
+        if self.is_initialized:
+            self._adopt()
+
     def get_seq_length(self) -> int:
         """Tokens seen so far."""
         return self.keys.shape[-2] if self.is_initialized else 0
