@@ -1,0 +1,94 @@
+"""Tiny models of every preset under every head, for the tests of the model class as transformers sees it."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from configuration_deepseek import PRESETS, preset
+from modeling_deepseek import (
+    DeepSeekForCausalLM,
+    DeepSeekForQuestionAnswering,
+    DeepSeekForSequenceClassification,
+    DeepSeekForTokenClassification,
+    DeepSeekModel,
+)
+
+TINY = [name for name in PRESETS if name.startswith("tiny_")]
+HEADS = [
+    DeepSeekModel,
+    DeepSeekForCausalLM,
+    DeepSeekForSequenceClassification,
+    DeepSeekForTokenClassification,
+    DeepSeekForQuestionAnswering,
+]
+
+
+def tiny(name: str, head: type[PreTrainedModel] = DeepSeekForCausalLM, **overrides) -> PreTrainedModel:
+    """A model with weights large enough that attention and routing differ between tokens, in eval mode."""
+    torch.manual_seed(0)
+    model = head(preset(name, **{"initializer_range": 0.2, "num_labels": 3, "eos_token_id": None, **overrides})).eval()
+    for key, buffer in model.named_buffers():
+        if key.endswith("e_score_correction_bias"):
+            buffer.uniform_(-0.2, 0.2)
+    return model
+
+
+def token_ids(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Random tokens of the tiny vocabulary, special ones excluded."""
+    return torch.randint(3, 97, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def labels_for(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the model's head learns from, for tokens [B, S]; empty for the trunk."""
+    rows = torch.arange(ids.shape[0])
+    return {
+        DeepSeekModel: {},
+        DeepSeekForCausalLM: {"labels": ids},
+        DeepSeekForSequenceClassification: {"labels": rows % 3},
+        DeepSeekForTokenClassification: {"labels": ids % 3},
+        DeepSeekForQuestionAnswering: {"start_positions": rows % 2, "end_positions": rows % 2 + 1},
+    }[type(model)]
+
+
+@torch.no_grad()
+def outputs(model: PreTrainedModel, ids: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+    """What the model says of its input, as one tensor: [B, S, ...], or [B, labels] for whole sequences."""
+    result = model(input_ids=ids, **kwargs)
+    if isinstance(model, DeepSeekForQuestionAnswering):
+        return torch.stack((result.start_logits, result.end_logits), dim=-1)
+    return result.last_hidden_state if isinstance(model, DeepSeekModel) else result.logits
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> Iterator[None]:
+    """Models this small only wait for each other on more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=HEADS, ids=lambda head: head.__name__, scope="session")
+def head(request: pytest.FixtureRequest) -> type[PreTrainedModel]:
+    """Each head class."""
+    return request.param
+
+
+@pytest.fixture(params=TINY, scope="session")
+def name(request: pytest.FixtureRequest) -> str:
+    """Each tiny preset's name."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def model(name: str, head: type[PreTrainedModel]) -> PreTrainedModel:
+    """Each tiny preset under each head; shared, so tests leave it as it was."""
+    return tiny(name, head)
+
+
+@pytest.fixture(scope="session")
+def causal(name: str) -> DeepSeekForCausalLM:
+    """Each tiny language model; shared, so tests leave it as it was."""
+    return tiny(name)
