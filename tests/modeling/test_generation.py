@@ -1,0 +1,222 @@
+"""`generate` in all its modes: each agrees with greedy decoding by whole forward passes, or refuses in one line."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache, StaticCache
+
+from modeling_deepseek import DeepSeekForCausalLM
+from tests.modeling.conftest import outputs, tiny, token_ids
+from tests.reference.compare import assert_close
+
+NEW = 8
+GREEDY = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 2}
+
+
+def by_whole_passes(model, ids, steps=NEW):
+    """Greedy continuation without any cache: the yardstick."""
+    for _ in range(steps):
+        ids = torch.cat((ids, outputs(model, ids, use_cache=False)[:, -1:].argmax(-1)), dim=1)
+    return ids
+
+
+def left_padded(rows, pad=2):
+    """Rows of different lengths as one batch, and its mask."""
+    longest = max(len(row) for row in rows)
+    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+@pytest.mark.parametrize("arguments", [{}, {"use_cache": False}, {"cache_implementation": "dynamic"}], ids=str)
+def test_greedy(causal, arguments):
+    ids = token_ids(2, 6)
+    assert torch.equal(causal.generate(ids, **GREEDY, **arguments), by_whole_passes(causal, ids))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_greedy_by_each_attention(name, implementation):
+    model, ids = tiny(name), token_ids(2, 6)
+    expected = by_whole_passes(model, ids)
+    model.set_attn_implementation(implementation)
+    assert torch.equal(model.generate(ids, **GREEDY), expected)
+
+
+def test_rows_of_a_left_padded_batch_equal_single_rows(causal):
+    rows = [token_ids(length, seed=length).tolist() for length in (2, 9, 5)]
+    ids, mask = left_padded(rows)
+    for beams in (1, 3):
+        batch = causal.generate(ids, attention_mask=mask, num_beams=beams, **GREEDY)
+        for row, got in zip(rows, batch, strict=True):
+            alone = causal.generate(torch.tensor([row]), num_beams=beams, **GREEDY)[0]
+            assert got[9:].tolist() == alone[len(row) :].tolist()
+
+
+def test_beam_search_with_and_without_a_cache(causal):
+    ids = token_ids(2, 6)
+    beams = {"num_beams": 4, "num_return_sequences": 3, "return_dict_in_generate": True, "output_scores": True}
+    cached = causal.generate(ids, **GREEDY, **beams)
+    plain = causal.generate(ids, use_cache=False, **GREEDY, **beams)
+    assert torch.equal(cached.sequences, plain.sequences)
+    assert_close(cached.sequences_scores, plain.sequences_scores)
+    log_probabilities = outputs(causal, cached.sequences).log_softmax(-1)[:, 5:-1]
+    chosen = log_probabilities.gather(-1, cached.sequences[:, 6:, None]).sum((1, 2)) / NEW
+    assert_close(cached.sequences_scores, chosen, tolerance=1e-4)
+
+
+def test_sampling_with_a_seed_is_the_same_with_and_without_a_cache(causal):
+    def sample(**kwargs):
+        torch.manual_seed(3)
+        return causal.generate(token_ids(2, 6), max_new_tokens=NEW, do_sample=True, top_k=20, top_p=0.9, **kwargs)
+
+    assert torch.equal(sample(), sample(use_cache=False))
+
+
+def test_assisted_generation_equals_greedy(causal, name):
+    assistant = tiny(name, num_hidden_layers=2)
+    assistant.generation_config.num_assistant_tokens = 3
+    ids = token_ids(1, 6)
+    expected = by_whole_passes(causal, ids, 14)
+    arguments = GREEDY | {"max_new_tokens": 14}
+    assert torch.equal(causal.generate(ids, assistant_model=assistant, **arguments), expected)
+    twin = copy.deepcopy(causal)  # proposes what is accepted, where the other proposes what is rejected
+    assert torch.equal(causal.generate(ids, assistant_model=twin, **arguments), expected)
+
+
+@pytest.mark.parametrize("arguments", [{"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 1}], ids=str)
+def test_speculation_without_an_assistant_equals_greedy(causal, arguments):
+    ids = token_ids(1, 4).repeat(1, 4)
+    assert torch.equal(causal.generate(ids, **GREEDY, **arguments), by_whole_passes(causal, ids))
+
+
+def test_early_exit_leaves_the_number_of_layers(causal):
+    causal.generate(token_ids(1, 6), assistant_early_exit=1, **GREEDY)
+    assert causal.config.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_static_cache_equals_dynamic(causal, beams):
+    rows = [token_ids(length, seed=length).tolist() for length in (4, 7)]
+    ids, mask = left_padded(rows)
+    arguments = {"attention_mask": mask, "num_beams": beams, "disable_compile": True, **GREEDY}
+    expected = causal.generate(ids, **arguments)
+    assert torch.equal(causal.generate(ids, cache_implementation="static", **arguments), expected)
+    chunked = causal.generate(ids, prefill_chunk_size=3, **arguments)
+    assert torch.equal(chunked, expected)
+
+
+def test_a_static_cache_of_ones_own(causal):
+    ids = token_ids(2, 6)
+    cache = StaticCache(causal.config, max_cache_len=32)
+    got = causal.generate(ids, past_key_values=cache, disable_compile=True, **GREEDY)
+    assert torch.equal(got, by_whole_passes(causal, ids))
+    cache.reset()
+    again = causal.generate(ids, past_key_values=cache, disable_compile=True, **GREEDY)
+    assert torch.equal(again, got)
+
+
+def test_embeddings_as_the_prompt(causal):
+    ids = token_ids(2, 6)
+    got = causal.generate(inputs_embeds=causal.get_input_embeddings()(ids), **GREEDY)
+    assert torch.equal(got, by_whole_passes(causal, ids)[:, 6:])
+
+
+def test_continuing_from_a_returned_cache(causal):
+    ids = token_ids(1, 6)
+    first = causal.generate(ids, return_dict_in_generate=True, **GREEDY)
+    cache = first.past_key_values
+    assert cache.get_seq_length() == 6 + NEW - 1  # the last token has not been read yet
+    turn = torch.cat((first.sequences, token_ids(1, 5, seed=1)), dim=1)
+    expected = by_whole_passes(causal, turn)
+    kept = copy.deepcopy(cache)
+    assert torch.equal(causal.generate(turn, past_key_values=cache, **GREEDY), expected)
+    kept.crop(-3)
+    assert torch.equal(causal.generate(turn, past_key_values=kept, **GREEDY), expected)
+
+
+def test_one_prompt_cache_serves_several_continuations(causal):
+    prompt = token_ids(1, 9)
+    with torch.no_grad():
+        cache = causal(prompt, past_key_values=DynamicCache(config=causal.config), use_cache=True).past_key_values
+    for seed in (1, 2):
+        ids = torch.cat((prompt, token_ids(1, 3, seed=seed)), dim=1)
+        got = causal.generate(ids, past_key_values=copy.deepcopy(cache), **GREEDY)
+        assert torch.equal(got, by_whole_passes(causal, ids))
+
+
+def test_a_cache_without_a_config_works_too(causal):
+    ids = token_ids(2, 6)
+    got = causal.generate(ids, past_key_values=DynamicCache(), **GREEDY)
+    assert torch.equal(got, by_whole_passes(causal, ids))
+
+
+def test_stops_at_the_end_token_and_pads(causal):
+    ids = token_ids(2, 6)
+    expected = by_whole_passes(causal, ids)
+    end = expected[0, 8].item()
+    got = causal.generate(ids, eos_token_id=end, **GREEDY)
+    for row, whole in zip(got.tolist(), expected.tolist(), strict=True):
+        stop = next((i for i in range(6, len(whole)) if whole[i] == end), len(whole))
+        assert row == (whole[: stop + 1] + [2] * len(row))[: len(row)]
+
+
+def test_records_hidden_states_and_attentions_of_each_step(causal):
+    model = copy.deepcopy(causal)
+    model.set_attn_implementation("eager")
+    recorded = {"output_hidden_states": True, "output_attentions": True, "return_dict_in_generate": True}
+    result = model.generate(token_ids(2, 6), **recorded, **GREEDY)
+    lengths = [6] + [1] * (NEW - 1)
+    assert [h[0].shape for h in result.hidden_states] == [(2, length, 32) for length in lengths]
+    widths = [a[0].shape for a in result.attentions]
+    assert widths == [(2, 4, length, 6 + i) for i, length in enumerate(lengths)]
+
+
+REFUSED = ["quantized", "sliding_window", "paged", "offloaded_hybrid"]
+
+
+@pytest.mark.parametrize("word", REFUSED)
+def test_unsupported_caches_are_refused_with_what_is_supported(causal, word):
+    with pytest.raises(ValueError) as refusal:
+        causal.generate(token_ids(1, 6), cache_implementation=word, **GREEDY)
+    assert str(refusal.value) == (
+        f"cache_implementation {word!r} is not supported by DeepSeek models; "
+        "use one of 'dynamic', 'static', 'offloaded', 'offloaded_static'"
+    )
+
+
+def test_continuous_batching_is_refused(causal):
+    with pytest.raises(ValueError, match="'paged' is not supported by DeepSeek models; use one of 'dynamic'"):
+        causal.generate_batch([[5, 6, 7]], max_new_tokens=3)
+    with pytest.raises(ValueError, match="'paged' is not supported"):
+        causal.init_continuous_batching()
+
+
+@pytest.mark.parametrize("word", ["offloaded", "offloaded_static"])
+def test_offloaded_caches(causal, word):
+    ids = token_ids(2, 6)
+    if not torch.accelerator.is_available():
+        with pytest.raises(ValueError, match=f"'{word}' needs an accelerator, and there is none; use 'dynamic'"):
+            causal.generate(ids, cache_implementation=word, **GREEDY)
+        return
+    model = copy.deepcopy(causal).to(torch.accelerator.current_accelerator())
+    got = model.generate(ids.to(model.device), cache_implementation=word, **GREEDY)
+    assert torch.equal(got.cpu(), by_whole_passes(causal, ids))
+
+
+def test_generation_config_is_saved_and_read(tmp_path, name):
+    model = tiny(name)
+    model.generation_config.max_new_tokens = 3
+    model.save_pretrained(tmp_path)
+    loaded = DeepSeekForCausalLM.from_pretrained(tmp_path)
+    assert loaded.generate(token_ids(1, 4)).shape == (1, 7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", ["tiny_llm", "tiny_v3"])
+def test_static_cache_compiles_decoding(compiled):
+    model, ids = tiny(compiled, **({} if compiled == "tiny_llm" else {"moe_intermediate_size": 16})), token_ids(2, 6)
+    expected = by_whole_passes(model, ids)
+    model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
+    got = model.generate(ids, cache_implementation="static", **GREEDY)
+    assert torch.equal(got, expected)
