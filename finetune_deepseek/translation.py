@@ -122,9 +122,7 @@ def find_files(folder: str) -> dict[str, str]:
         found = [path for path in paths if path.name.startswith(beginnings)]
         if len(found) > 1:
             names = ", ".join(path.name for path in found)
-            raise ValueError(
-                f"--data_dir {folder}: several files for {split} ({names}); name one with --{split}_file."
-            )
+            raise ValueError(f"--data_dir {folder}: several files for {split} ({names}); use --{split}_file.")
         if found:
             files[split] = str(found[0])
     if not files:
@@ -182,6 +180,8 @@ def read_file(path: str, streaming: bool) -> Dataset | IterableDataset:
         return dataset
     except Exception as error:  # datasets, pyarrow and pandas each raise classes of their own
         cause = (broken_json(path) if reader == "json" else None) or str(error.__cause__ or error)
+        if "corresponds to no data" in cause:
+            cause = "no rows"
         raise ValueError(f"{path}{', ' if cause.startswith('line') else ': '}{' '.join(cause.split())}.") from error
 
 
@@ -229,7 +229,10 @@ class Translation(Task):
                     dataset = dataset.shuffle(seed=self.seed, buffer_size=STREAM_SHUFFLE_ROWS)
             elif limit:
                 dataset = dataset.select(range(min(limit, len(dataset))))
-            splits[split] = self._text_rows(dataset, self._where(split))
+            try:
+                splits[split] = self._text_rows(dataset, self._where(split))
+            except UnicodeDecodeError as error:  # arrow hands bytes through and decodes on use
+                raise ValueError(f"{self._where(split)}: can't be read as UTF-8 text: {error}.") from error
         return splits
 
     def _limits(self) -> tuple[int | None, int | None, int | None]:
@@ -306,7 +309,7 @@ class Translation(Task):
                 )
 
         def convert(batch: dict[str, list]) -> dict[str, list]:
-            columns = [[row[language] for row in batch["translation"]] if is_nested else batch[language]
+            columns = [[(row or {}).get(language) for row in batch["translation"]] if is_nested else batch[language]
                        for language in languages]  # fmt: skip
             pairs = [
                 pair
@@ -320,12 +323,11 @@ class Translation(Task):
             }
 
         rows = dataset.map(convert, batched=True, remove_columns=list(first), **progress(dataset, "read"))
-        if isinstance(dataset, Dataset):
-            if not len(rows):
-                raise ValueError(f"{where}: no row has text in both {languages[0]!r} and {languages[1]!r}.")
-            if len(rows) < len(dataset):
-                count = len(dataset) - len(rows)
-                print(f"{where}: left out {count:,} of {len(dataset):,} rows without text in one of the languages")
+        if next(iter(rows), None) is None:
+            raise ValueError(f"{where}: no row has text in both {languages[0]!r} and {languages[1]!r}.")
+        if isinstance(rows, Dataset) and len(rows) < len(dataset):
+            count = len(dataset) - len(rows)
+            print(f"{where}: left out {count:,} of {len(dataset):,} rows without text in one of the languages")
         return rows
 
     def prompt(self, source: str) -> str:

@@ -1,0 +1,89 @@
+"""What a run writes: whole files or none, a valid card template, a push that carries everything."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from finetune_deepseek.callbacks import plot_losses
+from finetune_deepseek.model_card import SLOT, TEMPLATE, fill
+from finetune_deepseek.run import replaced_folder, write_text
+
+from .conftest import TINY, flags
+
+ROOT = Path(__file__).parents[2]
+
+
+def limit_file_size(size):
+    """For a child process: writing beyond `size` bytes fails, as it does on a full disk."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_a_disk_that_is_full_ends_with_one_line_and_nothing_half_written(data, tmp_path):
+    out = tmp_path / "out"
+    settings = (
+        TINY | data | {"output_dir": out, "max_steps": 2, "save_steps": 1, "config_overrides": "hidden_size=128"}
+    )
+    process = subprocess.run(
+        [sys.executable, "-m", "finetune_deepseek", "translation", *flags(settings)],
+        preexec_fn=limit_file_size(300_000),  # the tokenizer fits, the weights don't
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert process.returncode == 2, process.stderr[-3000:]
+    assert process.stderr.strip().splitlines()[-1].startswith("deepseek-hf: error: ")
+    assert "Traceback" not in process.stderr
+    assert not list(out.rglob("*"))
+
+
+def test_a_failed_save_keeps_what_was_there(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "weights").write_text("old")
+    with pytest.raises(OSError, match="full"), replaced_folder(folder) as beside:
+        (beside / "weights").write_text("new")
+        raise OSError("full")
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "weights"]
+    assert (folder / "weights").read_text() == "old"
+    with replaced_folder(folder) as beside:
+        (beside / "sub").mkdir()
+        (beside / "sub" / "more").write_text("more")
+        (beside / "weights").write_text("new")
+    assert (folder / "weights").read_text() == "new"
+    assert (folder / "sub" / "more").read_text() == "more"
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_write_text_is_whole_or_nothing(tmp_path):
+    write_text(tmp_path / "a", "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "a", "x" * 100_000 + "\ud800")
+    assert (tmp_path / "a").read_text() == "old"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_template_is_one_file_and_a_valid_card():
+    assert (ROOT / "model_card.md").resolve() == TEMPLATE.resolve()
+    card = ModelCard.load(ROOT / "model_card.md", ignore_metadata_errors=False)
+    assert card.data.library_name == "transformers"
+    assert card.data.license == "apache-2.0"
+    assert "deepseek" in card.data.tags
+
+
+def test_slots_are_filled_to_the_end_of_their_line():
+    template = "# <!-- title -->Model\n<!-- usage -->\nend <!-- limits -->kept"
+    assert fill(template, {"title": "T", "usage": "a\nb"}) == "# T\na\nb\nend <!-- limits -->kept"
+    assert set(SLOT.findall(TEMPLATE.read_text())) == {
+        *("title", "summary", "usage", "results", "data", "protocol", "limits"),
+    }
+
+
+def test_loss_plot_without_any_loss(tmp_path):
+    plot_losses([], tmp_path / "loss_plot.png")
+    plot_losses([{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 2.5}], tmp_path / "loss_plot.png")
+    assert os.listdir(tmp_path) == ["loss_plot.png"]
