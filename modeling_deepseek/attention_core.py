@@ -63,12 +63,7 @@ def attend(
         Output [B, S, H, width of value], and the weights where the implementation gives them.
     """
     implementation = module.config._attn_implementation
-    width = value.shape[-1]
-    fused = implementation != "eager"
-    if fused and query.shape[2] > 1 and width < key.shape[-1]:
-        # Fused kernels want one width for keys and values; without it torch falls back to the slow one.
-        value = F.pad(value, (0, key.shape[-1] - width))
-    output, weights = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)(
+    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)(
         module,
         query,
         key,
@@ -78,4 +73,3 @@ def attend(
         scaling=scaling,
         **kwargs,
     )
-    return output[..., :width], weights

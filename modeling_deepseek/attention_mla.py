@@ -14,6 +14,7 @@ from typing import cast
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 from .attention_core import attend
@@ -97,7 +98,12 @@ class DeepSeekMultiHeadLatentAttention(nn.Module):
         expanded = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         nope, value = expanded.split((self.nope, expanded.shape[-1] - self.nope), dim=-1)  # [B, H, T, n], [.., v]
         key = torch.cat((nope, rope.expand(-1, self.num_heads, -1, -1)), dim=-1)
-        return attend(self, query, key, value, attention_mask, self.scaling, **kwargs)
+        width, implementation = value.shape[-1], self.config._attn_implementation
+        if implementation != "eager" and (implementation != "sdpa" or query.shape[2] > 1):
+            # Fused kernels want one width for keys and values; without it torch falls back to the slow one.
+            value = F.pad(value, (0, key.shape[-1] - width))
+        output, weights = attend(self, query, key, value, attention_mask, self.scaling, **kwargs)
+        return output[..., :width], weights
 
     def attend_absorbed(
         self,
