@@ -12,9 +12,9 @@ PACKAGES := configuration_deepseek tokenization_deepseek modeling_deepseek finet
 quickstart: $(INSTALLED)
 	$(BIN)/deepseek-hf finetune translation
 
-# Two workers with one thread each: tiny models gain nothing from threads and lose much by sharing them.
+# Two workers with one thread each: tiny models gain nothing from threads. By file, so that fixtures are made once.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -q -m slow
