@@ -34,7 +34,8 @@ class _Buffer:
     def append(self, length: int, rows: torch.Tensor) -> torch.Tensor:
         """Write rows [B, H, S, W] behind the first `length`; returns a view of all length + S."""
         end = length + rows.shape[-2]
-        if end > self.data.shape[-2]:
+        frozen = self.data.is_inference() and not torch.is_inference_mode_enabled()  # refuses to be written to
+        if end > self.data.shape[-2] or frozen:
             grown = rows.new_empty(*rows.shape[:2], max(end, 2 * self.data.shape[-2]), rows.shape[-1])
             grown[:, :, :length] = self.data[:, :, :length]
             self.data = grown
@@ -57,8 +58,9 @@ class GrowingLayer(DynamicLayer):
         """Append [B, H, S, W] states; returns all keys and values so far."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        if torch.is_grad_enabled() and (key_states.requires_grad or self.keys.requires_grad):
-            # Autograd saved the old rows for backward: writing beside them in the same storage would invalidate them.
+        if torch.is_grad_enabled():
+            # Autograd may have saved the old rows (for the query's gradient, where keys and values need none):
+            # writing beside them in the same storage would invalidate them.
             self.keys = torch.cat((self.keys, key_states), dim=-2)
             self.values = torch.cat((self.values, value_states), dim=-2)
             return self.keys, self.values
