@@ -186,15 +186,15 @@ def draw_list(rng: random.Random) -> Phrase:
 
 # Kind of composition -> (its share of the draws in percent, how to draw one).
 COMPOSITIONS: dict[str, tuple[int, Callable[[random.Random], Phrase]]] = {
-    "date": (16, draw_date),
-    "time": (3, draw_time),
-    "date_time": (14, draw_date_time),
-    "relative_time": (9, draw_relative_time),
-    "interval": (10, draw_interval),
-    "quantity": (16, draw_quantity),
-    "money": (12, draw_money),
+    "date": (14, draw_date),
+    "time": (2, draw_time),
+    "date_time": (9, draw_date_time),
+    "relative_time": (8, draw_relative_time),
+    "interval": (11, draw_interval),
+    "quantity": (18, draw_quantity),
+    "money": (14, draw_money),
     "compact_number": (6, draw_compact_number),
-    "list": (14, draw_list),
+    "list": (18, draw_list),
 }
 
 

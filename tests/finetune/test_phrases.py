@@ -153,8 +153,8 @@ def test_the_corpus_is_the_same_in_every_process():
     for split, source in {"train": "1 kilometers", "test": "7 kilometers", "validation": "19 kilometers"}.items():
         assert split_of(source) == split
     first, second = default_corpus("zh", 300, 1, 2, seed=1)["test"]["translation"]
-    assert first == {"en": "0.6 feet", "zh": "0.6英尺"}
-    assert second == {"en": "Tagalog, Vietnamese, and Romanian", "zh": "他加禄语、越南语和罗马尼亚语"}
+    assert first == {"en": "0.08 British pounds", "zh": "0.08英镑"}
+    assert second == {"en": "Nov 4 – 8, 2049", "zh": "2049年11月4日至8日"}
 
 
 def test_generation_is_fast():
