@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 
+import datasets
 import pytest
 from datasets import Dataset
 
@@ -36,7 +37,8 @@ def tokenizer():
     "name", ["rows.jsonl", "rows.json", "rows.jsonl.gz", "array.json", "rows.csv", "rows.parquet"]
 )
 @pytest.mark.parametrize("streaming", [False, True])
-def test_every_file_form_gives_the_same_rows(name, streaming, tmp_path):
+def test_every_file_form_gives_the_same_rows(name, streaming, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)  # 5 s per opened parquet stream
     path = tmp_path / name
     nested = [{"translation": {"en": source, "de": target}} for source, target in PAIRS]
     flat = Dataset.from_list([{"en": source, "de": target} for source, target in PAIRS])
