@@ -101,7 +101,7 @@ class DeepSeekMultiHeadLatentAttention(nn.Module):
         width, implementation = value.shape[-1], self.config._attn_implementation
         if implementation != "eager" and (implementation != "sdpa" or query.shape[2] > 1):
             # Fused kernels want one width for keys and values; without it torch falls back to the slow one.
-            value = F.pad(value, (0, key.shape[-1] - width))
+            value = F.pad(value, (0, max(key.shape[-1] - width, 0)))
         output, weights = attend(self, query, key, value, attention_mask, self.scaling, **kwargs)
         return output[..., :width], weights
 
@@ -128,8 +128,10 @@ class DeepSeekMultiHeadLatentAttention(nn.Module):
             attention_mask = attention_mask.expand(batch, heads, length, -1).reshape(batch, 1, heads * length, -1)
         kwargs["is_causal"] = False  # rows of the query are heads, not only positions; a mask says what is visible
         query = query.reshape(batch, 1, heads * length, -1)
-        mixed, weights = attend(self, query, rows, rows[..., : self.latent], attention_mask, self.scaling, **kwargs)
-        mixed = mixed.squeeze(2).unflatten(1, (heads, length)).transpose(0, 1).flatten(1, 2)  # [H, B S, R]
+        # Whole rows are the values too, and the rotary part of what comes out is dropped: fused kernels want one width
+        # for keys and values, and without them torch makes a scaled copy of all keys.
+        mixed, weights = attend(self, query, rows, rows, attention_mask, self.scaling, **kwargs)
+        mixed = mixed[..., 0, : self.latent].unflatten(1, (heads, length)).transpose(0, 1).flatten(1, 2)  # [H, B S, R]
         output = mixed @ up_projection[:, self.nope :].transpose(1, 2)  # [H, B S, v]
         output = output.unflatten(1, (batch, length)).permute(1, 2, 0, 3)
         return output, None if weights is None else weights.view(batch, heads, length, -1)
