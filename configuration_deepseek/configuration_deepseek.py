@@ -180,6 +180,7 @@ class DeepSeekConfig(PreTrainedConfig):
             self.layer_specs = [list(spec) for spec in self.layer_specs]
         super().__post_init__(**kwargs)
         self.rope_parameters.pop("type", None)  # the spelling before transformers 4.45; rope_type says the same
+        self.validate_architecture()  # transformers calls it too, but wraps what it raises in an error of its own
 
     # Derived ---------------------------------------------------------------------------------------------------------
 
@@ -229,7 +230,10 @@ class DeepSeekConfig(PreTrainedConfig):
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read a config.json, ours or any published one, as keyword arguments of this class."""
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        return from_official(config_dict), kwargs
+        try:
+            return from_official(config_dict), kwargs
+        except ValueError as error:
+            raise ValueError(f"{pretrained_model_name_or_path}: {error}") from None
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs):

@@ -48,7 +48,7 @@ def from_official(config_dict: dict[str, Any]) -> dict[str, Any]:
         ValueError: for a model_type that is no DeepSeek text model known here.
     """
     model_type = config_dict.get("model_type")
-    if model_type is None or "deepseek_format" in config_dict:
+    if model_type is None or (model_type == "deepseek" and "deepseek_format" in config_dict):
         return config_dict
     if model_type not in SOURCES:
         raise ValueError(
