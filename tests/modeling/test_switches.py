@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -10,7 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from configuration_deepseek import preset
 from modeling_deepseek import DeepSeekForCausalLM, attention_core
 from modeling_deepseek.moe import DeepSeekExperts
-from tests.modeling.conftest import HEADS, TINY, outputs, tiny, token_ids
+from tests.modeling.conftest import TINY, outputs, tiny, token_ids
 from tests.reference.compare import assert_close
 
 MOE = [name for name in TINY if name != "tiny_llm"]
@@ -166,11 +166,16 @@ def test_absorbed_decode_hands_over_the_cached_rows_themselves(name, word, monke
     assert handed == [(layer.keys.data_ptr(),) * 2 for layer in cache.layers]
 
 
-@pytest.mark.parametrize("head", HEADS, ids=lambda head: head.__name__)
-def test_transformers_private_switches_exist(head):
-    """The private names of transformers that DeepSeekPreTrainedModel overrides."""
-    from transformers import PreTrainedModel
-
-    for private in ("_can_set_attn_implementation", "_can_set_experts_implementation", "_finalize_model_loading"):
-        assert hasattr(PreTrainedModel, private)
-    assert head._can_set_attn_implementation() and head._can_set_experts_implementation()
+def test_transformers_still_has_the_private_names_that_we_override():
+    overridden = {
+        PreTrainedModel: [
+            "_can_set_attn_implementation",
+            "_can_set_experts_implementation",
+            "_finalize_model_loading",
+            "_init_weights",
+        ],
+        GenerationMixin: ["_prepare_cache_for_generation"],
+    }
+    for owner, names in overridden.items():
+        for private in names:
+            assert private in vars(owner) and getattr(DeepSeekForCausalLM, private) is not getattr(owner, private)

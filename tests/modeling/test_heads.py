@@ -1,0 +1,172 @@
+"""The heads: what they read off the trunk, what they learn from, and how they start from a language model."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from modeling_deepseek import (
+    DeepSeekForCausalLM,
+    DeepSeekForQuestionAnswering,
+    DeepSeekForSequenceClassification,
+    DeepSeekForTokenClassification,
+    DeepSeekModel,
+)
+from tests.modeling.conftest import labels_for, outputs, tiny, token_ids
+from tests.reference.compare import assert_close
+
+AUTO = {
+    DeepSeekModel: AutoModel,
+    DeepSeekForCausalLM: AutoModelForCausalLM,
+    DeepSeekForSequenceClassification: AutoModelForSequenceClassification,
+    DeepSeekForTokenClassification: AutoModelForTokenClassification,
+    DeepSeekForQuestionAnswering: AutoModelForQuestionAnswering,
+}
+OWN_WEIGHTS = {
+    DeepSeekModel: set(),
+    DeepSeekForCausalLM: {"lm_head.weight"},
+    DeepSeekForSequenceClassification: {"score.weight"},
+    DeepSeekForTokenClassification: {"score.weight", "score.bias"},
+    DeepSeekForQuestionAnswering: {"qa_outputs.weight", "qa_outputs.bias"},
+}
+
+
+@pytest.fixture(scope="module")
+def language_model(name, tmp_path_factory):
+    """A saved causal language model and its folder."""
+    folder, model = tmp_path_factory.mktemp(name), tiny(name)
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def test_from_a_language_model_only_the_head_is_new(language_model, head):
+    model, folder = language_model
+    loaded, info = AUTO[head].from_pretrained(folder, num_labels=3, output_loading_info=True)
+    assert type(loaded) is head
+    assert set(info["missing_keys"]) == (set() if head is DeepSeekForCausalLM else OWN_WEIGHTS[head])
+    assert set(info["unexpected_keys"]) <= {"lm_head.weight"} and not info["mismatched_keys"]
+    ids = token_ids(2, 7)
+    assert torch.equal(outputs(loaded.base_model, ids), outputs(model.model, ids))
+
+
+def test_a_language_model_from_a_bare_trunk_has_a_new_head(name, tmp_path):
+    tiny(name, DeepSeekModel).save_pretrained(tmp_path)
+    loaded, info = DeepSeekForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == {"lm_head.weight"}
+    assert torch.equal(outputs(loaded.model, token_ids(1, 5)), outputs(tiny(name, DeepSeekModel), token_ids(1, 5)))
+
+
+def test_new_heads_are_initialised(language_model, head):
+    if head is DeepSeekModel:
+        return
+    loaded = head.from_pretrained(language_model[1], num_labels=5)
+    for key in OWN_WEIGHTS[head] - {"lm_head.weight"}:
+        weight = loaded.get_parameter(key)
+        assert (weight == 0).all() if key.endswith("bias") else 0.1 < weight.std() < 0.3
+
+
+def test_another_number_of_labels_needs_leave(tmp_path):
+    tiny("tiny_v3", DeepSeekForTokenClassification).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"score.* shape \(3.*asks for \(7.*ignore_mismatched_sizes=True"):
+        DeepSeekForTokenClassification.from_pretrained(tmp_path, num_labels=7)
+    loaded = DeepSeekForTokenClassification.from_pretrained(tmp_path, num_labels=7, ignore_mismatched_sizes=True)
+    assert outputs(loaded, token_ids(1, 5)).shape == (1, 5, 7)
+
+
+def test_sequence_scores_are_read_at_the_last_token(name):
+    model = tiny(name, DeepSeekForSequenceClassification)
+    ids = token_ids(3, 8)
+    ids[0, 5:] = 2  # right padding
+    ids[1, :3] = 2  # left padding
+    mask = (ids != 2).long()
+    with torch.no_grad():
+        hidden = model.model(ids, attention_mask=mask).last_hidden_state
+        expected = F.linear(hidden[torch.arange(3), torch.tensor([4, 7, 7])], model.score.weight)
+    assert_close(outputs(model, ids, attention_mask=mask), expected)
+    model.config.pad_token_id = None  # then the mask tells
+    assert_close(outputs(model, ids, attention_mask=mask), expected)
+    embeds = model.get_input_embeddings()(ids)
+    assert_close(outputs(model, inputs_embeds=embeds, attention_mask=mask), expected)
+
+
+def test_sequence_scores_of_a_batch_without_any_sign_of_padding_are_refused():
+    model = tiny("tiny_llm", DeepSeekForSequenceClassification)
+    model.config.pad_token_id = None
+    with pytest.raises(ValueError, match="more than one row need config.pad_token_id or an attention_mask"):
+        model(token_ids(2, 5))
+    assert outputs(model, token_ids(1, 5)).shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("problem", "num_labels", "labels", "loss"),
+    [
+        ("regression", 1, torch.tensor([0.5, -1.0]), lambda x, y: F.mse_loss(x.squeeze(-1), y)),
+        ("regression", 3, torch.randn(2, 3), F.mse_loss),
+        ("single_label_classification", 3, torch.tensor([2, 0]), F.cross_entropy),
+        ("multi_label_classification", 3, torch.tensor([[1.0, 0, 1], [0, 0, 1]]), F.binary_cross_entropy_with_logits),
+    ],
+    ids=["regression of one", "regression of three", "one of three", "any of three"],
+)
+@pytest.mark.parametrize("told", [True, False])
+def test_sequence_losses(problem, num_labels, labels, loss, told):
+    if not told and problem == "regression" and num_labels > 1:
+        pytest.skip("targets of several numbers look like labels")
+    model = tiny("tiny_v2_lite", DeepSeekForSequenceClassification, num_labels=num_labels)
+    model.config.problem_type = problem if told else None
+    with torch.no_grad():
+        result = model(token_ids(2, 6), labels=labels)
+    torch.testing.assert_close(result.loss, loss(result.logits, labels))
+
+
+def test_token_loss_leaves_out_what_is_marked(name):
+    model, ids = tiny(name, DeepSeekForTokenClassification), token_ids(2, 6)
+    labels = ids % 3
+    labels[0, 2:] = -100
+    with torch.no_grad():
+        result = model(ids, labels=labels)
+    assert result.logits.shape == (2, 6, 3)
+    torch.testing.assert_close(result.loss, F.cross_entropy(result.logits.flatten(0, 1), labels.flatten()))
+
+
+def test_answer_loss_is_the_mean_over_both_ends(name):
+    model, ids = tiny(name, DeepSeekForQuestionAnswering), token_ids(3, 6)
+    starts, ends = torch.tensor([1, 0, 9]), torch.tensor([4, 0, 9])  # the third answer lies outside
+    with torch.no_grad():
+        result = model(ids, start_positions=starts, end_positions=ends)
+    assert result.start_logits.shape == result.end_logits.shape == (3, 6)
+    by_hand = [F.cross_entropy(result.start_logits[:2], starts[:2]), F.cross_entropy(result.end_logits[:2], ends[:2])]
+    torch.testing.assert_close(result.loss, sum(by_hand) / 2)
+
+
+def test_heads_return_no_loss_without_labels(model):
+    if isinstance(model, DeepSeekModel):
+        return
+    with torch.no_grad():
+        assert model(token_ids(1, 5)).loss is None
+
+
+def test_one_step_of_training_lowers_the_loss(name, head):
+    if head is DeepSeekModel:
+        return
+    model, ids = tiny(name, head).train(), token_ids(3, 9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    before = model(ids, **labels_for(model, ids)).loss
+    before.backward()
+    optimizer.step()
+    assert model(ids, **labels_for(model, ids)).loss < before
+
+
+def test_the_trunk_of_any_head_is_loaded_without_it(head, tmp_path):
+    model = tiny("tiny_v3", head)
+    model.save_pretrained(tmp_path)
+    loaded, info = AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert type(loaded) is DeepSeekModel
+    assert set(info["unexpected_keys"]) == OWN_WEIGHTS[head] and not info["missing_keys"]
+    ids = token_ids(2, 5)
+    assert torch.equal(outputs(loaded, ids), outputs(model.base_model, ids))
