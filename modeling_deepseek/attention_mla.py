@@ -21,6 +21,8 @@ from .attention_core import attend
 from .layers import DeepSeekRMSNorm
 from .rope import apply_rotary, yarn_softmax_factor
 
+PEFT_SWITCHES = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
+
 
 class DeepSeekMultiHeadLatentAttention(nn.Module):
     """MLA, with the query through a latent of its own (`q_lora_rank`) or projected directly (V2-Lite)."""
@@ -164,11 +166,19 @@ def is_plain_linear(module: nn.Module) -> bool:
     )
 
 
+def state_of(projection: nn.Module) -> tuple:
+    """What tells that a projection was changed in place: versions of its tensors, switches of PEFT's layers."""
+    versions = [0 if p.is_meta or p.is_inference() else p._version for p in projection.parameters()]
+    switches = [repr([vars(module).get(name) for name in PEFT_SWITCHES]) for module in projection.modules()]
+    return *versions, *switches
+
+
 def up_projection_of(kv_b_proj: nn.Module, rows: torch.Tensor, latent: int, cache_layer) -> torch.Tensor | None:
     """The matrix [H (n + v), R] that `kv_b_proj` applies to a latent, or `None` if no matrix can stand for it.
 
     A plain Linear gives its weight. Anything else (adapted, quantized, offloaded, hooked) is called on the identity,
-    so that it is honoured as in the expanded form, and the answer is kept on the cache layer for the cache's life.
+    so that it is honoured as in the expanded form; it must be linear, or linear with a bias. The answer is kept on the
+    cache layer while the projection's state lasts.
 
     Args:
         rows: a tensor of the type and device that the projection gets.
@@ -179,13 +189,11 @@ def up_projection_of(kv_b_proj: nn.Module, rows: torch.Tensor, latent: int, cach
         return cast(torch.Tensor, kv_b_proj.weight)
     if any(module._forward_pre_hooks for module in kv_b_proj.modules()):
         return None  # PEFT chooses adapters per row of the batch by such hooks; one matrix cannot
-    kept = getattr(cache_layer, "up_projection", None)
-    if kept is None:
+    state, kept = state_of(kv_b_proj), getattr(cache_layer, "up_projection", None)
+    if kept is None or kept[0] != state:
         probe = torch.cat((torch.eye(latent, dtype=rows.dtype, device=rows.device), rows.new_zeros(1, latent)))
         answer = kv_b_proj(probe)
-        if answer[-1].any():
-            return None  # affine: a matrix would lose the bias
-        kept = answer[:-1].T
+        kept = state, None if answer[-1].any() else answer[:-1].T  # of an affine map a matrix would lose the bias
         if hasattr(cache_layer, "up_projection"):
             cache_layer.up_projection = kept
-    return kept
+    return kept[1]

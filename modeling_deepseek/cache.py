@@ -93,11 +93,11 @@ def _rows_of(view: torch.Tensor, data: torch.Tensor) -> bool:
 class LatentLayer(GrowingLayer):
     """Latents and shared rotary keys of multi-head latent attention (arXiv 2405.04434, section 2.1.2).
 
-    `up_projection` is kept here by attention_mla.py where it had to be computed; it lives as long as what is cached.
+    `up_projection` is kept here by attention_mla.py where it had to be computed, with the state of what it stands for.
     """
 
     _layer_type = "deepseek_latent"
-    up_projection: torch.Tensor | None = None
+    up_projection: tuple[tuple, torch.Tensor | None] | None = None
 
     def reset(self) -> None:
         """Forget everything."""
@@ -115,7 +115,7 @@ class StaticLatentLayer(StaticLayer):
     """Latents and rotary keys in a tensor of a fixed length, for compiled generation."""
 
     _layer_type = "deepseek_latent"
-    up_projection: torch.Tensor | None = None
+    up_projection: tuple[tuple, torch.Tensor | None] | None = None
 
     def reset(self) -> None:
         """Forget everything."""
