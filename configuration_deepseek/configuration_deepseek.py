@@ -178,6 +178,7 @@ class DeepSeekConfig(PreTrainedConfig):
             self.topk_group = self.topk_group or 1
         if self.layer_specs is not None:
             self.layer_specs = [list(spec) for spec in self.layer_specs]
+        self._validate_layers()  # before transformers asks for layer_types
         super().__post_init__(**kwargs)
         self.rope_parameters.pop("type", None)  # the spelling before transformers 4.45; rope_type says the same
         self.validate_architecture()  # transformers calls it too, but wraps what it raises in an error of its own
