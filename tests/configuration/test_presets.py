@@ -1,0 +1,86 @@
+"""Named sizes: the published ones have the published numbers of parameters, and each call gives a fresh config."""
+
+import pytest
+import torch
+
+from configuration_deepseek import PRESETS, DeepSeekConfig, preset
+from modeling_deepseek import DeepSeekForCausalLM
+
+# In billions, as the papers and model cards give them (V3 and R1 without the prediction module).
+PUBLISHED = {
+    "llm_7b": 6.9,
+    "moe_16b": 16.4,
+    "v2_lite": 15.7,
+    "v2": 235.7,
+    "v2.5": 235.7,
+    "v3": 671.0,
+    "r1": 671.0,
+}
+# Parameters that one token uses, rounded as in arXiv 2401.06066, 2405.04434 and 2412.19437.
+ACTIVE = {"moe_16b": 2.8, "v2": 21, "v3": 37}
+
+
+def meta_model(name):
+    """The preset's language model, without memory."""
+    with torch.device("meta"):
+        return DeepSeekForCausalLM(preset(name))
+
+
+def test_every_published_preset_has_its_number():
+    assert set(PUBLISHED) == {name for name in PRESETS if not name.startswith("tiny_")}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_number_of_parameters(name):
+    total = sum(parameter.numel() for parameter in meta_model(name).parameters())
+    assert round(total / 1e9, 1) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", ACTIVE)
+def test_number_of_parameters_that_one_token_uses(name):
+    active, config = 0, preset(name)
+    for key, parameter in meta_model(name).named_parameters():
+        share = config.num_experts_per_tok / config.n_routed_experts if ".mlp.experts." in key else 1
+        active += parameter.numel() * share
+    assert active / 1e9 == pytest.approx(ACTIVE[name], rel=0.02)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_fresh_and_valid(name):
+    first, second = preset(name), preset(name)
+    assert type(first) is DeepSeekConfig and first.to_dict() == second.to_dict()
+    first.rope_parameters["rope_theta"] = 1.0
+    assert second.rope_parameters["rope_theta"] == 10000.0
+    assert preset(name).rope_parameters == second.rope_parameters
+
+
+def test_overrides_replace_fields():
+    assert preset("tiny_v3", num_hidden_layers=5).num_hidden_layers == 5
+    assert preset("tiny_v3").num_hidden_layers == 3
+
+
+def test_unknown_presets_are_refused_with_the_nearest():
+    with pytest.raises(ValueError, match="unknown preset 'tiny_v33'; did you mean 'tiny_v3'"):
+        preset("tiny_v33")
+    with pytest.raises(ValueError, match="unknown preset 'gpt'; known: tiny_llm, tiny_moe"):
+        preset("gpt")
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "feed_forward"),
+    [
+        ("llm_7b", {"mha": 30}, {"dense": 30}),
+        ("moe_16b", {"mha": 28}, {"dense": 1, "moe": 27}),
+        ("v2_lite", {"mla": 27}, {"dense": 1, "moe": 26}),
+        ("v2", {"mla": 60}, {"dense": 1, "moe": 59}),
+        ("v3", {"mla": 61}, {"dense": 3, "moe": 58}),
+    ],
+)
+def test_layers_of_the_releases(name, attention, feed_forward):
+    specs = preset(name).specs
+    for words, expected in (
+        ([s.attention for s in specs], attention),
+        ([s.feed_forward for s in specs], feed_forward),
+    ):
+        assert {word: words.count(word) for word in set(words)} == expected
+    assert specs[0].feed_forward == "dense"
