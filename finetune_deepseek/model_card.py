@@ -78,17 +78,16 @@ def eval_results(task_card: dict[str, Any], results: dict[str, Any]) -> list[Eva
 
 def usage(model: Any, name: str, prompt: str) -> str:
     """Python lines that load the model or adapter and continue a prompt."""
-    # Only PEFT's own class opens every kind of adapter with the right numbers.
-    package, auto_class = (
-        ("peft", "AutoPeftModelForCausalLM")
-        if isinstance(model, PeftModel)
-        else ("transformers", "AutoModelForCausalLM")
-    )
+    if isinstance(model, PeftModel):  # only PEFT's own class opens every kind of adapter with the right numbers
+        auto_class = "AutoPeftModelForCausalLM"
+        imports = f"from peft import {auto_class}\nfrom transformers import AutoTokenizer"
+    else:
+        auto_class = "AutoModelForCausalLM"
+        imports = f"from transformers import {auto_class}, AutoTokenizer"
     return f"""```python
 import modeling_deepseek
 import tokenization_deepseek
-from {package} import {auto_class}
-from transformers import AutoTokenizer
+{imports}
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 model = {auto_class}.from_pretrained("{name}")
@@ -141,7 +140,9 @@ def write(
         splits: the text rows by split.
     """
     is_adapter = isinstance(model, PeftModel)
-    name = stage.training.hub_model_id or str(stage.training.output_dir)
+    output_dir = Path(stage.training.output_dir or "")
+    # A relative folder helps who reads the card beside it; the rest of an absolute one is nobody else's business.
+    name = stage.training.hub_model_id or (output_dir.name if output_dir.is_absolute() else str(output_dir))
     base = base_model(stage, model)
     scores = eval_results(task_card, results)
     card = ModelCard(TEMPLATE.read_text(encoding="utf-8"), ignore_metadata_errors=False)
@@ -171,7 +172,7 @@ def write(
             "summary": f"{kind} for {task_card['title']}, trained from {origin} with deepseek-hf.",
             "usage": usage(model, name, task_card["prompt"]),
             "results": results_table(task_card, results) or "No split was scored.",
-            "data": task_card["data"] or task_card["dataset_name"],
+            "data": task_card["data"].strip() or task_card["dataset_name"],
             "protocol": protocol(task_card, stage, results, splits),
         },
     )

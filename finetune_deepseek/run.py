@@ -12,7 +12,7 @@ import shutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
@@ -22,6 +22,7 @@ import torch
 import yaml
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -228,8 +229,20 @@ def parse_overrides(text: str | None) -> dict[str, Any]:
     return {name.strip(): yaml.safe_load(value) for name, _, value in pairs}
 
 
-def is_adapter(path: str | None) -> bool:
-    return path is not None and (Path(path) / "adapter_config.json").is_file()
+@contextmanager
+def named_source(flag: str, name: str) -> Iterator[None]:
+    """Loading what a flag names: errors say which flag and name, in one line.
+
+    Raises:
+        ValueError: for a path that isn't there, and for whatever the loading raises for missing or broken files.
+    """
+    is_path = Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1
+    if is_path and not Path(name).exists():
+        raise ValueError(f"--{flag} {name}: no such folder; an id on the Hub is written owner/name.")
+    try:
+        yield
+    except (ValueError, OSError, SafetensorError) as error:
+        raise ValueError(f"--{flag} {name}: {' '.join(str(error).split())}") from error
 
 
 def load_tokenizer(
@@ -243,9 +256,11 @@ def load_tokenizer(
     arguments = stage.model
     source = arguments.tokenizer_name or checkpoint or arguments.model_name_or_path
     if source:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code
-        )
+        flag = "tokenizer_name" if arguments.tokenizer_name else "model_name_or_path"
+        with named_source("resume_from_checkpoint" if source == checkpoint else flag, source):
+            tokenizer = AutoTokenizer.from_pretrained(
+                source, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code
+            )
     else:
         if "train" not in splits:
             raise ValueError("A model with random weights needs a training split or --tokenizer_name.")
@@ -274,12 +289,13 @@ def load_model(arguments: ModelArguments, task: Task, tokenizer: PreTrainedToken
     path = arguments.model_name_or_path
     model: Any
     if path:
-        if is_adapter(path):
-            base = PeftConfig.from_pretrained(path).base_model_name_or_path
-            model = task.auto_class.from_pretrained(base, **loading)
-            model = PeftModel.from_pretrained(model, path, is_trainable=is_trained)
-        else:
-            model = task.auto_class.from_pretrained(path, **loading)
+        with named_source("model_name_or_path", path):
+            if (Path(path) / "adapter_config.json").is_file():
+                base = PeftConfig.from_pretrained(path).base_model_name_or_path
+                model = task.auto_class.from_pretrained(base, **loading)
+                model = PeftModel.from_pretrained(model, path, is_trainable=is_trained)
+            else:
+                model = task.auto_class.from_pretrained(path, **loading)
     elif arguments.preset or arguments.config_name:
         config = make_config(arguments, tokenizer)
         dtype = torch.float32 if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
@@ -306,9 +322,10 @@ def make_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -
     if arguments.preset:
         return preset(arguments.preset, **overrides)
     assert arguments.config_name is not None
-    return AutoConfig.from_pretrained(
-        arguments.config_name, trust_remote_code=arguments.trust_remote_code, **overrides
-    )
+    with named_source("config_name", arguments.config_name):
+        return AutoConfig.from_pretrained(
+            arguments.config_name, trust_remote_code=arguments.trust_remote_code, **overrides
+        )
 
 
 def choose_work(stage: Stage, splits: dict[str, Rows]) -> None:
@@ -373,6 +390,8 @@ class Run:
         self.folder = Path(self.args.output_dir or "")
         self.started = time.monotonic()
         self.results: dict[str, Any] = {}
+        if stage.model.preset:  # a wrong name or field should not wait for the data
+            preset(stage.model.preset, **parse_overrides(stage.model.config_overrides))
         set_seed(self.args.seed)
         self.task = task_class(stage.data, self.args.seed)
         self.splits = self.task.load_splits()
@@ -594,9 +613,10 @@ def run_stages(task_class: type[Task], stages: list[Stage]) -> dict[str, Any]:
     results: dict[str, Any] = {}
     folder = Path(stages[0].training.output_dir or "")
     for number, stage in enumerate(stages, start=1):
-        if len(stages) > 1:
-            print(f"\n=== stage {number} of {len(stages)}: {stage.training.output_dir} ===")
-        stage_results = run(task_class, stage)
+        with nullcontext() if stage.training.process_index == 0 else redirect_stdout(None):
+            if len(stages) > 1:
+                print(f"\n=== stage {number} of {len(stages)}: {stage.training.output_dir} ===")
+            stage_results = run(task_class, stage)
         if stage.name:
             own = {key.removeprefix("test_").removeprefix(f"{stage.name}_"): v for key, v in stage_results.items()}
             stage_results = prefixed(stage.name, own)

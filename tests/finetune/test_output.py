@@ -2,13 +2,12 @@
 
 import os
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 
+from finetune_deepseek.__main__ import guarded
 from finetune_deepseek.callbacks import plot_losses
 from finetune_deepseek.model_card import SLOT, TEMPLATE, fill
 from finetune_deepseek.run import replaced_folder, write_text
@@ -18,27 +17,25 @@ from .conftest import TINY, flags
 ROOT = Path(__file__).parents[2]
 
 
-def limit_file_size(size):
-    """For a child process: writing beyond `size` bytes fails, as it does on a full disk."""
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+@pytest.fixture
+def small_disk():
+    """No file can grow beyond 300 kB: the tokenizer fits, the weights don't."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_disk_that_is_full_ends_with_one_line_and_nothing_half_written(data, tmp_path):
+@pytest.mark.parametrize("when", ["at a checkpoint", "at the end"])
+def test_a_disk_that_is_full_ends_with_one_line_and_nothing_half_written(when, data, tmp_path, small_disk, capsys):
     out = tmp_path / "out"
-    settings = (
-        TINY | data | {"output_dir": out, "max_steps": 2, "save_steps": 1, "config_overrides": "hidden_size=128"}
-    )
-    process = subprocess.run(
-        [sys.executable, "-m", "finetune_deepseek", "translation", *flags(settings)],
-        preexec_fn=limit_file_size(300_000),  # the tokenizer fits, the weights don't
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    assert process.returncode == 2, process.stderr[-3000:]
-    assert process.stderr.strip().splitlines()[-1].startswith("deepseek-hf: error: ")
-    assert "Traceback" not in process.stderr
-    assert not list(out.rglob("*"))
+    settings = TINY | data | {"output_dir": out, "max_steps": 2, "config_overrides": "hidden_size=128"}
+    settings |= {"save_steps": 1} if when == "at a checkpoint" else {"save_strategy": "no"}
+    assert guarded(["translation", *flags(settings)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error[-1].startswith("deepseek-hf: error: ")
+    assert not any("Traceback" in line for line in error)
+    assert [path.name for path in out.rglob("*")] == ["loss_plot.png"] * (when == "at the end")
 
 
 def test_a_failed_save_keeps_what_was_there(tmp_path):
@@ -76,10 +73,10 @@ def test_template_is_one_file_and_a_valid_card():
 
 
 def test_slots_are_filled_to_the_end_of_their_line():
-    template = "# <!-- title -->Model\n<!-- usage -->\nend <!-- limits -->kept"
-    assert fill(template, {"title": "T", "usage": "a\nb"}) == "# T\na\nb\nend <!-- limits -->kept"
+    template = "# <!-- title -->Model\n<!-- usage -->\nend <!-- data -->kept"
+    assert fill(template, {"title": "T", "usage": "a\nb"}) == "# T\na\nb\nend <!-- data -->kept"
     assert set(SLOT.findall(TEMPLATE.read_text())) == {
-        *("title", "summary", "usage", "results", "data", "protocol", "limits"),
+        *("title", "summary", "usage", "results", "data", "protocol"),
     }
 
 

@@ -101,7 +101,8 @@ def test_card_is_valid_and_says_the_scores(learned):
     }
     assert results["test_bleu_signature"].replace("|", r"\|") in card.text
     assert results["test_data_hash"] in card.text
-    assert "<!--" not in card.text.partition("## Limits")[0]
+    assert "<!--" not in card.text
+    assert str(folder.parent) not in card.content
 
 
 def test_predict_alone_gives_the_same_and_keeps_the_training_results(learned, finetune):

@@ -1,0 +1,95 @@
+"""Models by every flag: presets, any config, checkpoints; and checkpoints that can't be used."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
+
+from configuration_deepseek.presets import PRESETS, preset
+from modeling_deepseek import DeepSeekForCausalLM
+from tokenization_deepseek import train_tokenizer
+
+ONE_STEP = {"max_steps": 1, "do_train": True, "do_predict": True}
+TINY_PRESETS = [name for name in PRESETS if name.startswith("tiny")]
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    tokenizer = train_tokenizer(["one two birds three", "eins zwei Vögel drei"] * 3, 300)
+    DeepSeekForCausalLM(preset("tiny_moe", vocab_size=len(tokenizer))).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize("name", TINY_PRESETS)
+def test_one_step_of_every_tiny_preset(name, finetune, data, tmp_path):
+    results = finetune(output_dir=tmp_path / "out", **(ONE_STEP | data | {"preset": name}))
+    assert results["test_samples"] == 3
+    assert 4 < results["train_loss"] < 8  # ln(283) = 5.6 for random weights
+
+
+def test_any_config_of_transformers(finetune, data, tmp_path):
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128
+    )
+    config.save_pretrained(tmp_path / "llama")
+    settings = {"preset": None, "config_name": tmp_path / "llama", "config_overrides": "num_hidden_layers=1"}
+    finetune(output_dir=tmp_path / "out", **(ONE_STEP | data | settings))
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (saved["model_type"], saved["num_hidden_layers"]) == ("llama", 1)
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    config.pop("auto_map")  # else transformers asks to run the checkpoint's own code
+    path.write_text(json.dumps(config))
+
+
+def drop_weight(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("model.layers.0.self_attn.q_proj.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def cut_weights(folder):
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (shutil.rmtree, "no such folder"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json|model_type"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
+        (lambda folder: edit_config(folder, model_type="deepsick"), "deepsick"),
+        (lambda folder: edit_config(folder, intermediate_size=50), "size|shape"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
+        (drop_weight, "self_attn.q_proj"),
+        (cut_weights, "safetensors|[Hh]eader|buffer"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_used_is_one_line(damage, message, checkpoint, finetune, data, tmp_path):
+    damage(checkpoint)
+    settings = {"preset": None, "model_name_or_path": checkpoint, "tokenizer_name": None}
+    with pytest.raises(ValueError, match=message) as error:
+        finetune(output_dir=tmp_path / "out", **(ONE_STEP | data | settings))
+    assert str(error.value).startswith(f"--model_name_or_path {checkpoint}: ")
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "out").rglob("*"))
+
+
+def test_tokenizer_of_another_model(checkpoint, finetune, data, tmp_path):
+    bigger = train_tokenizer(["one two birds three", "eins zwei Vögel drei", "vier fünf sechs"] * 3, 400)
+    bigger.save_pretrained(tmp_path / "bigger")
+    settings = {"preset": None, "model_name_or_path": checkpoint, "tokenizer_name": tmp_path / "bigger"}
+    with pytest.raises(ValueError, match="The tokenizer has .* tokens, the model .*; name the model's own"):
+        finetune(output_dir=tmp_path / "out", **(ONE_STEP | data | settings))
+
+
+def test_without_a_model(finetune, data, tmp_path):
+    with pytest.raises(ValueError, match="No model is named: give --model_name_or_path, --preset or --config_name"):
+        finetune(output_dir=tmp_path / "out", preset=None, **data)
