@@ -48,9 +48,9 @@ def test_gradient_checkpointing_changes_nothing(name: str):
     pair = pair_of(name)
     model = pair.ours.train()  # transformers recomputes only while training; nothing drops out here
     loss, plain = gradients(model, batch(pair))
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
     recomputed_loss, recomputed = gradients(model, batch(pair))
-    model.gradient_checkpointing_disable()
+    model.activation_checkpointing_disable()
     model.eval()
     assert_close(recomputed_loss, loss, "loss")
     for key in plain:
