@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from . import TASKS
@@ -49,7 +50,7 @@ def guarded(argv: Sequence[str]) -> int:
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     try:
         finetune(argv)
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, OSError, SafetensorError, StrictDataclassError) as error:
         if os.environ.get("DEEPSEEK_HF_TRACEBACK"):
             raise
         print(f"deepseek-hf: error: {' '.join(str(error).split())}", file=sys.stderr)

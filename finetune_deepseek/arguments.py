@@ -150,6 +150,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Remove the checkpoints of an earlier run in --output_dir."}
     )
+    hub_private_repo: bool = field(default=False, metadata={"help": "Make a new repository on the Hub private."})
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "A checkpoint folder; true takes the last one in --output_dir, if any."}
     )

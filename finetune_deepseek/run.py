@@ -30,6 +30,7 @@ from transformers import (
     EarlyStoppingCallback,
     EvalPrediction,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
     Seq2SeqTrainer,
     Trainer,
@@ -37,9 +38,10 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
-import modeling_deepseek  # noqa: F401  registers the model with the Auto classes
+from configuration_deepseek.official import SOURCES
 from configuration_deepseek.presets import preset
-from tokenization_deepseek import train_tokenizer
+from modeling_deepseek.register import MODELS_BY_AUTO_CLASS
+from tokenization_deepseek import DeepSeekTokenizer, train_tokenizer
 
 from . import model_card
 from .arguments import ModelArguments, Stage, TrainingArguments, check_output_dir
@@ -245,6 +247,19 @@ def named_source(flag: str, name: str) -> Iterator[None]:
         raise ValueError(f"--{flag} {name}: {' '.join(str(error).split())}") from error
 
 
+def is_deepseek(source: str, revision: str) -> bool:
+    """Whether `source` is a DeepSeek checkpoint in our form or a published one.
+
+    Those get this package's classes even where transformers has some of its own: PEFT rewrites LoRA targets of the
+    native models, and the native tokenizer loses the beginning-of-sentence token.
+    """
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
+    except OSError:  # no config.json (a tokenizer's folder, an adapter), or nothing at all: the loader will say
+        return False
+    return config.get("model_type") in SOURCES and config["model_type"] != "llama"
+
+
 def load_tokenizer(
     stage: Stage, task: Task, splits: dict[str, Rows], checkpoint: str | None
 ) -> PreTrainedTokenizerBase:
@@ -258,7 +273,8 @@ def load_tokenizer(
     if source:
         flag = "tokenizer_name" if arguments.tokenizer_name else "model_name_or_path"
         with named_source("resume_from_checkpoint" if source == checkpoint else flag, source):
-            tokenizer = AutoTokenizer.from_pretrained(
+            loader = DeepSeekTokenizer if is_deepseek(source, arguments.model_revision) else AutoTokenizer
+            tokenizer = loader.from_pretrained(
                 source, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code
             )
     else:
@@ -286,16 +302,21 @@ def load_model(arguments: ModelArguments, task: Task, tokenizer: PreTrainedToken
         "dtype": arguments.dtype,
         "attn_implementation": arguments.attn_implementation,
     }
+
+    def load(source: str) -> Any:
+        if is_deepseek(source, arguments.model_revision):
+            return MODELS_BY_AUTO_CLASS[task.auto_class].from_pretrained(source, **loading)
+        return task.auto_class.from_pretrained(source, **loading)
+
     path = arguments.model_name_or_path
     model: Any
     if path:
         with named_source("model_name_or_path", path):
             if (Path(path) / "adapter_config.json").is_file():
-                base = PeftConfig.from_pretrained(path).base_model_name_or_path
-                model = task.auto_class.from_pretrained(base, **loading)
+                model = load(str(PeftConfig.from_pretrained(path).base_model_name_or_path))
                 model = PeftModel.from_pretrained(model, path, is_trainable=is_trained)
             else:
-                model = task.auto_class.from_pretrained(path, **loading)
+                model = load(path)
     elif arguments.preset or arguments.config_name:
         config = make_config(arguments, tokenizer)
         dtype = torch.float32 if arguments.dtype == "auto" else getattr(torch, arguments.dtype)

@@ -7,7 +7,7 @@ import torch
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV2Config, DeepseekV2ForCausalLM
 
 from finetune_deepseek import run as run_module
 from finetune_deepseek.run import CausalCollator
@@ -240,6 +240,32 @@ def test_best_model_is_restored_and_stops_early(use_peft, learned, finetune, tmp
     name = "adapter_model.safetensors" if use_peft else "model.safetensors"
     kept, saved = load_file(best / name), load_file(tmp_path / "out" / name)
     assert all(torch.equal(kept[key], saved[key]) for key in kept)
+
+
+def test_published_checkpoint_gets_this_packages_classes(learned, finetune, data, tmp_path):
+    """Else PEFT would rewrite the dense target to the experts, and the tokenizer would lose its BOS."""
+    tokenizer = AutoTokenizer.from_pretrained(learned[0])
+    config = DeepseekV2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        kv_lora_rank=16, q_lora_rank=None, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, n_routed_experts=4,
+        num_experts_per_tok=2, n_shared_experts=1, moe_intermediate_size=16, first_k_dense_replace=1,
+        experts_implementation="eager",
+    )  # fmt: skip
+    published = tmp_path / "published"
+    DeepseekV2ForCausalLM(config).save_pretrained(published)
+    tokenizer.save_pretrained(published)
+    settings = json.loads((published / "tokenizer_config.json").read_text())
+    settings |= {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": True}
+    (published / "tokenizer_config.json").write_text(json.dumps(settings))
+
+    output = tmp_path / "adapter"
+    lora = {"use_peft": True, "lora_target": ["dense", "shared"], "max_steps": 1}
+    finetune(**data, **lora, model_name_or_path=published, preset=None, output_dir=output)
+    adapted = set(load_file(output / "adapter_model.safetensors"))
+    assert {name.split(".mlp.")[1].split(".lora")[0] for name in adapted} == {
+        f"{where}{name}_proj" for where in ("", "shared_experts.") for name in ("gate", "up", "down")
+    }
+    assert AutoTokenizer.from_pretrained(output)("one")["input_ids"][0] == tokenizer.bos_token_id
 
 
 def test_streaming_equals_reading_whole_in_its_first_step(finetune, data, tmp_path):
