@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 
 from . import TASKS
 
-# Read by OpenMP when torch is imported. Waiting threads that spin starve each other as soon as anything else runs on the
-# machine: 0.14 against 4.1 steps per second of the quickstart on two busy cores.
+# Read by OpenMP when torch is imported. Waiting threads that spin starve each other as soon as anything else runs:
+# 0.14 against 4.1 steps per second of the quickstart's model on two busy cores.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 USAGE = f"""usage: deepseek-hf finetune TASK [config.yaml] [--flag value ...]
