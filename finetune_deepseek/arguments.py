@@ -53,6 +53,10 @@ class ModelArguments:
         default=None,
         metadata={"help": "Changes to --preset or --config_name: hidden_size=256,num_hidden_layers=4 (or JSON)."},
     )
+    head_from_embeddings: bool = field(
+        default=False,
+        metadata={"help": "Random weights: let the head begin as a copy of the embeddings, to which it isn't tied."},
+    )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
         default="float32", metadata={"help": "Type of the weights; auto takes the checkpoint's."}
@@ -72,6 +76,10 @@ class ModelArguments:
         named = [name for name in ("model_name_or_path", "preset", "config_name") if getattr(self, name)]
         if len(named) > 1:
             raise ValueError(f"--{named[0]} and --{named[1]} both name a model; keep one of them.")
+        if self.head_from_embeddings and self.model_name_or_path:
+            raise ValueError(
+                "--head_from_embeddings needs --preset or --config_name; a pretrained model has one."
+            )
         if self.config_overrides and self.model_name_or_path:
             raise ValueError("--config_overrides needs --preset or --config_name; a pretrained model has its shape.")
 

@@ -324,6 +324,9 @@ def load_model(arguments: ModelArguments, task: Task, tokenizer: PreTrainedToken
         model = task.auto_class.from_config(
             config, dtype=dtype, trust_remote_code=arguments.trust_remote_code, **kwargs
         )
+        if arguments.head_from_embeddings:
+            # Copying a token is then one map that holds for all of them, as with tied weights, rare ones included.
+            model.get_output_embeddings().load_state_dict(model.get_input_embeddings().state_dict())
     else:
         raise ValueError("No model is named: give --model_name_or_path, --preset or --config_name.")
     rows = model.get_input_embeddings().weight.shape[0]

@@ -268,6 +268,15 @@ def test_published_checkpoint_gets_this_packages_classes(learned, finetune, data
     assert AutoTokenizer.from_pretrained(output)("one")["input_ids"][0] == tokenizer.bos_token_id
 
 
+def test_head_may_begin_as_a_copy_of_the_embeddings(finetune, data, tmp_path):
+    untied = {"config_overrides": "tie_word_embeddings=false", "max_steps": 1, "learning_rate": 1e-9}
+    for name, expected in (("copy", True), ("random", False)):
+        finetune(**data, **untied, head_from_embeddings=expected, output_dir=tmp_path / name)
+        found = weights(tmp_path / name)
+        close = torch.allclose(found["lm_head.weight"], found["model.embed_tokens.weight"], atol=1e-6)
+        assert close == expected, name
+
+
 def test_streaming_equals_reading_whole_in_its_first_step(finetune, data, tmp_path):
     shuffled = {"train_sampling_strategy": "random", "max_steps": 1, "do_train": True, "do_predict": True, **data}
     whole = finetune(output_dir=tmp_path / "whole", **shuffled)
