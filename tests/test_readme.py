@@ -89,7 +89,7 @@ def test_quickstart_reaches_what_it_promises(tmp_path):
         PYTHONPATH=str(ROOT),
     )
     results = json.loads((tmp_path / "all_results.json").read_text())
-    assert results["test_exact_match"] >= 75
+    assert results["test_exact_match"] >= 0.75
     assert results["test_exact_match"] > results["baseline_exact_match"]
     assert results["adapter_exact_match"] > results["adapter_baseline_exact_match"]
     assert results["adapter_parameters_trainable_share"] <= 0.1
