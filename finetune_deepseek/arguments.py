@@ -26,6 +26,10 @@ from typing import Any, Literal
 import torch
 import yaml
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
+
+MULTI_STEP = "multi_step"  # our schedule beside those of transformers; see optimization.py
 
 
 def nearest_match(word: str, known: Iterable[str]) -> str:
@@ -63,6 +67,12 @@ class ModelArguments:
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that comes with a Hub model."})
+    attention_dropout: float | None = field(
+        default=None, metadata={"help": "Dropout of attention weights in training; without it the config's."}
+    )
+    hidden_dropout: float | None = field(
+        default=None, metadata={"help": "Dropout of embeddings and sub-layer outputs; without it the config's."}
+    )
     tokenizer_name: str | None = field(
         default=None,
         metadata={"help": "Tokenizer of a model with random weights; without it one is trained on the data."},
@@ -82,6 +92,15 @@ class ModelArguments:
             )
         if self.config_overrides and self.model_name_or_path:
             raise ValueError("--config_overrides needs --preset or --config_name; a pretrained model has its shape.")
+        for name, rate in self.dropouts.items():
+            if not 0 <= rate < 1:
+                raise ValueError(f"--{name} {rate:g}: it must be at least 0 and less than 1.")
+
+    @property
+    def dropouts(self) -> dict[str, float]:
+        """The dropout rates that were asked for, by the config's field."""
+        rates = {"attention_dropout": self.attention_dropout, "hidden_dropout": self.hidden_dropout}
+        return {name: rate for name, rate in rates.items() if rate is not None}
 
 
 @dataclass
@@ -147,7 +166,27 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         default=0.0,
         metadata={"help": "Peak learning rate; 0 takes 2e-4 for LoRA, 2e-5 for a pretrained model, else 1e-3."},
     )
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rate over time."})
+    optim: str = field(default="adamw_torch_fused", metadata={"help": "adamw_torch_fused, sgd, adafactor, ..."})
+    lr_scheduler_type: str = field(
+        default="cosine",
+        metadata={"help": "cosine, linear, constant_with_warmup, warmup_stable_decay, multi_step, ..."},
+    )
+    lr_milestones: list[float] = field(
+        default_factory=lambda: [0.8, 0.9],
+        metadata={"help": "Where multi_step lowers the rate: steps, or below 1 shares of all.", "metavar": "STEP"},
+    )
+    lr_factor: float = field(default=0.316, metadata={"help": "What multi_step multiplies by at each milestone."})
+    l1: float = field(default=0.0, metadata={"help": "L1 penalty on the trained weights without norms and biases."})
+    freeze: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Groups of weights (see --lora_target) that stay as they are.",
+            "metavar": "GROUP",
+        },
+    )
+    train_last_n_layers: int | None = field(
+        default=None, metadata={"help": "Train only the last N decoder layers, the final norm and the head."}
+    )
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or below 1 the share of all steps."})
     logging_steps: float = field(default=50, metadata={"help": "Steps between two loss lines."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
@@ -173,14 +212,44 @@ class TrainingArguments(Seq2SeqTrainingArguments):
                 "Keeping the best model and early stopping need evaluations: "
                 "add --eval_strategy epoch --save_strategy epoch (or steps)."
             )
+        self._check_choices()
+        if self.freeze is not None:
+            self.freeze = [word for words in self.freeze for word in words.split(",") if word]
+        schedule = self.lr_scheduler_type
+        if schedule == MULTI_STEP:
+            self.lr_scheduler_type = "constant_with_warmup"  # transformers accepts names of its own only
         super().__post_init__()
+        if schedule == MULTI_STEP:
+            self.lr_scheduler_type = schedule
+
+    def _check_choices(self) -> None:
+        """Refuse what can't work before transformers, which doesn't name the flag, or takes it without a word."""
+        schedules = [*(known.value for known in SchedulerType), MULTI_STEP]
+        for flag, known in (("lr_scheduler_type", schedules), ("optim", [known.value for known in OptimizerNames])):
+            value = str(getattr(getattr(self, flag), "value", getattr(self, flag)))
+            if value not in known:
+                raise ValueError(
+                    f"--{flag} {value}: no such choice{nearest_match(value, known)}; there is {', '.join(known)}."
+                )
+        if not all(0 < milestone < float("inf") for milestone in self.lr_milestones):
+            raise ValueError(f"--lr_milestones {' '.join(map(str, self.lr_milestones))}: each must be above 0.")
+        if not 0 < self.lr_factor < 1:
+            raise ValueError(f"--lr_factor {self.lr_factor:g}: it must be above 0 and below 1.")
+        if not 0 <= self.label_smoothing_factor < 1:
+            raise ValueError(
+                f"--label_smoothing_factor {self.label_smoothing_factor:g}: it must be at least 0 and less than 1."
+            )
+        for flag in ("l1", "weight_decay", "train_last_n_layers"):
+            if not (getattr(self, flag) or 0) >= 0:
+                raise ValueError(f"--{flag} {getattr(self, flag):g}: it must be 0 or more.")
 
 
 # What --help shows of TrainingArguments; the others stay usable, and --help_all lists them.
 COMMON_TRAINING_FLAGS = (
     *("output_dir", "do_train", "do_eval", "do_predict", "num_train_epochs", "max_steps", "seed"),
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
-    *("learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "label_smoothing_factor", "bf16"),
+    *("optim", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "lr_milestones", "lr_factor"),
+    *("warmup_steps", "weight_decay", "l1", "label_smoothing_factor", "freeze", "train_last_n_layers", "bf16"),
     *("eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit", "logging_steps", "report_to"),
     *("load_best_model_at_end", "metric_for_best_model", "early_stopping_patience", "generation_num_beams"),
     *("resume_from_checkpoint", "overwrite_output_dir", "push_to_hub", "hub_model_id", "hub_private_repo"),
@@ -271,6 +340,15 @@ class ArgumentParser(HfArgumentParser):
         if rest:
             raise ValueError(f"unexpected argument {rest[0]!r}; a YAML file comes first, everything else is a --flag.")
         model, lora, data, training = parsed
+        for flag in ("lr_milestones", "lr_factor"):
+            if flag in given and training.lr_scheduler_type != MULTI_STEP:
+                raise ValueError(f"--{flag} has no effect without --lr_scheduler_type {MULTI_STEP}; add it.")
+        for flag in ("freeze", "train_last_n_layers"):
+            if lora.use_peft and getattr(training, flag) is not None:
+                raise ValueError(
+                    f"--{flag} can't be used with --use_peft: LoRA trains its adapters only; drop one of the two, or "
+                    "choose groups by --lora_target."
+                )
         if not training.learning_rate:
             pretrained = 2e-5 if model.model_name_or_path else 1e-3
             training.learning_rate = 2e-4 if lora.use_peft else pretrained

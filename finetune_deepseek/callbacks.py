@@ -7,23 +7,22 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
-class LossPlotCallback(TrainerCallback):
-    """Draws the training and evaluation loss over the steps into loss_plot.png at the end of training."""
+class PlotCallback(TrainerCallback):
+    """At the end of training, draws the losses over the steps into loss_plot.png, and the scores of the evaluations
+    during training, if there were any, into metric_plot.png."""
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            plot_losses(state.log_history, Path(args.output_dir or "") / "loss_plot.png")
+            folder = Path(args.output_dir or "")
+            plot_losses(state.log_history, folder / "loss_plot.png")
+            plot_metrics(state.log_history, folder / "metric_plot.png")
 
 
 def plot_losses(log_history: list[dict[str, float]], path: Path) -> None:
     """Plot `loss` and `eval_loss` of Trainer's log history (nats per target token) as a PNG."""
-    # The figure's own canvas needs no display and leaves matplotlib's global state alone.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = new_figure(height=4)
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per target token)")
     for key, label, marker in (("loss", "training", None), ("eval_loss", "validation", "o")):
         points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
@@ -32,6 +31,37 @@ def plot_losses(log_history: list[dict[str, float]], path: Path) -> None:
     if axes.lines:
         axes.legend()
     axes.grid(alpha=0.3)
+    save_figure(figure, path)
+
+
+def plot_metrics(log_history: list[dict[str, float]], path: Path) -> None:
+    """Plot each score of the evaluations in Trainer's log history, below each other, as a PNG; without evaluations
+    there is no file."""
+    no_scores = ("eval_loss", "eval_runtime", "_per_second", "_preparation_time")
+    keys = dict.fromkeys(key for entry in log_history for key in entry)
+    names = [key for key in keys if key.startswith("eval_") and not key.endswith(no_scores)]
+    if not names:
+        return
+    figure = new_figure(height=2 * len(names) + 0.5)
+    for axes, name in zip(figure.subplots(len(names), sharex=True, squeeze=False)[:, 0], names, strict=True):
+        points = [(entry["step"], entry[name]) for entry in log_history if name in entry]
+        axes.plot(*zip(*points, strict=True), marker="o")
+        axes.set_ylabel(name.removeprefix("eval_"))
+        axes.grid(alpha=0.3)
+    axes.set_xlabel("step")
+    save_figure(figure, path)
+
+
+def new_figure(height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(7, height), layout="constrained")
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    # The figure's own canvas needs no display and leaves matplotlib's global state alone.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     beside = path.with_name(f".{path.name}.saving")
     try:
         FigureCanvasAgg(figure).print_png(str(beside))

@@ -16,6 +16,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel
 
 from .arguments import Stage
+from .freezing import trained_weights
+from .optimization import recipe
 
 TEMPLATE = Path(__file__).with_suffix(".md")
 SLOT = re.compile(r"<!-- (\w+) -->[^\n]*")
@@ -42,10 +44,11 @@ def base_model(stage: Stage, model: Any) -> str | None:
 
 def results_table(task_card: dict[str, Any], results: dict[str, Any]) -> str:
     """Scores on the test split beside the baseline's, else those on the validation split."""
-    split = "test" if any(f"test_{name}" in results for name in task_card["metrics"]) else "eval"
+    labels = {name: label for name, (_, label) in task_card["metrics"].items()} | {"perplexity": "perplexity"}
+    split = "test" if any(f"test_{name}" in results for name in labels) else "eval"
     rows = [
         [label, number(results[f"{split}_{name}"]), number(results.get(f"baseline_{name}"))]
-        for name, (_, label) in task_card["metrics"].items()
+        for name, label in labels.items()
         if f"{split}_{name}" in results
     ]
     if not rows:
@@ -97,7 +100,9 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_to
 ```"""
 
 
-def protocol(task_card: dict[str, Any], stage: Stage, results: dict[str, Any], splits: dict[str, Any]) -> str:
+def protocol(
+    task_card: dict[str, Any], stage: Stage, model: Any, results: dict[str, Any], splits: dict[str, Any]
+) -> str:
     """Everything needed to compare a number honestly."""
     args = stage.training
     signatures = [results[key] for key in sorted(results) if key.startswith("test_") and key.endswith("_signature")]
@@ -111,8 +116,8 @@ def protocol(task_card: dict[str, Any], stage: Stage, results: dict[str, Any], s
         ["seed", args.seed],
         ["parameters", f"{results['parameters_total']:,} in all, {results['parameters_active']:,} active per token, "
                        f"{results['parameters_trainable']:,} trained"],
-        ["optimizer", f"{getattr(args.optim, 'value', args.optim)}, learning rate {args.learning_rate:g}, "
-                      f"{getattr(args.lr_scheduler_type, 'value', args.lr_scheduler_type)}"],
+        ["trained weights", trained_weights(model, args)],
+        *map(list, recipe(args, model.config).items()),
         ["epochs", number(results.get("epoch"))],
         ["wall time in seconds", results.get("wall_time_seconds", "-")],
         ["versions", ", ".join([f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in PACKAGES)])],
@@ -173,7 +178,7 @@ def write(
             "usage": usage(model, name, task_card["prompt"]),
             "results": results_table(task_card, results) or "No split was scored.",
             "data": task_card["data"].strip() or task_card["dataset_name"],
-            "protocol": protocol(task_card, stage, results, splits),
+            "protocol": protocol(task_card, stage, model, results, splits),
         },
     )
     write_text(folder / "README.md", str(card))

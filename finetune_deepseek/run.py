@@ -7,6 +7,7 @@ loss on the full rows, and returns row numbers in place of labels, so that score
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
@@ -33,11 +34,11 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     Seq2SeqTrainer,
-    Trainer,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import SchedulerType, get_last_checkpoint
 
+from configuration_deepseek import DeepSeekConfig
 from configuration_deepseek.official import SOURCES
 from configuration_deepseek.presets import preset
 from modeling_deepseek.register import MODELS_BY_AUTO_CLASS
@@ -45,10 +46,20 @@ from tokenization_deepseek import DeepSeekTokenizer, train_tokenizer
 
 from . import model_card
 from .arguments import ModelArguments, Stage, TrainingArguments, check_output_dir
-from .callbacks import LossPlotCallback
+from .callbacks import PlotCallback
+from .freezing import freeze_weights, trained_weights
 from .lora import apply_lora, census, census_table
+from .optimization import (
+    IGNORED_LABEL,
+    MULTI_STEP,
+    add_l1_gradient,
+    l1_norm,
+    multi_step_schedule,
+    recipe,
+    smooth_labels,
+    target_losses,
+)
 
-IGNORED_LABEL = -100  # torch's cross entropy leaves it out
 PREDICTIONS_FILE = "generated_predictions.jsonl"
 EXAMPLES_SHOWN = 10
 Rows: TypeAlias = Dataset | IterableDataset
@@ -165,12 +176,30 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 class FinetuneTrainer(Seq2SeqTrainer):
-    """Seq2SeqTrainer for decoder-only models, with whole-or-nothing saving and this package's model card."""
+    """Seq2SeqTrainer for decoder-only models, with whole-or-nothing saving and this package's model card.
+
+    Where the loss is a language model's, evaluation reports it as the mean over all target tokens of the split, and
+    its exponential as perplexity.
+    """
 
     model: Any
+    args: TrainingArguments
 
-    def __init__(self, *, generation_config: GenerationConfig, card: Callable[[Path], None], **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        generation_config: GenerationConfig,
+        card: Callable[[Path], None],
+        is_language_model: bool,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
+        self.is_language_model = is_language_model
+        self.target_loss, self.target_tokens = 0.0, 0
+        if is_language_model and self.args.label_smoothing_factor:
+            self.label_smoother = None
+            hook = partial(smooth_labels, factor=self.args.label_smoothing_factor)
+            self.model.register_forward_hook(hook, with_kwargs=True)
         if isinstance(self.model, PeftModel):
             # The vocabulary is never resized here, so a LoRA on embeddings needs no copy of them in the adapter.
             self.model.save_pretrained = partial(self.model.save_pretrained, save_embedding_layers=False)  # type: ignore
@@ -183,13 +212,61 @@ class FinetuneTrainer(Seq2SeqTrainer):
         prompt_ids, prompt_mask, rows = (inputs.pop(name, None) for name in ("prompt_ids", "prompt_mask", "row"))
         loss = None
         if "labels" in inputs:
-            loss, _, _ = Trainer.prediction_step(self, model, inputs, prediction_loss_only=True)
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss, outputs = self.compute_loss(model, dict(inputs), return_outputs=True)
+            loss = loss.detach().mean()
+            if self.is_language_model:
+                sums, counts = target_losses(outputs["logits"], inputs["labels"])
+                sums, counts = self.accelerator.gather_for_metrics((sums, counts))
+                self.target_loss += sum(sums.tolist())
+                self.target_tokens += sum(counts.tolist())
         if prediction_loss_only or not self.args.predict_with_generate or prompt_ids is None:
             return loss, None, None
         generated = self.model.generate(
             input_ids=prompt_ids, attention_mask=prompt_mask, generation_config=self.generation
         )
         return loss, generated[:, prompt_ids.shape[1] :], rows
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self.target_loss, self.target_tokens = 0.0, 0
+        output: Any = super().evaluation_loop(*args, **kwargs)
+        if self.target_tokens:
+            loss = self.target_loss / self.target_tokens
+            perplexity = math.exp(loss) if loss < 700 else math.inf  # beyond that a float overflows
+            output.metrics.update(prefixed(kwargs["metric_key_prefix"], {"loss": loss, "perplexity": perplexity}))
+        return output
+
+    def _regularized_weights(self) -> list[torch.nn.Parameter]:
+        """The trained weights that weight decay and L1 take hold of: all but norms and biases."""
+        names = set(self.get_decay_parameter_names(self.model))
+        return [p for name, p in self.model.named_parameters() if name in names and p.requires_grad]
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self.args.l1:
+            # The weights are looked up at each step, for sharding replaces them.
+            optimizer.register_step_pre_hook(lambda *_: add_l1_gradient(self._regularized_weights(), self.args.l1))
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        if self.args.lr_scheduler_type == MULTI_STEP:
+            optimizer = optimizer or self.optimizer
+            assert optimizer is not None
+            self.lr_scheduler = multi_step_schedule(optimizer, self.args, num_training_steps)
+            return self.lr_scheduler
+        try:
+            return super().create_scheduler(num_training_steps, optimizer)
+        except TypeError as error:  # wrong or missing names
+            raise ValueError(
+                f"--lr_scheduler_type {SchedulerType(self.args.lr_scheduler_type).value} with "
+                f"--lr_scheduler_kwargs {json.dumps(self.args.lr_scheduler_kwargs or {})}: {error}."
+            ) from error
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.args.l1 and "loss" in logs:
+            logs["l1_penalty"] = self.args.l1 * l1_norm(self._regularized_weights())
+        super().log(logs, start_time)
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         # Evaluation rows are sorted by length already; Trainer's own choice would shuffle them.
@@ -296,7 +373,7 @@ def load_model(arguments: ModelArguments, task: Task, tokenizer: PreTrainedToken
     Raises:
         ValueError: if no model is named, or the tokenizer has more tokens than the model.
     """
-    loading = {
+    loading: dict[str, Any] = {
         "revision": arguments.model_revision,
         "trust_remote_code": arguments.trust_remote_code,
         "dtype": arguments.dtype,
@@ -304,9 +381,15 @@ def load_model(arguments: ModelArguments, task: Task, tokenizer: PreTrainedToken
     }
 
     def load(source: str) -> Any:
-        if is_deepseek(source, arguments.model_revision):
-            return MODELS_BY_AUTO_CLASS[task.auto_class].from_pretrained(source, **loading)
-        return task.auto_class.from_pretrained(source, **loading)
+        ours = is_deepseek(source, arguments.model_revision)
+        if arguments.dropouts:
+            config_class: Any = DeepSeekConfig if ours else AutoConfig
+            config = config_class.from_pretrained(
+                source, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code
+            )
+            loading["config"] = with_dropout(config, arguments)
+        model_class = MODELS_BY_AUTO_CLASS[task.auto_class] if ours else task.auto_class
+        return model_class.from_pretrained(source, **loading)
 
     path = arguments.model_name_or_path
     model: Any
@@ -344,12 +427,26 @@ def make_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -
         "pad_token_id": tokenizer.pad_token_id,
     }
     if arguments.preset:
-        return preset(arguments.preset, **overrides)
+        return with_dropout(preset(arguments.preset, **overrides), arguments)
     assert arguments.config_name is not None
     with named_source("config_name", arguments.config_name):
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             arguments.config_name, trust_remote_code=arguments.trust_remote_code, **overrides
         )
+    return with_dropout(config, arguments)
+
+
+def with_dropout(config: Any, arguments: ModelArguments) -> Any:
+    """The config with the dropout rates that were asked for.
+
+    Raises:
+        ValueError: if this kind of model has no such dropout.
+    """
+    for name, rate in arguments.dropouts.items():
+        if not hasattr(config, name):
+            raise ValueError(f"--{name}: a model of model_type {config.model_type!r} has none; leave the flag out.")
+        setattr(config, name, rate)
+    return config
 
 
 def choose_work(stage: Stage, splits: dict[str, Rows]) -> None:
@@ -393,10 +490,10 @@ def prefixed(prefix: str, scores: dict[str, Any]) -> dict[str, Any]:
     return {f"{prefix}_{name}": value for name, value in scores.items()}
 
 
-def memory_mb(model: torch.nn.Module) -> float:
-    """Weights, gradients and AdamW's two moments in MB (10^6 bytes); activations come on top."""
+def memory_mb(model: torch.nn.Module, moments: int) -> float:
+    """Weights, gradients and the optimizer's moments (AdamW: 2) in MB (10^6 bytes); activations come on top."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    training = sum(p.numel() * p.element_size() * 3 for p in model.parameters() if p.requires_grad)
+    training = sum(p.numel() * p.element_size() * (1 + moments) for p in model.parameters() if p.requires_grad)
     return (weights + training) / 1e6
 
 
@@ -447,6 +544,7 @@ class Run:
             model = apply_lora(model, lora, self.task.peft_task_type)
             if lora.use_dora:
                 print("DoRA adapters are opened by PeftModel or AutoPeftModel; AutoModel gives other numbers")
+        freeze_weights(model, self.args)
         return model
 
     def _make_features(self) -> tuple[dict[str, Rows], list[dict[str, Any]]]:
@@ -484,11 +582,17 @@ class Run:
             mean_length = float(np.mean(self.features["train"]["length"]))
             rows_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             line += f", {rows_per_step} rows or about {rows_per_step * mean_length:,.0f} tokens per step"
-        line += f", learning rate {self.args.learning_rate:g}"
-        print(f"{line}, about {memory_mb(self.model):,.0f} MB for weights, gradients and AdamW, without activations\n")
+        is_adamw = "adamw" in self.args.optim
+        memory = f"about {memory_mb(self.model, 2 if is_adamw else 0):,.0f} MB for weights and gradients"
+        print(f"{line}, {memory}{' and AdamW' if is_adamw else ''}, without activations")
+        if self.args.do_train:
+            print(f"trained weights: {trained_weights(self.model, self.args)}")
+            for name, text in recipe(self.args, self.model.config).items():
+                print(f"{name}: {text}")
+        print()
 
     def _make_trainer(self) -> FinetuneTrainer:
-        callbacks: list[Any] = [LossPlotCallback()]
+        callbacks: list[Any] = [PlotCallback()]
         if self.args.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(self.args.early_stopping_patience))
         return FinetuneTrainer(
@@ -502,6 +606,7 @@ class Run:
             callbacks=callbacks,
             generation_config=self.task.generation_config(self.tokenizer, self.args.generation_num_beams or 1),
             card=self._write_card,
+            is_language_model=self.task.auto_class is AutoModelForCausalLM,
         )
 
     def _predictions(self, output: Any) -> dict[int, str]:
