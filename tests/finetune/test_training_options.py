@@ -274,12 +274,6 @@ def changed(before, after):
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
-def table_of(text):
-    """The census table's trainable column by group."""
-    lines = text[text.index("group ") :].splitlines()[1:]
-    return {line[:14].strip(): int(line.split()[-2].replace(",", "")) for line in lines[: len(GROUPS) + 2] if line}
-
-
 @pytest.mark.parametrize("group", ["embeddings", "router", "experts"])
 def test_a_frozen_group_stays_and_the_others_move(group, start, continued, capsys):
     folder, results = continued(freeze=[group])
