@@ -197,6 +197,9 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Remove the checkpoints of an earlier run in --output_dir."}
     )
+    data_checks: Literal["report", "refuse", "off"] = field(
+        default="report", metadata={"help": "Look for faults in the data: count them, or also refuse to run."}
+    )
     hub_private_repo: bool = field(default=False, metadata={"help": "Make a new repository on the Hub private."})
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "A checkpoint folder; true takes the last one in --output_dir, if any."}
@@ -252,7 +255,14 @@ COMMON_TRAINING_FLAGS = (
     *("warmup_steps", "weight_decay", "l1", "label_smoothing_factor", "freeze", "train_last_n_layers", "bf16"),
     *("eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit", "logging_steps", "report_to"),
     *("load_best_model_at_end", "metric_for_best_model", "early_stopping_patience", "generation_num_beams"),
-    *("resume_from_checkpoint", "overwrite_output_dir", "push_to_hub", "hub_model_id", "hub_private_repo"),
+    *(
+        "data_checks",
+        "resume_from_checkpoint",
+        "overwrite_output_dir",
+        "push_to_hub",
+        "hub_model_id",
+        "hub_private_repo",
+    ),
 )
 
 
@@ -268,7 +278,7 @@ class Stage:
     given: set[str]
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """One spelling and one value name per flag, and no default where there is none."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
@@ -285,7 +295,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
         return super()._get_help_string(action)
 
     def _format_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any) -> str:
-        return f"usage: {self._prog} [config.yaml] [--flag value ...]\n\n"
+        return f"usage: {usage or f'{self._prog} [config.yaml] [--flag value ...]'}\n\n"
 
 
 class ArgumentParser(HfArgumentParser):
@@ -299,7 +309,7 @@ class ArgumentParser(HfArgumentParser):
             description="The YAML file holds flags by name, without the dashes; the command line wins over it.\n"
             "Without --do_train, --do_eval and --do_predict, everything is done that the data has a split for.",
             epilog=epilog,
-            formatter_class=_HelpFormatter,
+            formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
         self.add_argument("--help_all", action="help", help="Show every flag of transformers' TrainingArguments too.")
@@ -410,7 +420,12 @@ def _fill_output_dir(value: Any, output_dir: str) -> Any:
 
 
 def parse_command(
-    task: str, data_arguments: type, argv: Sequence[str], recipe: Path | None = None, epilog: str = ""
+    task: str,
+    data_arguments: type,
+    argv: Sequence[str],
+    recipe: Path | None = None,
+    epilog: str = "",
+    defaults: dict[str, Any] | None = None,
 ) -> list[Stage]:
     """Parse what follows `deepseek-hf finetune TASK` into the runs that it asks for.
 
@@ -420,6 +435,7 @@ def parse_command(
         argv: an optional YAML file, then flags.
         recipe: the YAML file to take when neither a YAML file nor a model nor data is named.
         epilog: the end of --help.
+        defaults: values by flag name that the YAML file and the flags win over.
 
     Raises:
         ValueError: with one line, for everything that doesn't fit.
@@ -438,7 +454,10 @@ def parse_command(
 
     stages = []
     for name, settings in stage_settings(read_yaml(path) if path else {}, path or ""):
-        flags = as_flags(settings, parser.names(), str(path))
+        flags = [
+            *as_flags(defaults or {}, parser.names(), "the model's card"),
+            *as_flags(settings, parser.names(), str(path)),
+        ]
         output_dir = parser.parse_known_args([*flags, *argv])[0].output_dir
         if not output_dir:
             raise ValueError("--output_dir is missing: name the folder for the model and its results.")

@@ -11,9 +11,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import yaml
 from datasets import Dataset
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel
+from transformers.utils import cached_file
 
 from .arguments import Stage
 from .freezing import trained_weights
@@ -32,6 +34,39 @@ def fill(template: str, slots: dict[str, str]) -> str:
 def table(head: list[str], rows: list[list[Any]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def read(model: str, revision: str = "main") -> dict[str, Any]:
+    """The metadata of a model's card, from a folder or the Hub; empty if it has none.
+
+    Under `deepseek_hf` stands what a run of ours wrote there: its task, and the flags that its model depends on.
+
+    Raises:
+        ValueError: if the metadata isn't YAML.
+    """
+    try:
+        path = cached_file(model, "README.md", revision=revision)
+    except OSError:  # no such file; if there is no such model either, loading it will say so
+        return {}
+    try:
+        return ModelCard.load(str(path), ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{model}/README.md: the metadata can't be read: {error}") from error
+
+
+def run_settings(model: str, revision: str, task: str) -> dict[str, Any]:
+    """The flags that a run of `task` wrote into its model's card; empty for a model that we didn't make.
+
+    Raises:
+        ValueError: if the run was of another task.
+    """
+    settings = dict(read(model, revision).get("deepseek_hf") or {})
+    made_for = settings.pop("task", task)
+    if made_for != task:
+        raise ValueError(
+            f"{model}: its card says that it was made for {made_for}, not for {task}; name another model."
+        )
+    return settings
 
 
 def base_model(stage: Stage, model: Any) -> str | None:
@@ -139,8 +174,8 @@ def write(
 
     Args:
         task_card: what `Task.card_data` gives: `title`, `pipeline_tag`, `language`, `datasets` (Hub ids),
-            `dataset_name`, `metrics` {result name: (Hub's metric id, label)}, `prompt`, `preprocessing` and `data`
-            (Markdown).
+            `dataset_name`, `metrics` {result name: (Hub's metric id, label)}, `prompt`, `preprocessing`, `data` and
+            `data_checks` (Markdown), and `settings` (see `run_settings`).
         results: the run's results so far.
         splits: the text rows by split.
     """
@@ -166,6 +201,7 @@ def write(
             "metrics": [metric for metric, _ in task_card["metrics"].values()],
             "model_name": Path(name).name,
             "eval_results": scores or None,
+            "deepseek_hf": task_card.get("settings"),
         }
     )
     origin = f"`{base}`" if base else "a local model" if stage.model.model_name_or_path else "random weights"
@@ -177,7 +213,9 @@ def write(
             "summary": f"{kind} for {task_card['title']}, trained from {origin} with deepseek-hf.",
             "usage": usage(model, name, task_card["prompt"]),
             "results": results_table(task_card, results) or "No split was scored.",
-            "data": task_card["data"].strip() or task_card["dataset_name"],
+            "data": "\n\n".join(
+                filter(None, [task_card["data"].strip() or task_card["dataset_name"], task_card.get("data_checks")])
+            ),
             "protocol": protocol(task_card, stage, model, results, splits),
         },
     )

@@ -47,6 +47,7 @@ from tokenization_deepseek import DeepSeekTokenizer, train_tokenizer
 from . import model_card
 from .arguments import ModelArguments, Stage, TrainingArguments, check_output_dir
 from .callbacks import PlotCallback
+from .checks import Report, fault_list, report_markdown, report_text
 from .freezing import freeze_weights, trained_weights
 from .lora import apply_lora, census, census_table
 from .optimization import (
@@ -61,6 +62,7 @@ from .optimization import (
 )
 
 PREDICTIONS_FILE = "generated_predictions.jsonl"
+DATA_REPORT_FILE = "data_report.json"
 EXAMPLES_SHOWN = 10
 Rows: TypeAlias = Dataset | IterableDataset
 
@@ -102,6 +104,10 @@ class Task(ABC):
     @abstractmethod
     def score(self, predictions: list[str], rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Scores (numbers) and their signatures (texts) of one prediction per row."""
+
+    def check_splits(self, splits: dict[str, Rows], tokenizer: PreTrainedTokenizerBase) -> Report:
+        """Faults in the data by split, see checks.py."""
+        return {}
 
     def baseline(self, train: Rows | None, rows: list[dict[str, Any]]) -> list[str] | None:
         """Predictions of a trivial method to compare with, None for no comparison."""
@@ -338,14 +344,13 @@ def is_deepseek(source: str, revision: str) -> bool:
 
 
 def load_tokenizer(
-    stage: Stage, task: Task, splits: dict[str, Rows], checkpoint: str | None
+    arguments: ModelArguments, task: Task, splits: dict[str, Rows], checkpoint: str | None
 ) -> PreTrainedTokenizerBase:
     """The named tokenizer, the model's, or a new one trained on the data.
 
     Raises:
         ValueError: if it has no end-of-text token.
     """
-    arguments = stage.model
     source = arguments.tokenizer_name or checkpoint or arguments.model_name_or_path
     if source:
         flag = "tokenizer_name" if arguments.tokenizer_name else "model_name_or_path"
@@ -519,11 +524,13 @@ class Run:
         choose_work(stage, self.splits)
         check_output_dir(self.args)
         self.checkpoint = self._find_checkpoint()
-        self.tokenizer = load_tokenizer(stage, self.task, self.splits, self.checkpoint)
+        self.tokenizer = load_tokenizer(stage.model, self.task, self.splits, self.checkpoint)
+        self.data_report = self._check_data()
         self.model = self._load_model()
         self.features, self.examples = self._make_features()
         self._print_census()
         self.trainer = self._make_trainer()
+        self._write_data_report(self.data_report)  # a run that can't begin leaves its folder empty
 
     def _find_checkpoint(self) -> str | None:
         asked = self.args.resume_from_checkpoint
@@ -534,6 +541,29 @@ class Run:
         if not (Path(asked) / "trainer_state.json").is_file():
             raise ValueError(f"--resume_from_checkpoint {asked}: no checkpoint there (no trainer_state.json).")
         return asked
+
+    def _check_data(self) -> Report:
+        """Print the task's report on its data.
+
+        Raises:
+            ValueError: if there are faults and --data_checks refuse asks for none.
+        """
+        mode = self.args.data_checks
+        report = {} if mode == "off" else self.task.check_splits(self.splits, self.tokenizer)
+        if report:
+            print(report_text(report))
+        faults = fault_list(report)
+        if faults and mode == "refuse":
+            self._write_data_report(report)
+            raise ValueError(
+                f"--data_checks refuse: {faults}. Mend the data ({DATA_REPORT_FILE} has examples), or use "
+                "--data_checks report."
+            )
+        return report
+
+    def _write_data_report(self, report: Report) -> None:
+        if report and self.args.process_index == 0:
+            write_json(self.folder / DATA_REPORT_FILE, report)
 
     def _load_model(self) -> Any:
         arguments, lora = self.stage.model, self.stage.lora
@@ -691,7 +721,8 @@ class Run:
             write_json(self.folder / f"{name}_results.json", results)
 
     def _write_card(self, folder: Path) -> None:
-        model_card.write(self.task.card_data(), self.stage, self.model, self.results, self.splits, folder, write_text)
+        card = self.task.card_data() | {"data_checks": report_markdown(self.data_report)}
+        model_card.write(card, self.stage, self.model, self.results, self.splits, folder, write_text)
 
     def finish(self) -> dict[str, Any]:
         """Write all_results.json and the card; push."""

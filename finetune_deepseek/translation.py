@@ -16,11 +16,14 @@ from datasets import Dataset, IterableDataset, load_dataset
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .arguments import nearest_match
+from .checks import Report, check_pairs, count_empty_sides, count_long_rows
 from .metrics import translation_metrics
 from .phrases import corpus_description, default_corpus, nearest_pair_baseline
 from .run import IGNORED_LABEL, CausalCollator, Task
 
 SPLITS = ("train", "validation", "test")
+# What a trained model depends on: written into its card, and taken from there by evaluate, predict and translate.
+MODEL_SETTINGS = ("source_lang", "target_lang", "prompt_template", "max_source_length", "max_target_length")
 # The file name's ending gives the reader of `datasets`; each may be gzipped.
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 DEFAULT_CORPUS_ROWS = {"train": 40_000, "validation": 1_000, "test": 1_000}
@@ -212,6 +215,7 @@ class Translation(Task):
         self.seed = seed
         self.metrics = translation_metrics(arguments.target_lang)
         self.description = ""
+        self.empty_sides: dict[str, int] = {}  # rows left out, by split
 
     # -- rows: {"prompt", "source", "target"} --
 
@@ -233,6 +237,8 @@ class Translation(Task):
                 splits[split] = self._text_rows(dataset, self._where(split))
             except UnicodeDecodeError as error:  # arrow hands bytes through and decodes on use
                 raise ValueError(f"{self._where(split)}: can't be read as UTF-8 text: {error}.") from error
+            if isinstance(dataset, Dataset):
+                self.empty_sides[split] = len(dataset) - len(cast(Dataset, splits[split]))
         return splits
 
     def _limits(self) -> tuple[int | None, int | None, int | None]:
@@ -336,6 +342,17 @@ class Translation(Task):
             source=source.strip(), source_lang=self.arguments.source_lang, target_lang=self.arguments.target_lang
         )
 
+    def check_splits(self, splits: dict[str, Dataset | IterableDataset], tokenizer: PreTrainedTokenizerBase) -> Report:
+        arguments = self.arguments
+        report = check_pairs(splits, arguments.source_lang, arguments.target_lang)
+        for split in report:
+            rows = cast(Dataset, splits[split])
+            ids = self.encode_prompts(rows["prompt"], tokenizer), self.encode_targets(rows["target"], tokenizer)
+            limits = arguments.max_source_length, arguments.max_target_length
+            report[split] |= count_long_rows(rows["source"], ids, limits)
+            report[split] |= count_empty_sides(self.empty_sides[split])
+        return report
+
     def tokenizer_texts(self, splits: dict[str, Dataset | IterableDataset]) -> Iterator[str]:
         for number, row in enumerate(splits["train"]):
             if number == TOKENIZER_TRAINING_ROWS:
@@ -365,6 +382,15 @@ class Translation(Task):
 
     # -- features --
 
+    def encode_prompts(self, prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        end = tokenizer.eos_token_id
+        # Some tokenizers end every text.
+        return [ids[:-1] if ids[-1] == end else ids for ids in tokenizer(list(prompts))["input_ids"]]
+
+    def encode_targets(self, targets: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+        encoded = tokenizer(list(targets), add_special_tokens=False)
+        return [[*ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]
+
     def features(
         self, rows: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, is_training: bool
     ) -> Dataset | IterableDataset:
@@ -374,15 +400,10 @@ class Translation(Task):
         limits are left out.
         """
         arguments = self.arguments
-        end = tokenizer.eos_token_id
 
         def encode(batch: dict[str, list[str]]) -> dict[str, list]:
-            prompts = [
-                ids[:-1] if ids[-1] == end else ids  # some tokenizers end every text
-                for ids in tokenizer(batch["prompt"])["input_ids"]
-            ]
-            targets = [[*ids, end] for ids in tokenizer(batch["target"], add_special_tokens=False)["input_ids"]]
-            pairs = list(zip(prompts, targets, strict=True))
+            prompts = self.encode_prompts(batch["prompt"], tokenizer)
+            pairs = list(zip(prompts, self.encode_targets(batch["target"], tokenizer), strict=True))
             if is_training:
                 pairs = [
                     (prompt, target)
@@ -391,7 +412,7 @@ class Translation(Task):
                 ]
             else:
                 pairs = [(p[: arguments.max_source_length], t[: arguments.max_target_length]) for p, t in pairs]
-            features = {
+            features: dict[str, list] = {
                 "input_ids": [prompt + target for prompt, target in pairs],
                 "labels": [[IGNORED_LABEL] * len(prompt) + target for prompt, target in pairs],
                 "length": [len(prompt) + len(target) for prompt, target in pairs],
@@ -453,4 +474,5 @@ class Translation(Task):
             "data": self.description,
             "preprocessing": f"prompt {arguments.prompt_template!r}, loss on the target only, at most "
             f"{arguments.max_source_length} prompt and {arguments.max_target_length} target tokens",
+            "settings": {"task": self.name} | {name: getattr(arguments, name) for name in MODEL_SETTINGS},
         }  # fmt: skip
