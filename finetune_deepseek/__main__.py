@@ -1,13 +1,16 @@
-"""The command line: `deepseek-hf finetune TASK ...`, or `python -m finetune_deepseek TASK ...`.
+"""The command line: `deepseek-hf VERB ...`, or `python -m finetune_deepseek [VERB] ...` (without a verb, finetune).
 
 Bad input ends with one line on stderr and exit code 2. Set DEEPSEEK_HF_TRACEBACK=1 for the stack trace.
 """
 
+import argparse
 import importlib
 import os
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -19,12 +22,36 @@ from . import TASKS
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 USAGE = f"""usage: deepseek-hf finetune TASK [config.yaml] [--flag value ...]
+       deepseek-hf evaluate TASK MODEL [config.yaml] [--flag value ...]
+       deepseek-hf predict TASK MODEL [config.yaml] [--flag value ...]
+       deepseek-hf translate MODEL [--input FILE] [--output FILE] [--flag value ...]
 
 tasks: {", ".join(TASKS)}
 
+  finetune    train a model or an adapter, then evaluate and predict
+  evaluate    score a saved model on the validation split; its languages and prompt come from its card
+  predict     the same on the test split, and write every prediction
+  translate   translate the lines of a file or of standard input
+
   deepseek-hf finetune translation --output_dir runs/quickstart    no other flag is needed
-  deepseek-hf finetune translation --help                          flags, with examples
+  deepseek-hf finetune translation --help                          flags, with examples; those of evaluate and predict
+  deepseek-hf predict translation runs/quickstart                  writes to runs/predict-quickstart
+  echo "2 May 1987" | deepseek-hf translate runs/quickstart        deepseek-hf translate --help shows its flags
 """
+
+
+def task_class(name: str) -> Any:
+    """The class of the task of that name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    from .arguments import nearest_match
+
+    if name not in TASKS:
+        raise ValueError(f"unknown task {name!r}{nearest_match(name, TASKS)}; there is {', '.join(TASKS)}.")
+    module, _, class_name = TASKS[name].partition(":")
+    return getattr(importlib.import_module(module), class_name)
 
 
 def finetune(argv: Sequence[str]) -> None:
@@ -34,33 +61,78 @@ def finetune(argv: Sequence[str]) -> None:
         ValueError: with one line, for bad input.
     """
     # Imported here, since torch and transformers take seconds and --help of the command needs neither.
-    from .arguments import nearest_match, parse_command
+    from .arguments import parse_command
     from .run import run_stages
 
-    name = argv[0]
-    if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}{nearest_match(name, TASKS)}; there is {', '.join(TASKS)}.")
-    module, _, class_name = TASKS[name].partition(":")
-    task = getattr(importlib.import_module(module), class_name)
-    run_stages(task, parse_command(name, task.arguments_class, argv[1:], task.recipe, task.examples))
+    task = task_class(argv[0])
+    run_stages(task, parse_command(task.name, task.arguments_class, argv[1:], task.recipe, task.examples))
 
 
-def guarded(argv: Sequence[str]) -> int:
-    """`finetune` with bad input turned into one line; returns the exit code."""
-    if not argv or argv[0] in ("-h", "--help"):
+def score(verb: str, flag: str, argv: Sequence[str]) -> None:
+    """`finetune` without training, on the saved model that follows the task in `argv`.
+
+    Args:
+        verb: names the default of --output_dir.
+        flag: do_eval or do_predict.
+
+    Raises:
+        ValueError: with one line, for bad input.
+    """
+    from .arguments import parse_command
+    from .model_card import run_settings
+    from .run import run_stages
+
+    if set(argv) & {"-h", "--help", "--help_all"}:
+        return finetune(argv)
+    task = task_class(argv[0])
+    if len(argv) < 2 or argv[1].startswith("-"):
+        raise ValueError(f"{verb} {task.name}: name the model next: a folder or a Hub id.")
+    model, rest = argv[1], list(argv[2:])
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model_revision", default="main")
+    revision = parser.parse_known_args(rest)[0].model_revision
+    defaults = {"output_dir": f"runs/{verb}-{Path(model).name}"} | run_settings(model, revision, task.name)
+    rest += [f"--model_name_or_path={model}", "--do_train=False", f"--{flag}=True"]
+    run_stages(task, parse_command(task.name, task.arguments_class, rest, defaults=defaults))
+
+
+def evaluate(argv: Sequence[str]) -> None:
+    """Score a saved model on the validation split."""
+    score("evaluate", "do_eval", argv)
+
+
+def predict(argv: Sequence[str]) -> None:
+    """Score a saved model on the test split, and write its predictions."""
+    score("predict", "do_predict", argv)
+
+
+def translate(argv: Sequence[str]) -> None:
+    """Translate lines of text."""
+    from .translate import translate
+
+    translate(argv)
+
+
+VERBS = {"finetune": finetune, "evaluate": evaluate, "predict": predict, "translate": translate}
+
+
+def guarded(argv: Sequence[str], verb: str = "finetune") -> int:
+    """A verb with bad input turned into one line; returns the exit code."""
+    if verb != "translate" and (not argv or argv[0] in ("-h", "--help")):
         print(USAGE, end="")
         return 0
     # PEFT still asks for it by the old name.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     try:
-        finetune(argv)
+        VERBS[verb](argv)
     except (ValueError, OSError, SafetensorError, StrictDataclassError) as error:
         if os.environ.get("DEEPSEEK_HF_TRACEBACK"):
             raise
         print(f"deepseek-hf: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("deepseek-hf: interrupted; go on with --resume_from_checkpoint true.", file=sys.stderr)
+        advice = "; go on with --resume_from_checkpoint true" if verb == "finetune" else ""
+        print(f"deepseek-hf: interrupted{advice}.", file=sys.stderr)
         return 130
     return 0
 
@@ -68,11 +140,13 @@ def guarded(argv: Sequence[str]) -> int:
 def main() -> int:
     """The console script `deepseek-hf`."""
     verb, argv = (sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
-    if verb in ("-h", "--help", "finetune"):
-        return guarded(argv if verb == "finetune" else [])
-    print(f"deepseek-hf: error: unknown verb {verb!r}; there is finetune.", file=sys.stderr)
+    if verb in VERBS:
+        return guarded(argv, verb)
+    if verb in ("-h", "--help"):
+        return guarded([])
+    print(f"deepseek-hf: error: unknown verb {verb!r}; there is {', '.join(VERBS)}.", file=sys.stderr)
     return 2
 
 
 if __name__ == "__main__":
-    sys.exit(guarded(sys.argv[1:]))
+    sys.exit(main() if sys.argv[1:2] and sys.argv[1] in VERBS else guarded(sys.argv[1:]))

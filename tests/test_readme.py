@@ -73,12 +73,18 @@ def test_translation_commands_run(tmp_path):
         (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
     shown = [command for command in commands("README.md") if "--train_file" in command or "--help" in command]
     assert len(shown) == 3
-    for command in shown:
+    verbs = [command for command in commands("README.md") if command[1] in ("evaluate", "predict", "translate")]
+    assert len(verbs) == 3
+    (tmp_path / "english.txt").write_text("one\n\ntwo\n")
+    for command in shown + verbs:
         assert command[0] == "deepseek-hf"
         small = SMALL if "--train_file" in command else []
-        run([sys.executable, "-m", "finetune_deepseek", *command[2:], *small], tmp_path, PYTHONPATH=str(ROOT))
+        run([sys.executable, "-m", "finetune_deepseek", *command[1:], *small], tmp_path, PYTHONPATH=str(ROOT))
     assert (tmp_path / "runs/en-de/model.safetensors").is_file()
     assert (tmp_path / "runs/en-de-lora/adapter_model.safetensors").is_file()
+    assert (tmp_path / "runs/en-de-dev/eval_results.json").is_file()
+    assert (tmp_path / "runs/predict-en-de-lora/generated_predictions.jsonl").is_file()
+    assert (tmp_path / "german.txt").read_text(encoding="utf-8").count("\n") == 3
 
 
 @pytest.mark.slow

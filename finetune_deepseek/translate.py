@@ -1,0 +1,245 @@
+"""`deepseek-hf translate`: lines of text in, their translations out, by a model or adapter of the translation task.
+
+The prompt, the languages and the length of a translation are those of the model's card, so the model is asked as it
+was in training.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig, HfArgumentParser, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from . import model_card
+from .arguments import HelpFormatter, ModelArguments, nearest_match
+from .run import decode, load_model, load_tokenizer, write_text
+from .translation import MODEL_SETTINGS, Translation, TranslationArguments
+
+EXAMPLES = """examples:
+  deepseek-hf translate runs/en-de --input english.txt --output german.txt
+  echo "two birds" | deepseek-hf translate runs/en-de --num_beams 5"""
+
+
+@dataclass
+class TranslateArguments:
+    """What to translate, and how to search."""
+
+    input: str | None = field(
+        default=None, metadata={"help": "UTF-8 file with one text per line; without it, standard input."}
+    )
+    output: str | None = field(default=None, metadata={"help": "File for as many lines; without it, standard output."})
+    source_lang: str | None = field(
+        default=None, metadata={"help": "Language to translate from; without it, the one in the model's card."}
+    )
+    target_lang: str | None = field(default=None, metadata={"help": "The same, to translate to."})
+    prompt_template: str | None = field(
+        default=None, metadata={"help": "As in training; needed only for a model whose card doesn't have it."}
+    )
+    num_beams: int = field(default=1, metadata={"help": "Width of beam search; 1 is greedy search."})
+    length_penalty: float = field(
+        default=1.0, metadata={"help": "With beams: below 1 prefers shorter translations, above 1 longer ones."}
+    )
+    max_target_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a translation; without it, as in training."}
+    )
+    batch_size: int = field(default=32, metadata={"help": "Texts that are translated at once."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
+        default="float32", metadata={"help": "Type of the weights; auto takes the checkpoint's."}
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that comes with a Hub model."})
+
+    def __post_init__(self) -> None:
+        for name in ("num_beams", "batch_size", "max_target_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} {value}: it must be 1 or more.")
+        if self.length_penalty != 1 and self.num_beams == 1:
+            raise ValueError("--length_penalty has no effect without beams; add --num_beams 5, say.")
+
+    def model(self, name: str) -> ModelArguments:
+        return ModelArguments(
+            model_name_or_path=name,
+            model_revision=self.model_revision,
+            dtype=self.dtype,
+            attn_implementation=self.attn_implementation,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see deepseek-hf translate --help.")
+
+
+def parse(argv: Sequence[str]) -> tuple[str, TranslateArguments]:
+    """The model and the arguments.
+
+    Raises:
+        ValueError: with one line, for flags that don't fit.
+    """
+    parser = _Parser(
+        TranslateArguments,  # type: ignore[arg-type]
+        prog="deepseek-hf translate",
+        usage="deepseek-hf translate MODEL [--flag value ...]",
+        epilog=EXAMPLES,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    if not argv or argv[0] in ("-h", "--help"):
+        parser.print_help()
+        raise SystemExit(0)
+    if argv[0].startswith("-"):
+        raise ValueError(f"translate: the model comes first (a folder or a Hub id), found {argv[0]}.")
+    arguments, rest = parser.parse_args_into_dataclasses(
+        list(argv[1:]), return_remaining_strings=True, look_for_args_file=False
+    )
+    if rest:
+        near = nearest_match(rest[0].partition("=")[0], parser._option_string_actions)
+        raise ValueError(f"unexpected argument {rest[0]!r}{near}; see deepseek-hf translate --help.")
+    return argv[0], arguments
+
+
+def read_lines(path: str | None) -> list[str]:
+    """The lines of a UTF-8 file or of standard input, without their ends.
+
+    Only a line feed ends a line: splitting at U+2028 and the like would lose the match with the output's lines.
+
+    Raises:
+        ValueError: if the file can't be read, or a line isn't UTF-8.
+    """
+    try:
+        content = Path(path).read_bytes() if path else sys.stdin.buffer.read()
+    except OSError as error:
+        raise ValueError(f"--input {path}: can't be read ({error.strerror}).") from error
+    lines = []
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").removesuffix(b"\n").split(b"\n"), start=1):
+        try:
+            lines.append(line.decode("utf-8").rstrip("\r"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path or 'standard input'}, line {number}: not UTF-8 text ({error.reason}).") from error
+    return lines if content else []
+
+
+def make_task(name: str, arguments: TranslateArguments) -> Translation:
+    """The translation task as the model was trained for it, by its card and the flags.
+
+    Raises:
+        ValueError: if the card has other languages than the flags, or neither has any.
+    """
+    settings = model_card.run_settings(name, arguments.model_revision, Translation.name)
+    known = model_card.read(name, arguments.model_revision).get("language") or []
+    known = [known] if isinstance(known, str) else known
+    for flag in ("source_lang", "target_lang"):
+        asked, made_for = getattr(arguments, flag), settings.get(flag)
+        if asked and (asked != made_for if made_for else known and asked not in known):
+            pair = f"{settings['source_lang']} to {settings['target_lang']}" if made_for else ", ".join(known)
+            raise ValueError(f"--{flag} {asked}: by its card, {name} is for {pair}; name another model.")
+        if not asked and not made_for:
+            raise ValueError(f"{name}: no card says which languages it translates; give --source_lang, --target_lang.")
+    given = ("source_lang", "target_lang", "prompt_template", "max_target_length")
+    settings = {key: value for key, value in settings.items() if key in MODEL_SETTINGS}
+    settings |= {key: value for key in given if (value := getattr(arguments, key)) is not None}
+    return Translation(TranslationArguments(**settings), seed=0)
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Indices in batches of like lengths, the longest first: a batch that doesn't fit shows at once."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def check_lengths(lengths: dict[int, int], task: Translation, max_positions: int | None) -> None:
+    """Say which prompts are longer than in training; `lengths` is tokens by line number.
+
+    Raises:
+        ValueError: if a prompt and its translation don't fit into the model.
+    """
+    arguments = task.arguments
+    for line, length in lengths.items():
+        if max_positions and length + arguments.max_target_length > max_positions:
+            raise ValueError(
+                f"line {line}: {length} prompt tokens and a translation of up to {arguments.max_target_length} are "
+                f"more than the model's {max_positions}; split the text, or lower --max_target_length."
+            )
+    long = [line for line, length in lengths.items() if length > arguments.max_source_length]
+    if long:
+        print(
+            f"deepseek-hf: note: {len(long):,} texts (first: line {long[0]}) have more than the "
+            f"{arguments.max_source_length} prompt tokens of training; expect less of them.",
+            file=sys.stderr,
+        )
+
+
+def translate_lines(
+    lines: Sequence[str],
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Translation,
+    generation_config: GenerationConfig,
+    batch_size: int = 32,
+    report: Callable[[int], Any] = lambda count: None,
+) -> list[str]:
+    """One translation per line, in the lines' order; a line without text stays empty.
+
+    Args:
+        report: is told the number of texts in each batch that is done.
+
+    Raises:
+        ValueError: if a line is too long for the model.
+    """
+    translations = [""] * len(lines)
+    rows = [row for row, line in enumerate(lines) if line.strip()]
+    if not rows:
+        return translations
+    prompts = task.encode_prompts([task.prompt(lines[row]) for row in rows], tokenizer)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    check_lengths({row + 1: len(ids) for row, ids in zip(rows, prompts, strict=True)}, task, limit)
+    collate = task.collator(tokenizer)
+    for batch in batches_by_length([len(ids) for ids in prompts], batch_size):
+        inputs = collate([{"prompt_ids": prompts[index], "row": rows[index]} for index in batch])
+        prompt_ids, prompt_mask = inputs["prompt_ids"].to(model.device), inputs["prompt_mask"].to(model.device)
+        output = model.generate(input_ids=prompt_ids, attention_mask=prompt_mask, generation_config=generation_config)
+        texts = decode(output[:, prompt_ids.shape[1] :].cpu().numpy(), tokenizer)
+        for index, text in zip(batch, texts, strict=True):
+            translations[rows[index]] = " ".join(text.split("\n"))  # one line stays one line
+        report(len(batch))
+    return translations
+
+
+def translate(argv: Sequence[str]) -> None:
+    """Do what `deepseek-hf translate` is followed by.
+
+    Raises:
+        ValueError: with one line, for bad input.
+    """
+    name, arguments = parse(argv)
+    if arguments.output and not Path(arguments.output).parent.is_dir():
+        raise ValueError(f"--output {arguments.output}: there is no such folder to write to.")
+    task = make_task(name, arguments)
+    lines = read_lines(arguments.input)
+    disable_progress_bar()  # the bar of loading weights; ours counts texts
+    tokenizer = load_tokenizer(arguments.model(name), task, {}, None)
+    model = load_model(arguments.model(name), task, tokenizer, is_trained=False).eval()
+    if torch.accelerator.is_available():
+        model = model.to(torch.accelerator.current_accelerator())
+    generation_config = task.generation_config(tokenizer, arguments.num_beams)
+    generation_config.length_penalty = arguments.length_penalty
+    count = sum(1 for line in lines if line.strip())
+    with tqdm(total=count, desc="translate", unit="text", file=sys.stderr) as bar:
+        texts = translate_lines(
+            lines, model, tokenizer, task, generation_config, arguments.batch_size, report=bar.update
+        )
+    content = "".join(text + "\n" for text in texts)
+    if arguments.output:
+        write_text(Path(arguments.output), content)
+    else:
+        sys.stdout.buffer.write(content.encode("utf-8"))
+        sys.stdout.flush()
