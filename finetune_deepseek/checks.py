@@ -60,6 +60,10 @@ MOJIBAKE = re.compile(
 )
 
 
+def looks_mojibake(text: str) -> bool:
+    return not text.isascii() and MOJIBAKE.search(text) is not None
+
+
 def clip(text: str) -> str:
     line = " ".join(text.split())
     return line if len(line) <= EXAMPLE_CHARACTERS else line[: EXAMPLE_CHARACTERS - 1] + "…"
@@ -133,7 +137,7 @@ def check_pairs(splits: dict[str, Any], source_lang: str, target_lang: str) -> R
             "swapped_scripts": finding(in_other_script(pairs, source_lang, target_lang)),
             "copied_sources": finding(pair for pair in pairs if pair[0] == pair[1]),
             "replacement_characters": finding(pair for pair in pairs if any("\ufffd" in text for text in pair)),
-            "mojibake": finding(pair for pair in pairs if any(map(MOJIBAKE.search, pair))),
+            "mojibake": finding(pair for pair in pairs if any(map(looks_mojibake, pair))),
         }
         if train and split != "train":
             elsewhere = [pair for pair in pairs if pair not in train and pair[0] in train_sources]

@@ -16,6 +16,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .arguments import nearest_match
+from .augmentation import AugmentationArguments, Augmenter
 from .checks import Report, check_pairs, count_empty_sides, count_long_rows
 from .metrics import translation_metrics
 from .phrases import corpus_description, default_corpus, nearest_pair_baseline
@@ -33,7 +34,7 @@ TOKENIZER_TRAINING_ROWS = 200_000
 
 
 @dataclass
-class TranslationArguments:
+class TranslationArguments(AugmentationArguments):
     """Which pairs, in which languages, in which prompt."""
 
     _argument_group_name = "data"
@@ -69,6 +70,7 @@ class TranslationArguments:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.source_lang == self.target_lang:
             raise ValueError(f"--source_lang and --target_lang are both {self.source_lang!r}; change one.")
         self.prompt_template = self.prompt_template.replace("\\n", "\n")
@@ -215,6 +217,8 @@ class Translation(Task):
         self.seed = seed
         self.metrics = translation_metrics(arguments.target_lang)
         self.description = ""
+        # Made here, so that a bad dictionary shows before the data are read.
+        self.augmenter = Augmenter(arguments, arguments.source_lang, seed) if arguments.augment else None
         self.empty_sides: dict[str, int] = {}  # rows left out, by split
 
     # -- rows: {"prompt", "source", "target"} --
@@ -382,6 +386,26 @@ class Translation(Task):
 
     # -- features --
 
+    def _augmented(self, rows: Dataset | IterableDataset, augmenter: Augmenter) -> Dataset | IterableDataset:
+        """Every training row, followed by its copies with a changed source."""
+
+        def extend(batch: dict[str, list[str]]) -> dict[str, list[str]]:
+            pairs = [
+                (text, target)
+                for source, target in zip(batch["source"], batch["target"], strict=True)
+                for text in (source, *augmenter(source))
+            ]
+            return {
+                "prompt": [self.prompt(source) for source, _ in pairs],
+                "source": [source for source, _ in pairs],
+                "target": [target for _, target in pairs],
+            }
+
+        extended = rows.map(extend, batched=True, **progress(rows, "augment"))
+        if isinstance(rows, Dataset):
+            print(f"augmented {len(rows):,} training rows by {len(extended) - len(rows):,}: {augmenter}")
+        return extended
+
     def encode_prompts(self, prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         end = tokenizer.eos_token_id
         # Some tokenizers end every text.
@@ -397,9 +421,11 @@ class Translation(Task):
         """Token ids of prompt + target + end, with the loss on the target only.
 
         Gives `input_ids`, `labels`, `length`; for evaluation also `prompt_ids`. For training, rows over the length
-        limits are left out.
+        limits are left out; before that, the copies that --augment asks for are added.
         """
         arguments = self.arguments
+        if is_training and self.augmenter:
+            rows = self._augmented(rows, self.augmenter)
 
         def encode(batch: dict[str, list[str]]) -> dict[str, list]:
             prompts = self.encode_prompts(batch["prompt"], tokenizer)
@@ -473,6 +499,7 @@ class Translation(Task):
             "prompt": self.prompt("Hello."),
             "data": self.description,
             "preprocessing": f"prompt {arguments.prompt_template!r}, loss on the target only, at most "
-            f"{arguments.max_source_length} prompt and {arguments.max_target_length} target tokens",
+            f"{arguments.max_source_length} prompt and {arguments.max_target_length} target tokens"
+            + (f"; in training {self.augmenter}" if self.augmenter else ""),
             "settings": {"task": self.name} | {name: getattr(arguments, name) for name in MODEL_SETTINGS},
         }  # fmt: skip
