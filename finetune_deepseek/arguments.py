@@ -87,9 +87,7 @@ class ModelArguments:
         if len(named) > 1:
             raise ValueError(f"--{named[0]} and --{named[1]} both name a model; keep one of them.")
         if self.head_from_embeddings and self.model_name_or_path:
-            raise ValueError(
-                "--head_from_embeddings needs --preset or --config_name; a pretrained model has one."
-            )
+            raise ValueError("--head_from_embeddings needs --preset or --config_name; a pretrained model has one.")
         if self.config_overrides and self.model_name_or_path:
             raise ValueError("--config_overrides needs --preset or --config_name; a pretrained model has its shape.")
         for name, rate in self.dropouts.items():
