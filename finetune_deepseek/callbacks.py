@@ -21,9 +21,9 @@ class PlotCallback(TrainerCallback):
 
 
 def plot_losses(log_history: list[dict[str, float]], path: Path) -> None:
-    """Plot `loss` and `eval_loss` of Trainer's log history (nats per target token) as a PNG."""
+    """Plot `loss` and `eval_loss` of Trainer's log history as a PNG."""
     figure = new_figure(height=4)
-    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per target token)")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss")
     for key, label, marker in (("loss", "training", None), ("eval_loss", "validation", "o")):
         points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
         if points:

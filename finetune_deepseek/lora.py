@@ -189,7 +189,7 @@ def census(model: nn.Module) -> dict[str, GroupCensus]:
     top_k = getattr(config, "num_experts_per_tok", None)
     groups = {word: GroupCensus() for word in (*GROUPS, OTHER)}
     for name, parameter in model.named_parameters():
-        if ".lora_" in name:
+        if ".lora_" in name or ".original_module." in name:  # PEFT keeps the untrained copy of a head beside it
             continue
         group = groups[group_of(plain_name(name))]
         group.total += parameter.numel()

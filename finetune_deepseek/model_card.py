@@ -23,6 +23,8 @@ from .optimization import recipe
 
 TEMPLATE = Path(__file__).with_suffix(".md")
 SLOT = re.compile(r"<!-- (\w+) -->[^\n]*")
+GENERATION = """output = model.generate(**inputs, max_new_tokens=64)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))"""
 PACKAGES = ("deepseek-hf", "torch", "transformers", "peft", "datasets", "sacrebleu")
 
 
@@ -89,7 +91,7 @@ def results_table(task_card: dict[str, Any], results: dict[str, Any]) -> str:
     if not rows:
         return ""
     where = f"{results.get(f'{split}_samples', '?')} rows of the {'test' if split == 'test' else 'validation'} split."
-    return where + "\n\n" + table(["metric", "model", "nearest training pair"], rows)
+    return where + "\n\n" + table(["metric", "model", task_card["baseline"]], rows)
 
 
 def number(value: float | None) -> str:
@@ -114,13 +116,17 @@ def eval_results(task_card: dict[str, Any], results: dict[str, Any]) -> list[Eva
     ]
 
 
-def usage(model: Any, name: str, prompt: str) -> str:
-    """Python lines that load the model or adapter and continue a prompt."""
+def usage(model: Any, name: str, task_card: dict[str, Any]) -> str:
+    """Python lines that load the model or adapter and use it."""
+    head = task_card.get("head", "CausalLM")
+    options = ""
     if isinstance(model, PeftModel):  # only PEFT's own class opens every kind of adapter with the right numbers
-        auto_class = "AutoPeftModelForCausalLM"
+        auto_class = f"AutoPeftModelFor{head}"
         imports = f"from peft import {auto_class}\nfrom transformers import AutoTokenizer"
+        if model.active_peft_config.modules_to_save:  # the adapter brings a head that the base must have room for
+            options = f", num_labels={model.config.num_labels}"
     else:
-        auto_class = "AutoModelForCausalLM"
+        auto_class = f"AutoModelFor{head}"
         imports = f"from transformers import {auto_class}, AutoTokenizer"
     return f"""```python
 import modeling_deepseek
@@ -128,10 +134,9 @@ import tokenization_deepseek
 {imports}
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = {auto_class}.from_pretrained("{name}")
-inputs = tokenizer({prompt!r}, return_tensors="pt")
-output = model.generate(**inputs, max_new_tokens=64)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+model = {auto_class}.from_pretrained("{name}"{options})
+inputs = tokenizer({task_card["prompt"]!r}, return_tensors="pt")
+{task_card.get("usage", GENERATION)}
 ```"""
 
 
@@ -147,7 +152,7 @@ def protocol(
         ["test rows, SHA-256", results.get("test_data_hash", "-")],
         ["preprocessing", task_card["preprocessing"]],
         ["metric signatures", "<br>".join(signatures) or "-"],
-        ["generation", f"{args.generation_num_beams or 1} beam(s), no sampling"],
+        ["prediction", task_card.get("prediction", f"{args.generation_num_beams or 1} beam(s), no sampling")],
         ["seed", args.seed],
         ["parameters", f"{results['parameters_total']:,} in all, {results['parameters_active']:,} active per token, "
                        f"{results['parameters_trainable']:,} trained"],
@@ -175,7 +180,9 @@ def write(
     Args:
         task_card: what `Task.card_data` gives: `title`, `pipeline_tag`, `language`, `datasets` (Hub ids),
             `dataset_name`, `metrics` {result name: (Hub's metric id, label)}, `prompt`, `preprocessing`, `data` and
-            `data_checks` (Markdown), and `settings` (see `run_settings`).
+            `data_checks` (Markdown), `settings` (see `run_settings`), `baseline` (its name), and for a task without
+            generation `head` (as in AutoModelFor...), `usage` (the Python lines after `inputs`) and `prediction` (how
+            its outputs become predictions).
         results: the run's results so far.
         splits: the text rows by split.
     """
@@ -211,7 +218,7 @@ def write(
         {
             "title": Path(name).name,
             "summary": f"{kind} for {task_card['title']}, trained from {origin} with deepseek-hf.",
-            "usage": usage(model, name, task_card["prompt"]),
+            "usage": usage(model, name, task_card),
             "results": results_table(task_card, results) or "No split was scored.",
             "data": "\n\n".join(
                 filter(None, [task_card["data"].strip() or task_card["dataset_name"], task_card.get("data_checks")])

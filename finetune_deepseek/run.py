@@ -2,7 +2,8 @@
 
 `run(task_class, stage)` does it for every task; a `Task` supplies rows, features, a collator and scores. Generation
 happens inside Trainer's evaluation: `FinetuneTrainer.prediction_step` generates from left-padded prompts beside the
-loss on the full rows, and returns row numbers in place of labels, so that scores see the references' own text.
+loss on the full rows, and returns row numbers in place of labels, so that scores see the references' own text. A task
+without a generation config is predicted from the model's logits.
 """
 
 import hashlib
@@ -24,6 +25,7 @@ import yaml
 from datasets import Dataset, IterableDataset
 from peft import PeftConfig, PeftModel
 from safetensors import SafetensorError
+from torch.utils.data import Sampler
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -34,6 +36,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     Seq2SeqTrainer,
+    Trainer,
     set_seed,
 )
 from transformers.trainer_utils import SchedulerType, get_last_checkpoint
@@ -83,11 +86,21 @@ class Task(ABC):
 
     @abstractmethod
     def load_splits(self) -> dict[str, Rows]:
-        """Rows of text by split: some of train, validation, test. Only train may be a stream."""
+        """Rows by split: some of train, validation, test. Only train may be a stream.
+
+        A row has `source` and `target`, which are shown beside the prediction, and what else the task needs.
+        """
 
     @abstractmethod
     def tokenizer_texts(self, splits: dict[str, Rows]) -> Iterator[str]:
         """Texts to train a tokenizer on."""
+
+    def config_fields(self, splits: dict[str, Rows], saved: dict[str, Any]) -> dict[str, Any]:
+        """Fields of the model's config that the data decide, such as its labels. Called before `features`.
+
+        `saved` is the config.json of the model or adapter that is loaded, empty for random weights.
+        """
+        return {}
 
     @abstractmethod
     def features(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, is_training: bool) -> Rows:
@@ -97,19 +110,32 @@ class Task(ABC):
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """What makes a batch of features."""
 
-    @abstractmethod
-    def generation_config(self, tokenizer: PreTrainedTokenizerBase, num_beams: int) -> GenerationConfig:
-        """How to generate at evaluation."""
+    def sampler(self, features: Dataset) -> Sampler[int] | None:
+        """The order of the training features, None for that of --train_sampling_strategy."""
+        return None
+
+    def loss_function(self, label_smoothing: float) -> Callable[..., torch.Tensor] | None:
+        """Trainer's `compute_loss_func`, None for the model's own loss."""
+        return None
+
+    def generation_config(self, tokenizer: PreTrainedTokenizerBase, num_beams: int) -> GenerationConfig | None:
+        """How to generate at evaluation, None to predict from the model's logits."""
+        return None
+
+    def decode(self, outputs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+        """One prediction per row, as `score` and JSON take it, from generated tokens [B, T] or from logits."""
+        ids = np.where(outputs == IGNORED_LABEL, tokenizer.pad_token_id, outputs)
+        return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     @abstractmethod
-    def score(self, predictions: list[str], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def score(self, predictions: list[Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Scores (numbers) and their signatures (texts) of one prediction per row."""
 
     def check_splits(self, splits: dict[str, Rows], tokenizer: PreTrainedTokenizerBase) -> Report:
         """Faults in the data by split, see checks.py."""
         return {}
 
-    def baseline(self, train: Rows | None, rows: list[dict[str, Any]]) -> list[str] | None:
+    def baseline(self, train: Rows | None, rows: list[dict[str, Any]]) -> list[Any] | None:
         """Predictions of a trivial method to compare with, None for no comparison."""
         return None
 
@@ -133,6 +159,7 @@ class CausalCollator:
         if "prompt_ids" in features[0]:
             prompts = [f["prompt_ids"] for f in features]
             batch["prompt_ids"], batch["prompt_mask"] = self._pad(prompts, left=True)
+        if "row" in features[0]:
             batch["row"] = torch.tensor([f["row"] for f in features])
         return batch
 
@@ -194,7 +221,8 @@ class FinetuneTrainer(Seq2SeqTrainer):
     def __init__(
         self,
         *,
-        generation_config: GenerationConfig,
+        generation_config: GenerationConfig | None,
+        sampler: Sampler[int] | None,
         card: Callable[[Path], None],
         is_language_model: bool,
         **kwargs: Any,
@@ -210,12 +238,17 @@ class FinetuneTrainer(Seq2SeqTrainer):
             # The vocabulary is never resized here, so a LoRA on embeddings needs no copy of them in the adapter.
             self.model.save_pretrained = partial(self.model.save_pretrained, save_embedding_layers=False)  # type: ignore
         self.generation = generation_config
+        self.sampler = sampler
         self.card = card
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):  # type: ignore[no-untyped-def]
-        """Returns the loss on the full rows (None without labels), new tokens [B, T], and row numbers [B]."""
+        """Returns the loss (None without labels), new tokens [B, T] or logits, and row numbers [B]."""
         inputs = self._prepare_inputs(inputs)
         prompt_ids, prompt_mask, rows = (inputs.pop(name, None) for name in ("prompt_ids", "prompt_mask", "row"))
+        if self.generation is None:
+            loss_only = prediction_loss_only or not self.args.predict_with_generate
+            loss, logits, _ = Trainer.prediction_step(self, model, inputs, loss_only)
+            return loss, logits, rows
         loss = None
         if "labels" in inputs:
             with torch.no_grad(), self.compute_loss_context_manager():
@@ -274,6 +307,9 @@ class FinetuneTrainer(Seq2SeqTrainer):
             logs["l1_penalty"] = self.args.l1 * l1_norm(self._regularized_weights())
         super().log(logs, start_time)
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return self.sampler or super()._get_train_sampler(train_dataset)
+
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         # Evaluation rows are sorted by length already; Trainer's own choice would shuffle them.
         return torch.utils.data.SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
@@ -285,6 +321,8 @@ class FinetuneTrainer(Seq2SeqTrainer):
         try:
             with replaced_folder(Path(output_dir or self.args.output_dir or "")) as folder:
                 super()._save(str(folder), state_dict)
+                if isinstance(self.model, PeftModel) and self.model.active_peft_config.modules_to_save:
+                    config.save_pretrained(str(folder))  # the base's doesn't know this head's labels
         finally:
             config.use_cache = use_cache
 
@@ -330,17 +368,22 @@ def named_source(flag: str, name: str) -> Iterator[None]:
         raise ValueError(f"--{flag} {name}: {' '.join(str(error).split())}") from error
 
 
+def saved_config(source: str, revision: str) -> dict[str, Any]:
+    """The config.json of a folder or a model on the Hub; empty if it has none."""
+    try:
+        return PreTrainedConfig.get_config_dict(source, revision=revision)[0]
+    except OSError:  # a tokenizer's folder, an adapter, or nothing at all: the loader will say
+        return {}
+
+
 def is_deepseek(source: str, revision: str) -> bool:
     """Whether `source` is a DeepSeek checkpoint in our form or a published one.
 
     Those get this package's classes even where transformers has some of its own: PEFT rewrites LoRA targets of the
     native models, and the native tokenizer loses the beginning-of-sentence token.
     """
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(source, revision=revision)
-    except OSError:  # no config.json (a tokenizer's folder, an adapter), or nothing at all: the loader will say
-        return False
-    return config.get("model_type") in SOURCES and config["model_type"] != "llama"
+    model_type = saved_config(source, revision).get("model_type")
+    return model_type in SOURCES and model_type != "llama"
 
 
 def load_tokenizer(
@@ -372,8 +415,16 @@ def load_tokenizer(
     return tokenizer
 
 
-def load_model(arguments: ModelArguments, task: Task, tokenizer: PreTrainedTokenizerBase, is_trained: bool) -> Any:
+def load_model(
+    arguments: ModelArguments,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    fields: dict[str, Any],
+    is_trained: bool,
+) -> Any:
     """The pretrained model (with its adapter, if a LoRA folder is named), or one with random weights.
+
+    `fields` are set in its config.
 
     Raises:
         ValueError: if no model is named, or the tokenizer has more tokens than the model.
@@ -387,14 +438,14 @@ def load_model(arguments: ModelArguments, task: Task, tokenizer: PreTrainedToken
 
     def load(source: str) -> Any:
         ours = is_deepseek(source, arguments.model_revision)
-        if arguments.dropouts:
-            config_class: Any = DeepSeekConfig if ours else AutoConfig
-            config = config_class.from_pretrained(
-                source, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code
-            )
-            loading["config"] = with_dropout(config, arguments)
         model_class = MODELS_BY_AUTO_CLASS[task.auto_class] if ours else task.auto_class
-        return model_class.from_pretrained(source, **loading)
+        if not arguments.dropouts:
+            return model_class.from_pretrained(source, **loading, **fields)
+        config_class: Any = DeepSeekConfig if ours else AutoConfig
+        config = config_class.from_pretrained(
+            source, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code, **fields
+        )
+        return model_class.from_pretrained(source, **loading, config=with_dropout(config, arguments))
 
     path = arguments.model_name_or_path
     model: Any
@@ -406,13 +457,15 @@ def load_model(arguments: ModelArguments, task: Task, tokenizer: PreTrainedToken
             else:
                 model = load(path)
     elif arguments.preset or arguments.config_name:
-        config = make_config(arguments, tokenizer)
+        config = make_config(arguments, tokenizer, fields)
         dtype = torch.float32 if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
         kwargs = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
         model = task.auto_class.from_config(
             config, dtype=dtype, trust_remote_code=arguments.trust_remote_code, **kwargs
         )
         if arguments.head_from_embeddings:
+            if model.get_output_embeddings() is None:
+                raise ValueError(f"--head_from_embeddings: {task.name} models have no head over the vocabulary.")
             # Copying a token is then one map that holds for all of them, as with tied weights, rare ones included.
             model.get_output_embeddings().load_state_dict(model.get_input_embeddings().state_dict())
     else:
@@ -420,12 +473,14 @@ def load_model(arguments: ModelArguments, task: Task, tokenizer: PreTrainedToken
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise ValueError(f"The tokenizer has {len(tokenizer):,} tokens, the model {rows:,}; name the model's own.")
+    model.config.pad_token_id = tokenizer.pad_token_id  # a classifier looks for the last token that is no padding
     return model
 
 
-def make_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The config for random weights: preset or file, overrides, and the tokenizer's size and special tokens."""
+def make_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, fields: dict[str, Any]) -> Any:
+    """The config for random weights: preset or file, overrides, `fields`, and the tokenizer's size and tokens."""
     overrides = parse_overrides(arguments.config_overrides) | {
+        **fields,
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -480,11 +535,6 @@ def evaluation_features(task: Task, rows: Rows, tokenizer: PreTrainedTokenizerBa
     assert isinstance(features, Dataset)
     longest_first = np.argsort(-np.array(features["length"]), kind="stable")
     return features.add_column("row", list(range(offset, offset + len(features)))).select(longest_first)
-
-
-def decode(predictions: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    ids = np.where(predictions == IGNORED_LABEL, tokenizer.pad_token_id, predictions)
-    return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
 def numbers(results: dict[str, Any]) -> dict[str, Any]:
@@ -567,7 +617,10 @@ class Run:
 
     def _load_model(self) -> Any:
         arguments, lora = self.stage.model, self.stage.lora
-        model = load_model(arguments, self.task, self.tokenizer, is_trained=self.args.do_train)
+        path = arguments.model_name_or_path
+        saved = saved_config(path, arguments.model_revision) if path else {}
+        fields = self.task.config_fields(self.splits, saved)
+        model = load_model(arguments, self.task, self.tokenizer, fields, is_trained=self.args.do_train)
         if isinstance(model, PeftModel):
             print(f"going on with the adapter in {arguments.model_name_or_path}, whose LoRA settings stay")
         elif lora.use_peft:
@@ -625,23 +678,27 @@ class Run:
         callbacks: list[Any] = [PlotCallback()]
         if self.args.early_stopping_patience is not None:
             callbacks.append(EarlyStoppingCallback(self.args.early_stopping_patience))
+        train = self.features.get("train")
         return FinetuneTrainer(
             model=self.model,
             args=self.args,
-            train_dataset=self.features.get("train"),
+            train_dataset=train,
             eval_dataset=self.features.get("validation"),
             processing_class=self.tokenizer,
             data_collator=self.task.collator(self.tokenizer),
+            compute_loss_func=self.task.loss_function(self.args.label_smoothing_factor),
             compute_metrics=self._compute_metrics if self.args.predict_with_generate else None,
             callbacks=callbacks,
             generation_config=self.task.generation_config(self.tokenizer, self.args.generation_num_beams or 1),
+            sampler=self.task.sampler(train) if isinstance(train, Dataset) else None,
             card=self._write_card,
             is_language_model=self.task.auto_class is AutoModelForCausalLM,
         )
 
-    def _predictions(self, output: Any) -> dict[int, str]:
-        """Text by row number; a row that several processes predicted counts once."""
-        return dict(zip(output.label_ids.tolist(), decode(output.predictions, self.tokenizer), strict=True))
+    def _predictions(self, output: Any) -> dict[int, Any]:
+        """Predictions by row number; a row that several processes predicted counts once."""
+        predictions = self.task.decode(output.predictions, self.tokenizer)
+        return dict(zip(output.label_ids.tolist(), predictions, strict=True))
 
     def _compute_metrics(self, output: EvalPrediction) -> dict[str, Any]:
         predictions = self._predictions(output)
@@ -666,15 +723,15 @@ class Run:
         if output.predictions is None:  # predict_with_generate is off
             self._record("test", (output.metrics or {}) | self._count("test"))
             return
-        predictions = sorted(self._predictions(output).items())
-        texts = [text for _, text in predictions]
-        rows = [self.examples[number] for number, _ in predictions]
-        results = (output.metrics or {}) | prefixed("test", self.task.score(texts, rows)) | self._count("test")
+        by_row = sorted(self._predictions(output).items())
+        predictions = [prediction for _, prediction in by_row]
+        rows = [self.examples[number] for number, _ in by_row]
+        results = (output.metrics or {}) | prefixed("test", self.task.score(predictions, rows)) | self._count("test")
         baseline = self.task.baseline(self.splits.get("train"), rows)
         if baseline is not None:
             results |= prefixed("baseline", self.task.score(baseline, rows))
         results["test_data_hash"] = data_hash(rows)
-        lines = [row | {"prediction": text} for row, text in zip(rows, texts, strict=True)]
+        lines = [row | {"prediction": prediction} for row, prediction in zip(rows, predictions, strict=True)]
         if self.trainer.is_world_process_zero():
             content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
             write_text(self.folder / PREDICTIONS_FILE, content)

@@ -495,6 +495,7 @@ class Translation(Task):
             "metrics": {"bleu": ("sacrebleu", "BLEU"), "chrf2": ("chrf", "chrF2"),
                         "exact_match": ("exact_match", "exact match")},
             "dataset_name": arguments.dataset_name or self._local_name() or "CLDR phrases (embedded)",
+            "baseline": "nearest training pair",
             "title": f"{arguments.source_lang} to {arguments.target_lang} translation",
             "prompt": self.prompt("Hello."),
             "data": self.description,
