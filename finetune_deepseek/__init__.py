@@ -5,4 +5,5 @@ A task is one file with a subclass of `run.Task`, and one line here.
 
 TASKS = {
     "translation": "finetune_deepseek.translation:Translation",
+    "classification": "finetune_deepseek.classification:Classification",
 }

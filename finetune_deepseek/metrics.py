@@ -9,8 +9,13 @@ from typing import Any
 
 import evaluate
 import sacrebleu
-from datasets import Features, Value
-from sklearn.metrics import accuracy_score, precision_recall_fscore_support
+from datasets import Features, List, Value
+from sklearn.metrics import (
+    accuracy_score,
+    mean_absolute_error,
+    mean_squared_error,
+    precision_recall_fscore_support,
+)
 
 # Languages written without spaces, or whose words sacrebleu cuts by an extra package (MeCab for Japanese and Korean):
 # they are scored by character, so that a score doesn't depend on what is installed. The signature names the tokenizer.
@@ -63,6 +68,14 @@ class _TextMetric(_InMemoryMetric):
 
 class _ClassMetric(_InMemoryMetric):
     features = Features({"predictions": Value("int64"), "references": Value("int64")})
+
+
+class _LabelSetMetric(_InMemoryMetric):
+    features = Features({"predictions": List(Value("int64")), "references": List(Value("int64"))})
+
+
+class _NumberMetric(_InMemoryMetric):
+    features = Features({"predictions": Value("float32"), "references": Value("float32")})
 
 
 class SacreBleu(_TextMetric):
@@ -139,6 +152,39 @@ class MacroF1(_ClassMetric):
             references, predictions, average="macro", zero_division=0
         )
         return {"macro_precision": float(precision), "macro_recall": float(recall), "macro_f1": float(f1)}
+
+
+class LabelSetF1(_LabelSetMetric):
+    """Scores of label sets, each given as zeros and ones per label (all 0 to 1).
+
+    `subset_accuracy` is the share of sets that are right as a whole; `macro_precision`, `macro_recall` and `macro_f1`
+    are means over all labels, where one that occurs nowhere counts as 0.
+    """
+
+    description = "Accuracy of whole label sets, and precision, recall and F1 averaged over the labels."
+
+    def _compute(self, *, predictions: list[list[int]], references: list[list[int]]) -> dict[str, Any]:
+        precision, recall, f1, _ = precision_recall_fscore_support(
+            references, predictions, average="macro", zero_division=0
+        )
+        return {
+            "subset_accuracy": float(accuracy_score(references, predictions)),
+            "macro_precision": float(precision),
+            "macro_recall": float(recall),
+            "macro_f1": float(f1),
+        }
+
+
+class RegressionErrors(_NumberMetric):
+    """`mse` and `mae`: the mean squared and the mean absolute error, in the targets' own unit."""
+
+    description = "Mean squared and mean absolute error."
+
+    def _compute(self, *, predictions: list[float], references: list[float]) -> dict[str, Any]:
+        return {
+            "mse": float(mean_squared_error(references, predictions)),
+            "mae": float(mean_absolute_error(references, predictions)),
+        }
 
 
 def translation_metrics(target_lang: str) -> evaluate.CombinedEvaluations:

@@ -168,7 +168,8 @@ def test_checkpoints_of_an_earlier_run_are_not_mixed_in(tmp_path):
 def test_the_command_ends_with_one_line_and_code_2(capsys, monkeypatch):
     assert guarded(["translatoin"]) == 2
     assert capsys.readouterr().err == (
-        "deepseek-hf: error: unknown task 'translatoin' (did you mean 'translation'?); there is translation.\n"
+        "deepseek-hf: error: unknown task 'translatoin' (did you mean 'translation'?); there is translation, "
+        "classification.\n"
     )
     assert guarded([]) == 0
     assert "deepseek-hf finetune translation" in capsys.readouterr().out

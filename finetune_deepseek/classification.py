@@ -1,0 +1,613 @@
+"""Classification: a text in; one label, several labels or a number out, by a new head on the last token.
+
+The three kinds are transformers' `problem_type`s, one class each below. Rows come from local files or the Hub. The
+labels are those of the training rows, sorted, and stand in the saved config as `id2label`; a model that has them
+already keeps them.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal, cast
+
+import evaluate
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, LargeList, List, Value, load_dataset
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.multiclass import OneVsRestClassifier
+from torch.nn import functional as F
+from torch.utils.data import Sampler
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from .arguments import nearest_match
+from .metrics import Accuracy, LabelSetF1, MacroF1, RegressionErrors
+from .run import CausalCollator, Rows, Task
+from .translation import SPLITS, find_files, progress, read_file
+
+# Letters: B batch, N labels.
+LABELS_SHOWN = 5
+# Inverse strength of the baseline's regularisation, chosen among 1, 10, 30, 100 on song_ci_zh's validation split.
+BASELINE_C = 30
+
+
+@dataclass
+class ClassificationArguments:
+    """Which texts, and what to predict for them."""
+
+    _argument_group_name = "data"
+    SOURCES = ("dataset_name", "data_dir", "train_file", "validation_file", "test_file")
+
+    text_column: str = field(default="text", metadata={"help": "Column of the text."})
+    label_column: str = field(default="label", metadata={"help": "Column of the label, the labels or the number."})
+    problem_type: Literal["auto", "single_label_classification", "multi_label_classification", "regression"] = field(
+        default="auto",
+        metadata={"help": "auto takes lists for several labels, fractions for regression, all else for one label."},
+    )
+    label_separator: str | None = field(
+        default=None, metadata={"help": "What stands between several labels in one text, as csv files have them."}
+    )
+    most_frequent_labels: int | None = field(
+        default=None, metadata={"help": "Leave out rows whose label isn't among the training rows' N most frequent."}
+    )
+    balance: Literal["none", "weights", "sampler"] = field(
+        default="none",
+        metadata={
+            "help": "Against unequal classes: weigh the loss by them, or draw rows of each class equally often."
+        },
+    )
+    dataset_name: str | None = field(default=None, metadata={"help": "Data set id on the Hub."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
+    data_dir: str | None = field(default=None, metadata={"help": "Folder with train, validation and test files."})
+    train_file: str | None = field(default=None, metadata={"help": ".json, .jsonl, .csv or .parquet, also gzipped."})
+    validation_file: str | None = field(default=None, metadata={"help": "The same, for --do_eval."})
+    test_file: str | None = field(default=None, metadata={"help": "The same, for --do_predict."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use this many training rows at most."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "The same, for validation."})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "The same, for test."})
+    max_length: int = field(default=256, metadata={"help": "Tokens of a text. Longer ones are cut, and counted."})
+    tfidf_baseline: bool = field(
+        default=True, metadata={"help": "Score TF-IDF + a linear model beside the model (--do_predict)."}
+    )
+
+    def __post_init__(self) -> None:
+        files = any((self.train_file, self.validation_file, self.test_file))
+        if sum((bool(self.dataset_name), bool(self.data_dir), files)) != 1:
+            raise ValueError(
+                "Name data in one of three ways: --dataset_name, --data_dir, or --train_file and the like."
+            )
+        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples", "max_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} {value}: it must be 1 or more.")
+        if self.most_frequent_labels is not None and self.most_frequent_labels < 2:
+            raise ValueError(f"--most_frequent_labels {self.most_frequent_labels}: it must be 2 or more.")
+        if self.label_separator and self.problem_type not in ("auto", MultiLabel.problem_type):
+            raise ValueError(f"--label_separator separates several labels, but --problem_type is {self.problem_type}.")
+
+
+def sort_key(label: str) -> tuple[int, int, str]:
+    """Whole numbers by size, before all other labels by their text."""
+    return (0, int(label), label) if label.removeprefix("-").isdecimal() else (1, 0, label)
+
+
+class Problem(ABC):
+    """A problem type: what a target is in the data, in the loss, in the logits and in the scores.
+
+    A *target* is what a row says: a label, a list of labels or a number. *Encoded*, it is a class id, N zeros and
+    ones, or the number.
+    """
+
+    problem_type: ClassVar[str]
+    dtype: ClassVar[torch.dtype]  # of a batch of encoded targets
+    baseline: ClassVar[str]
+    prediction: ClassVar[str]
+    card_metrics: ClassVar[dict[str, tuple[str, str]]]
+
+    def __init__(self, labels: list[str]) -> None:
+        self.labels = labels
+        self.ids = {label: number for number, label in enumerate(labels)}
+
+    @staticmethod
+    @abstractmethod
+    def read(value: Any, separator: str | None) -> Any:
+        """The target in a cell of the data, None if it is empty.
+
+        Raises:
+            ValueError: if it can't be one.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def labels_in(target: Any) -> list[str]: ...
+
+    @abstractmethod
+    def encode(self, target: Any) -> Any: ...
+
+    @abstractmethod
+    def choose(self, logits: np.ndarray) -> np.ndarray:
+        """Encoded predictions from logits [B, N]."""
+
+    @abstractmethod
+    def decode(self, encoded: Any) -> Any:
+        """The target back from its encoding."""
+
+    @abstractmethod
+    def loss(
+        self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None, smoothing: float
+    ) -> torch.Tensor:
+        """Summed over the elements of `labels`: logits [B, N], weights [N]."""
+
+    @abstractmethod
+    def balanced_weights(self, targets: list[Any]) -> np.ndarray:
+        """[N] weights for the loss that make up for unequal classes."""
+
+    @abstractmethod
+    def metrics(self) -> Any: ...
+
+    @abstractmethod
+    def estimator(self) -> Any:
+        """The baseline's linear model, to be fitted on encoded targets."""
+
+
+class SingleLabel(Problem):
+    problem_type = "single_label_classification"
+    dtype = torch.long
+    baseline = "TF-IDF + logistic regression"
+    prediction = "the label of the highest logit"
+    card_metrics = {
+        "accuracy": ("accuracy", "accuracy"),
+        "macro_precision": ("precision", "macro precision"),
+        "macro_recall": ("recall", "macro recall"),
+        "macro_f1": ("f1", "macro F1"),
+    }
+
+    @staticmethod
+    def read(value: Any, separator: str | None) -> str | None:
+        if isinstance(value, (list, dict)):
+            raise ValueError(
+                f"{str(value)[:40]!r} is not one label; for several set --problem_type {MultiLabel.problem_type}"
+            )
+        return None if value is None else str(value).strip() or None
+
+    @staticmethod
+    def labels_in(target: str) -> list[str]:
+        return [target]
+
+    def encode(self, target: str) -> int:
+        return self.ids[target]
+
+    def choose(self, logits: np.ndarray) -> np.ndarray:
+        return logits.argmax(-1)
+
+    def decode(self, encoded: Any) -> str:
+        return self.labels[int(encoded)]
+
+    def loss(
+        self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None, smoothing: float
+    ) -> torch.Tensor:
+        return F.cross_entropy(logits, labels, weights, reduction="sum", label_smoothing=smoothing)
+
+    def balanced_weights(self, targets: list[str]) -> np.ndarray:
+        """Rows of an average class / rows of the class: 1 on average over the rows."""
+        counts = np.bincount([self.encode(target) for target in targets], minlength=len(self.labels))
+        return len(targets) / (len(self.labels) * np.maximum(counts, 1))
+
+    def metrics(self) -> Any:
+        return evaluate.combine([Accuracy(), MacroF1()])
+
+    def estimator(self) -> Any:
+        return OneVsRestClassifier(LogisticRegression(C=BASELINE_C, solver="liblinear"))
+
+
+class MultiLabel(Problem):
+    problem_type = "multi_label_classification"
+    dtype = torch.float32
+    baseline = SingleLabel.baseline
+    prediction = "the labels with a logit above 0"
+    card_metrics = {
+        "subset_accuracy": ("accuracy", "accuracy of the whole set"),
+        "macro_precision": ("precision", "macro precision"),
+        "macro_recall": ("recall", "macro recall"),
+        "macro_f1": ("f1", "macro F1"),
+    }
+
+    @staticmethod
+    def read(value: Any, separator: str | None) -> list[str] | None:
+        if separator and (value is None or isinstance(value, str)):  # an empty cell means no label
+            value = (value or "").split(separator)
+        if value is None:
+            return None
+        if not isinstance(value, list):
+            raise ValueError(f"{str(value)[:40]!r} is no list of labels; set --label_separator if it is one text")
+        return sorted({label for item in value if (label := str(item).strip())}, key=sort_key)
+
+    @staticmethod
+    def labels_in(target: list[str]) -> list[str]:
+        return target
+
+    def encode(self, target: list[str]) -> list[int]:
+        return [int(label in target) for label in self.labels]
+
+    def choose(self, logits: np.ndarray) -> np.ndarray:
+        return (logits > 0).astype(int)
+
+    def decode(self, encoded: Any) -> list[str]:
+        return [label for label, is_set in zip(self.labels, encoded, strict=True) if is_set]
+
+    def loss(
+        self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None, smoothing: float
+    ) -> torch.Tensor:
+        return F.binary_cross_entropy_with_logits(logits, labels, pos_weight=weights, reduction="sum")
+
+    def balanced_weights(self, targets: list[list[str]]) -> np.ndarray:
+        """Rows without the label / rows with it, for the rows with it."""
+        counts = np.sum([self.encode(target) for target in targets], axis=0)
+        return np.maximum(len(targets) - counts, 1) / np.maximum(counts, 1)
+
+    def metrics(self) -> Any:
+        return LabelSetF1()
+
+    def estimator(self) -> Any:
+        return OneVsRestClassifier(LogisticRegression(C=BASELINE_C, solver="liblinear"))
+
+
+class Regression(Problem):
+    problem_type = "regression"
+    dtype = torch.float32
+    baseline = "TF-IDF + ridge regression"
+    prediction = "the logit"
+    card_metrics = {"mse": ("mse", "mean squared error"), "mae": ("mae", "mean absolute error")}
+
+    @staticmethod
+    def read(value: Any, separator: str | None) -> float | None:
+        if value is None or value == "":
+            return None
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"{str(value)[:40]!r} is not a number") from None
+        return number if math.isfinite(number) else None
+
+    @staticmethod
+    def labels_in(target: float) -> list[str]:
+        return []
+
+    def encode(self, target: float) -> float:
+        return target
+
+    def choose(self, logits: np.ndarray) -> np.ndarray:
+        return logits[:, 0]
+
+    def decode(self, encoded: Any) -> float:
+        return float(encoded)
+
+    def loss(
+        self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None, smoothing: float
+    ) -> torch.Tensor:
+        return F.mse_loss(logits[:, 0], labels, reduction="sum")
+
+    def balanced_weights(self, targets: list[float]) -> np.ndarray:
+        raise ValueError("--balance weights: regression has no classes.")
+
+    def metrics(self) -> Any:
+        return RegressionErrors()
+
+    def estimator(self) -> Any:
+        return Ridge()
+
+
+PROBLEMS: dict[str, type[Problem]] = {cls.problem_type: cls for cls in (SingleLabel, MultiLabel, Regression)}
+
+
+class BalancedSampler(Sampler[int]):
+    """As many rows as there are, drawn with replacement so that each class is equally likely."""
+
+    def __init__(self, labels: Iterable[int], seed: int) -> None:
+        ids = np.array(list(labels))
+        self.weights = torch.tensor(1 / np.bincount(ids)[ids], dtype=torch.float32)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Another draw in each epoch, the same one when a run is resumed in it."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        yield from torch.multinomial(self.weights, len(self), replacement=True, generator=generator).tolist()
+
+
+class ClassificationCollator(CausalCollator):
+    """Pads texts on the right."""
+
+    def __init__(self, pad_token_id: int, dtype: torch.dtype) -> None:
+        super().__init__(pad_token_id)
+        self.dtype = dtype
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        input_ids, attention_mask = self._pad([f["input_ids"] for f in features])
+        labels = torch.tensor([f["labels"] for f in features], dtype=self.dtype)
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        if "row" in features[0]:
+            batch["row"] = torch.tensor([f["row"] for f in features])
+        return batch
+
+
+class Classification(Task):
+    """See the module. Rows are `source`, the text, and `target`, what is to be predicted."""
+
+    name = "classification"
+    arguments_class = ClassificationArguments
+    auto_class = AutoModelForSequenceClassification
+    peft_task_type = "SEQ_CLS"  # PEFT trains the head in full beside the adapters, and saves it with them
+    examples = """examples:
+  deepseek-hf finetune classification --preset tiny_v3 --data_dir song_ci_zh --label_column author \\
+      --most_frequent_labels 20 --output_dir runs/authors
+      who wrote the poem: a small model from scratch on your files
+  deepseek-hf finetune classification --model_name_or_path deepseek-ai/DeepSeek-V2-Lite --use_peft \\
+      --dataset_name fancyzhx/ag_news --balance weights --output_dir runs/news
+      LoRA on a pretrained model and a data set of the Hub"""
+
+    def __init__(self, arguments: ClassificationArguments, seed: int) -> None:
+        self.arguments = arguments
+        self.seed = seed
+        self.problem_class: type[Problem]  # known with the data
+        self.problem: Problem  # known with the model
+        self.weights: np.ndarray | None = None
+
+    # -- rows --
+
+    def load_splits(self) -> dict[str, Rows]:
+        arguments = self.arguments
+        limits = (arguments.max_train_samples, arguments.max_eval_samples, arguments.max_predict_samples)
+        splits: dict[str, Rows] = {}
+        for split, dataset in self._load_raw().items():
+            limit = dict(zip(SPLITS, limits, strict=True))[split]
+            if limit:
+                dataset = dataset.select(range(min(limit, len(dataset))))
+            try:
+                splits[split] = self._read_rows(dataset, self._where(split))
+            except UnicodeDecodeError as error:  # arrow hands bytes through and decodes on use
+                raise ValueError(f"{self._where(split)}: can't be read as UTF-8 text: {error}.") from error
+        if arguments.most_frequent_labels:
+            self._keep_most_frequent(splits, arguments.most_frequent_labels)
+        return splits
+
+    def _files(self) -> dict[str, str]:
+        if self.arguments.data_dir:
+            return find_files(self.arguments.data_dir)
+        return {split: path for split in SPLITS if (path := getattr(self.arguments, f"{split}_file"))}
+
+    def _where(self, split: str) -> str:
+        """What to call a split in messages."""
+        return self._files().get(split) or f"{self.arguments.dataset_name}, split {split}"
+
+    def _load_raw(self) -> dict[str, Dataset]:
+        name = self.arguments.dataset_name
+        if not name:
+            return {split: cast(Dataset, read_file(path, False)) for split, path in self._files().items()}
+        try:
+            dataset = load_dataset(name, self.arguments.dataset_config_name)
+        except Exception as error:  # the Hub client, datasets and pyarrow each raise classes of their own
+            raise ValueError(f"--dataset_name {name}: {' '.join(str(error).split())}") from error
+        known = {split: dataset[split] for split in SPLITS if split in dataset}
+        if not known:
+            raise ValueError(f"--dataset_name {name}: has {', '.join(dataset)}; train, validation or test are needed.")
+        return known
+
+    def _read_rows(self, dataset: Dataset, where: str) -> Dataset:
+        """Rows of text and target; rows without one of them are left out, and counted aloud.
+
+        Raises:
+            ValueError: if there are no rows, no such columns, or a cell that can't be read.
+        """
+        columns = dataset.column_names
+        if not len(dataset):
+            raise ValueError(f"{where}: no rows.")
+        text_column, label_column = self.arguments.text_column, self.arguments.label_column
+        for flag, column in (("text_column", text_column), ("label_column", label_column)):
+            if column not in columns:
+                raise ValueError(
+                    f"{where}: no column {column!r}; it has {', '.join(columns)}. "
+                    f"Set --{flag}{nearest_match(column, columns)}."
+                )
+        feature = dataset.features[label_column]
+        if not hasattr(self, "problem_class"):
+            self.problem_class = self._choose_problem(feature)
+        names = getattr(feature, "feature", feature)
+        name = names.int2str if isinstance(names, ClassLabel) else None
+        rows: dict[str, list[Any]] = {"source": [], "target": []}
+        for number, (text, value) in enumerate(zip(dataset[text_column], dataset[label_column], strict=True), start=1):
+            if text is not None and not isinstance(text, str):
+                raise ValueError(f"{where}, row {number}: {text_column!r} is {str(text)[:40]!r}, not a text.")
+            if name is not None and value is not None:
+                # The Hub's unlabelled test splits say -1.
+                value = (
+                    [name(item) for item in value] if isinstance(value, list) else name(value) if value >= 0 else None
+                )
+            try:
+                target = self.problem_class.read(value, self.arguments.label_separator)
+            except ValueError as error:
+                raise ValueError(f"{where}, row {number}, {label_column!r}: {error}.") from None
+            if text and text.strip() and target is not None:
+                rows["source"].append(text.strip())
+                rows["target"].append(target)
+        count = len(rows["source"])
+        if not count:
+            raise ValueError(f"{where}: no row has both a {text_column!r} and a {label_column!r}.")
+        if count < len(dataset):
+            print(f"{where}: left out {len(dataset) - count:,} of {len(dataset):,} rows without text or label")
+        return Dataset.from_dict(rows)
+
+    def _choose_problem(self, feature: Any) -> type[Problem]:
+        """The class for --problem_type, or for the type of the label column.
+
+        Raises:
+            ValueError: if --balance doesn't go with it.
+        """
+        kind = self.arguments.problem_type
+        if kind == "auto":
+            if self.arguments.label_separator or isinstance(feature, (List, LargeList)):
+                kind = "multi_label_classification"
+            elif isinstance(feature, Value) and feature.dtype.startswith("float"):
+                kind = "regression"
+            else:
+                kind = "single_label_classification"
+            print(f"{self.arguments.label_column!r} is read for {kind.replace('_', ' ')} (--problem_type)")
+        balance = self.arguments.balance
+        if kind == "regression" and (balance != "none" or self.arguments.most_frequent_labels):
+            flag = f"--balance {balance}" if balance != "none" else "--most_frequent_labels"
+            raise ValueError(f"{flag}: regression has no classes; leave it out, or set another --problem_type.")
+        if kind == "multi_label_classification" and balance == "sampler":
+            raise ValueError("--balance sampler: a row with several labels is in no one class; use --balance weights.")
+        return PROBLEMS[kind]
+
+    def _count_labels(self, rows: Rows) -> Counter[str]:
+        return Counter(label for target in rows["target"] for label in self.problem_class.labels_in(target))
+
+    def _keep_most_frequent(self, splits: dict[str, Rows], number: int) -> None:
+        if "train" not in splits:
+            raise ValueError("--most_frequent_labels counts training rows; name them too.")
+        counts = self._count_labels(splits["train"])
+        kept = set(sorted(counts, key=lambda label: (-counts[label], label))[:number])
+        for split, rows in splits.items():
+            splits[split] = rows.filter(lambda row: kept.issuperset(self.problem_class.labels_in(row["target"])))
+            print(f"{split}: {len(splits[split]):,} of {len(rows):,} rows have the {len(kept)} most frequent labels")
+            if not len(splits[split]):
+                raise ValueError(f"{self._where(split)}: no row has one of the {len(kept)} most frequent labels.")
+
+    def tokenizer_texts(self, splits: dict[str, Rows]) -> Iterator[str]:
+        yield from splits["train"]["source"]
+
+    # -- labels --
+
+    def config_fields(self, splits: dict[str, Rows], saved: dict[str, Any]) -> dict[str, Any]:
+        """`problem_type`, `id2label` and `label2id`: the model's own if it has been a classifier, else the data's.
+
+        Raises:
+            ValueError: if there are no labels, the model is for another problem, or a row has an unknown label.
+        """
+        kind = self.problem_class.problem_type
+        if saved.get("problem_type"):
+            if saved["problem_type"] != kind:
+                raise ValueError(f"The model was trained for {saved['problem_type']}, not {kind}; set --problem_type.")
+            labels = [saved["id2label"][number] for number in sorted(saved["id2label"], key=int)]
+        elif self.problem_class is Regression:
+            labels = [self.arguments.label_column]
+        elif "train" in splits:
+            labels = sorted(self._count_labels(splits["train"]), key=sort_key)
+            if len(labels) < 2:
+                raise ValueError(f"{self._where('train')}: {len(labels)} label(s) in {self.arguments.label_column!r}.")
+        else:
+            raise ValueError(
+                "The model has no labels yet and there are no training rows to take them from; name some."
+            )
+        if self.problem_class is not Regression:
+            for split, rows in splits.items():
+                unknown = sorted(set(self._count_labels(rows)) - set(labels), key=sort_key)
+                if unknown:
+                    shown = ", ".join(labels[:LABELS_SHOWN]) + " ..." * (len(labels) > LABELS_SHOWN)
+                    raise ValueError(
+                        f"{self._where(split)}: {len(unknown)} label(s) that the model can't know, such as "
+                        f"{unknown[0]!r}; it has {shown}. "
+                        "Leave those rows out, or train on such rows."
+                    )
+        self.problem = self.problem_class(labels)
+        if self.arguments.balance == "weights" and "train" in splits:
+            self.weights = self.problem.balanced_weights(list(splits["train"]["target"]))
+        return {"problem_type": kind, "id2label": dict(enumerate(labels)), "label2id": self.problem.ids}
+
+    # -- features --
+
+    def features(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, is_training: bool) -> Rows:
+        """Token ids, `labels` (see `Problem`) and `length`."""
+        limit = self.arguments.max_length
+
+        def encode(batch: dict[str, list]) -> dict[str, list]:
+            ids = tokenizer(batch["source"])["input_ids"]
+            return {
+                "input_ids": [row[:limit] for row in ids],
+                "labels": [self.problem.encode(target) for target in batch["target"]],
+                "length": [min(len(row), limit) for row in ids],
+                "is_cut": [len(row) > limit for row in ids],
+            }
+
+        features = rows.map(encode, batched=True, remove_columns=["source", "target"], **progress(rows, "tokenize"))
+        if cut := sum(features["is_cut"]):
+            print(f"cut {cut:,} of {len(rows):,} texts to --max_length {limit} tokens")
+        return features.remove_columns("is_cut")
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> ClassificationCollator:
+        return ClassificationCollator(cast(int, tokenizer.pad_token_id), self.problem.dtype)
+
+    def sampler(self, features: Dataset) -> Sampler[int] | None:
+        return BalancedSampler(features["labels"], self.seed) if self.arguments.balance == "sampler" else None
+
+    def loss_function(self, label_smoothing: float) -> Callable[..., torch.Tensor]:
+        """The mean loss of the rows, for several labels of rows and labels.
+
+        Ours in place of the model's: torch's weighted mean divides by the weights of the batch, so in a batch of one
+        class they would do nothing.
+        """
+        if label_smoothing and self.problem_class is not SingleLabel:
+            raise ValueError(f"--label_smoothing_factor is for one label per row, not {self.problem.problem_type}.")
+
+        def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> Any:
+            logits = outputs["logits"].float()
+            weights = None if self.weights is None else torch.tensor(self.weights).to(logits)
+            total = self.problem.loss(logits, labels, weights, label_smoothing)
+            return total / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
+
+        return loss
+
+    # -- scores and reports --
+
+    def decode(self, outputs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+        return [self.problem.decode(encoded) for encoded in self.problem.choose(outputs)]
+
+    def score(self, predictions: list[Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return self.problem.metrics().compute(
+            predictions=[self.problem.encode(prediction) for prediction in predictions],
+            references=[self.problem.encode(row["target"]) for row in rows],
+        )
+
+    def baseline(self, train: Rows | None, rows: list[dict[str, Any]]) -> list[Any] | None:
+        """TF-IDF of character 1- to 3-grams, which need no notion of words, and a linear model."""
+        if not self.arguments.tfidf_baseline or not isinstance(train, Dataset):
+            return None
+        vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(1, 3), sublinear_tf=True)
+        inputs = vectorizer.fit_transform(train["source"])
+        targets = np.array([self.problem.encode(target) for target in train["target"]])
+        estimator = self.problem.estimator().fit(inputs, targets)
+        return [
+            self.problem.decode(p) for p in estimator.predict(vectorizer.transform([row["source"] for row in rows]))
+        ]
+
+    def card_data(self) -> dict[str, Any]:
+        arguments, problem = self.arguments, self.problem
+        paths = (arguments.data_dir, arguments.train_file, arguments.validation_file, arguments.test_file)
+        local = ", ".join(Path(path).name for path in paths if path)
+        balance = {"none": "", "weights": ", loss weighed by class", "sampler": ", classes drawn equally often"}
+        return {
+            "language": None,
+            "pipeline_tag": "text-classification",
+            "datasets": [arguments.dataset_name] if arguments.dataset_name else [],
+            "metrics": problem.card_metrics,
+            "dataset_name": arguments.dataset_name or local,
+            "baseline": problem.baseline,
+            "title": problem.problem_type.replace("_", " "),
+            "head": "SequenceClassification",
+            "prompt": "A text.",
+            "usage": f"print(model(**inputs).logits)  # for: {', '.join(problem.labels)}",
+            "prediction": problem.prediction,
+            "data": f"Predicted: {', '.join(problem.labels)}",
+            "preprocessing": f"{arguments.label_column!r} from {arguments.text_column!r}, at most "
+            f"{arguments.max_length} tokens{balance[arguments.balance]}",
+        }
