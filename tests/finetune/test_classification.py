@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import finetune_deepseek
-from finetune_deepseek.arguments import parse_command
+from finetune_deepseek.arguments import ModelArguments, parse_command
 from finetune_deepseek.classification import (
     PROBLEMS,
     BalancedSampler,
@@ -28,7 +28,7 @@ from finetune_deepseek.classification import (
     SingleLabel,
 )
 from finetune_deepseek.metrics import LabelSetF1, RegressionErrors
-from finetune_deepseek.run import run_stages
+from finetune_deepseek.run import load_model, run_stages
 from modeling_deepseek import DeepSeekForCausalLM
 
 from .conftest import TINY, flags
@@ -164,16 +164,21 @@ def test_lora_trains_and_saves_the_head(learned, tmp_path):
     assert classify(**(OURS | again), output_dir=tmp_path / "again", test_file=test_file)["test_accuracy"] == 1
 
 
-def test_a_checkpoint_that_pads_otherwise_is_read_at_its_last_token(learned, tmp_path):
-    """Llama-type files name no pad token in their config; the tokenizer's counts."""
-    folder = tmp_path / "nopad"
+def test_a_checkpoint_that_pads_otherwise_gets_the_tokenizers_padding(learned, tmp_path):
+    """Else the head would read its scores off a padding token."""
     model = AutoModelForSequenceClassification.from_pretrained(learned[0] / "out")
-    model.config.pad_token_id = None
-    model.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(learned[0] / "out").save_pretrained(folder)
-    settings = OURS | {"preset": None, "vocab_size": None, "model_name_or_path": folder}
-    path = write(tmp_path / "rows.jsonl", SINGLE)
-    assert classify(**settings, output_dir=tmp_path / "out", test_file=path)["test_accuracy"] == 1
+    tokenizer = AutoTokenizer.from_pretrained(learned[0] / "out")
+    model.config.pad_token_id = tokenizer.pad_token_id + 1
+    model.save_pretrained(tmp_path)
+    made, _, fields = task(SINGLE)
+    loaded = load_model(ModelArguments(model_name_or_path=str(tmp_path)), made, tokenizer, fields, is_trained=False)
+    assert loaded.config.pad_token_id == tokenizer.pad_token_id
+    short, long = (tokenizer(text)["input_ids"] for text in ("a red fox", "two blue birds in the sky"))
+    batch = made.collator(tokenizer)([{"input_ids": ids, "labels": 0} for ids in (short, long)])
+    with torch.no_grad():
+        together = loaded(**batch).logits[0]
+        alone = loaded(torch.tensor([short])).logits[0]
+    assert torch.allclose(together, alone, atol=1e-5)
 
 
 # -- loss and order --
