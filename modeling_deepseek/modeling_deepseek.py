@@ -322,6 +322,9 @@ class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
 class DeepSeekForSequenceClassification(DeepSeekPreTrainedModel):
     """One score vector per sequence, read off at its last token: classification, regression, reranking."""
 
+    # The loss is a mean over the batch, so Trainer has to divide it by its gradient accumulation steps.
+    accepts_loss_kwargs = False
+
     def __init__(self, config: DeepSeekConfig):
         super().__init__(config)
         self.num_labels = config.num_labels

@@ -9,8 +9,11 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    Trainer,
+    TrainingArguments,
 )
 
+from configuration_deepseek import preset
 from modeling_deepseek import (
     DeepSeekForCausalLM,
     DeepSeekForQuestionAnswering,
@@ -170,3 +173,20 @@ def test_the_trunk_of_any_head_is_loaded_without_it(head, tmp_path):
     assert set(info["unexpected_keys"]) == OWN_WEIGHTS[head] and not info["missing_keys"]
     ids = token_ids(2, 5)
     assert torch.equal(outputs(loaded, ids), outputs(model.base_model, ids))
+
+
+def test_accumulated_gradients_of_a_classifier_equal_those_of_the_whole_batch(tmp_path):
+    """Trainer divides the loss by the accumulation steps only if the class says that it is a mean."""
+    rows = [{"input_ids": [5, 6, 7 + i], "labels": i % 2} for i in range(4)]
+
+    def trained(batch: int, steps: int) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = DeepSeekForSequenceClassification(preset("tiny_llm"))
+        settings = {"optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "max_steps": 1, "use_cpu": True}
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), per_device_train_batch_size=batch, gradient_accumulation_steps=steps, **settings
+        )
+        Trainer(model=model, args=arguments, train_dataset=rows).train()
+        return model.score.weight.detach()
+
+    torch.testing.assert_close(trained(4, 1), trained(2, 2), rtol=1e-5, atol=1e-7)
