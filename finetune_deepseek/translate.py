@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from . import model_card
 from .arguments import HelpFormatter, ModelArguments, nearest_match
-from .run import decode, load_model, load_tokenizer, write_text
+from .run import load_model, load_tokenizer, write_text
 from .translation import MODEL_SETTINGS, Translation, TranslationArguments
 
 EXAMPLES = """examples:
@@ -207,7 +207,7 @@ def translate_lines(
         inputs = collate([{"prompt_ids": prompts[index], "row": rows[index]} for index in batch])
         prompt_ids, prompt_mask = inputs["prompt_ids"].to(model.device), inputs["prompt_mask"].to(model.device)
         output = model.generate(input_ids=prompt_ids, attention_mask=prompt_mask, generation_config=generation_config)
-        texts = decode(output[:, prompt_ids.shape[1] :].cpu().numpy(), tokenizer)
+        texts = task.decode(output[:, prompt_ids.shape[1] :].cpu().numpy(), tokenizer)
         for index, text in zip(batch, texts, strict=True):
             translations[rows[index]] = " ".join(text.split("\n"))  # one line stays one line
         report(len(batch))
@@ -227,7 +227,7 @@ def translate(argv: Sequence[str]) -> None:
     lines = read_lines(arguments.input)
     disable_progress_bar()  # the bar of loading weights; ours counts texts
     tokenizer = load_tokenizer(arguments.model(name), task, {}, None)
-    model = load_model(arguments.model(name), task, tokenizer, is_trained=False).eval()
+    model = load_model(arguments.model(name), task, tokenizer, {}, is_trained=False).eval()
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
     generation_config = task.generation_config(tokenizer, arguments.num_beams)
