@@ -17,11 +17,6 @@ from safetensors import SafetensorError
 
 from . import TASKS
 
-# Read by GNU OpenMP when torch is imported: how long a waiting thread spins before it sleeps. Endless spinning starves
-# the other threads as soon as anything else runs: 0.14 against 3.1 steps per second of the quickstart's model on two
-# busy cores. On quiet ones this costs nothing.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
 USAGE = f"""usage: deepseek-hf finetune TASK [config.yaml] [--flag value ...]
        deepseek-hf evaluate TASK MODEL [config.yaml] [--flag value ...]
        deepseek-hf predict TASK MODEL [config.yaml] [--flag value ...]

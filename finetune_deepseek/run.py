@@ -569,6 +569,8 @@ class Run:
         if stage.model.preset:  # a wrong name or field should not wait for the data
             preset(stage.model.preset, **parse_overrides(stage.model.config_overrides))
         set_seed(self.args.seed)
+        if self.args.cpu_threads:
+            torch.set_num_threads(self.args.cpu_threads)
         self.task = task_class(stage.data, self.args.seed)
         self.splits = self.task.load_splits()
         choose_work(stage, self.splits)
