@@ -268,6 +268,16 @@ def test_published_checkpoint_gets_this_packages_classes(learned, finetune, data
     assert AutoTokenizer.from_pretrained(output)("one")["input_ids"][0] == tokenizer.bos_token_id
 
 
+def test_cpu_threads_are_set_and_checked(finetune, data, tmp_path):
+    try:
+        finetune(**data, cpu_threads=2, max_steps=1, output_dir=tmp_path / "model")
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    with pytest.raises(ValueError, match="--cpu_threads 0: it must be 1 or more"):
+        finetune(**data, cpu_threads=0, output_dir=tmp_path / "none")
+
+
 def test_head_may_begin_as_a_copy_of_the_embeddings(finetune, data, tmp_path):
     untied = {"config_overrides": "tie_word_embeddings=false", "max_steps": 1, "learning_rate": 1e-9}
     for name, expected in (("copy", True), ("random", False)):
