@@ -1,4 +1,4 @@
-# make quickstart   install, then train, adapt and evaluate a tiny DeepSeek translator (about 12 minutes on 2 cores)
+# make quickstart   install, then train, adapt and evaluate a tiny DeepSeek translator (about 10 minutes on 2 cores)
 # make test         the test suite            make test-slow   the tests marked slow
 # make check        lint, format and types    make format      mend lint and format
 PYTHON ?= python3
