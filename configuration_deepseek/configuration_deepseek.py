@@ -14,17 +14,26 @@ from transformers.configuration_utils import PreTrainedConfig
 
 from .official import from_official
 
-ATTENTION_WORDS = ("mha", "mla")
+ATTENTION_WORDS = ("mha", "mla", "dsa")
 FEED_FORWARD_WORDS = ("dense", "moe")
-CACHE_LAYER_TYPES = {"mha": "deepseek_kv", "mla": "deepseek_latent"}
+CACHE_LAYER_TYPES = {"mha": "deepseek_kv", "mla": "deepseek_latent", "dsa": "deepseek_latent_indexed"}
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 SCORING_FUNCTIONS = ("softmax", "sigmoid")
+POOLINGS = ("mean", "last_token", "latent")
+ITEM_LOSSES = ("softmax", "sampled_softmax", "gbce")
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
+ATTENTION_DIRECTIONS = ("causal", "prefix", "bidirectional")
 HEADS_BY_AUTO_CLASS = {
     "AutoModelForCausalLM": "DeepSeekForCausalLM",
     "AutoModelForSequenceClassification": "DeepSeekForSequenceClassification",
     "AutoModelForTokenClassification": "DeepSeekForTokenClassification",
     "AutoModelForQuestionAnswering": "DeepSeekForQuestionAnswering",
+}
+# Heads without an Auto class in transformers. Ours exists only where this package does: a process without it reaches
+# them by AutoModel.
+HEADS_BY_OWN_AUTO_CLASS = {
+    "AutoModelForEmbedding": "DeepSeekForEmbedding",
+    "AutoModelForRecommendation": "DeepSeekForRecommendation",
 }
 
 
@@ -51,11 +60,19 @@ class DeepSeekConfig(PreTrainedConfig):
         head_dim: width of a head in multi-head attention (`None`: hidden_size / num_attention_heads). In MLA it is
             the rotary width, `qk_rope_head_dim`.
         attention_bias: bias on q, k, v, o (MHA) or on q_a, kv_a, o (MLA).
+        attention_out_bias: bias on o of MHA, where it differs from attention_bias (R1-Distill-Qwen).
+        use_qk_norm: RMSNorm over each query and key head of MHA (R1-0528-Qwen3).
         attention_dropout: dropout probability of the attention weights.
+        attention_direction: "causal" as in all releases; "prefix", where a prompt also sees itself ahead and what
+            follows it is causal (prefix language model, arXiv 1910.10683, section 3.2.1); or "bidirectional", where
+            everything sees everything and there is no cache.
         kv_lora_rank: width of the cached latent. A number selects multi-head latent attention (DeepSeek-V2, arXiv
             2405.04434, section 2.1), `None` selects multi-head / grouped-query attention.
         q_lora_rank: width of the query latent; `None` projects queries directly (V2-Lite).
         qk_nope_head_dim, qk_rope_head_dim, v_head_dim: per head widths of MLA.
+        index_topk: how many keys a query attends to. A number selects sparse attention (DeepSeek-V3.2, arXiv
+            2512.02556, section 2.1) in place of multi-head latent attention, whose fields it needs, `q_lora_rank` too.
+        index_n_heads, index_head_dim: heads of the indexer that chooses them, and the width of each.
         rope_parameters: transformers' rotary dictionary (`rope_type`, `rope_theta`, `factor`, ...). The published
             `rope_scaling` and `rope_theta` are understood.
         rope_interleave: rotary pairs are (0, 1), (2, 3), ... instead of (i, i + width / 2).
@@ -74,19 +91,40 @@ class DeepSeekConfig(PreTrainedConfig):
             factor applies only where the scores are not normalised (the rule of V2's released code).
         output_router_logits: return the router logits of every MoE layer.
 
+    Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2)
+        num_nextn_predict_layers: modules after the last layer, each of which predicts one more token ahead.
+        mtp_loss_weight: lambda of eq. 25; the language model then learns from them too. 0 leaves them alone.
+        mtp_after_norm: they read the state after the norm that precedes the head, as inference engines have it; else
+            the state before it. The paper leaves it open.
+    Recommendation (DeepSeekForRecommendation; the items are the vocabulary, the padding is pad_token_id)
+        item_loss: "softmax" over all items, "sampled_softmax" (with log-q correction) or "gbce" (arXiv 2308.07192);
+            `None` takes the first up to 50,000 items, the second beyond.
+        num_item_negatives: items drawn per batch for the sampled losses.
+        gbce_calibration: t of gBCE, from 0 (plain binary cross entropy) to 1.
+        tie_item_embeddings: score items by the embeddings that they are read by.
+    Embedding (DeepSeekForEmbedding)
+        pooling: how tokens' states become one vector: "mean", "last_token", or "latent" (NV-Embed, arXiv 2405.17428),
+            which has `num_pooling_latents` learned vectors and `num_pooling_heads` heads.
+        matryoshka_sizes: the sizes that embeddings may be cut to, all of which are trained (arXiv 2205.13147); `None`
+            trains the whole ones alone.
+        contrastive_temperature: divides the products of queries and passages in the loss.
+        query_prefix, passage_prefix: what stands before each text of that kind.
+
     Layers
         layer_specs: `None` to derive them, or one (attention, feed_forward) pair of words per layer.
         source_model_type: the model_type of the published config.json from which this one was translated.
+        source_quantization_config: how the published weights are quantized. They are dequantized while loading.
 
     Raises:
         ValueError: for fields that cannot work together; the line names both values and what to change.
     """
 
     model_type = "deepseek"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "mtp_loss"]
     attribute_map: ClassVar[dict[str, str]] = {
         "num_experts": "n_routed_experts",
         "num_local_experts": "n_routed_experts",
+        "num_mtp_layers": "num_nextn_predict_layers",
     }
     base_model_tp_plan: ClassVar[dict[str, Any]] = {
         "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
@@ -130,12 +168,18 @@ class DeepSeekConfig(PreTrainedConfig):
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     attention_bias: bool = False
+    attention_out_bias: bool | None = None
+    use_qk_norm: bool = False
     attention_dropout: float = 0.0
+    attention_direction: str = "causal"
     kv_lora_rank: int | None = None
     q_lora_rank: int | None = None
     qk_nope_head_dim: int = 128
     qk_rope_head_dim: int = 64
     v_head_dim: int = 128
+    index_n_heads: int | None = None
+    index_head_dim: int | None = None
+    index_topk: int | None = None
     rope_parameters: dict | None = None
     rope_interleave: bool | None = None
 
@@ -156,9 +200,28 @@ class DeepSeekConfig(PreTrainedConfig):
     routed_scaling_factor: float = 1.0
     output_router_logits: bool = False
 
+    # multi-token prediction
+    num_nextn_predict_layers: int = 0
+    mtp_loss_weight: float = 0.0
+    mtp_after_norm: bool = True
+    # recommendation
+    item_loss: str | None = None
+    num_item_negatives: int = 512
+    gbce_calibration: float = 0.75
+    tie_item_embeddings: bool = True
+    # embedding
+    pooling: str = "mean"
+    num_pooling_latents: int = 512
+    num_pooling_heads: int = 8
+    matryoshka_sizes: list[int] | None = None
+    contrastive_temperature: float = 0.05
+    query_prefix: str = ""
+    passage_prefix: str = ""
+
     # layers
     layer_specs: list | None = None
     source_model_type: str | None = None
+    source_quantization_config: dict | None = None
     # Tells our own file from DeepSeekMoE-16B's, which bears the same model_type.
     deepseek_format: int = 1
 
@@ -178,6 +241,8 @@ class DeepSeekConfig(PreTrainedConfig):
             self.topk_group = self.topk_group or 1
         if self.layer_specs is not None:
             self.layer_specs = [list(spec) for spec in self.layer_specs]
+        if self.attention_direction == "bidirectional":
+            self.use_cache = False
         self._validate_layers()  # before transformers asks for layer_types
         super().__post_init__(**kwargs)
         self.rope_parameters.pop("type", None)  # the spelling before transformers 4.45; rope_type says the same
@@ -190,7 +255,8 @@ class DeepSeekConfig(PreTrainedConfig):
         """One `LayerSpec` per layer: those given, or those that the fields imply."""
         if self.layer_specs is not None:
             return [LayerSpec(*spec) for spec in self.layer_specs]
-        attention = "mha" if self.kv_lora_rank is None else "mla"
+        latent = "mla" if self.index_topk is None else "dsa"
+        attention = "mha" if self.kv_lora_rank is None else latent
         return [LayerSpec(attention, self._feed_forward_word(i)) for i in range(self.num_hidden_layers)]
 
     def _feed_forward_word(self, layer_idx: int) -> str:
@@ -214,9 +280,10 @@ class DeepSeekConfig(PreTrainedConfig):
     @property
     def auto_map(self) -> dict[str, str]:
         """Where a process without this package finds the classes in the files beside config.json."""
+        own = [head for head in HEADS_BY_OWN_AUTO_CLASS.values() if head in (self.architectures or [])]
         return {
             "AutoConfig": "configuration_deepseek.DeepSeekConfig",
-            "AutoModel": "modeling_deepseek.DeepSeekModel",
+            "AutoModel": f"modeling_deepseek.{own[0] if own else 'DeepSeekModel'}",
             **{auto_class: f"modeling_deepseek.{head}" for auto_class, head in HEADS_BY_AUTO_CLASS.items()},
         }
 
@@ -266,15 +333,25 @@ class DeepSeekConfig(PreTrainedConfig):
     def validate_architecture(self) -> None:
         """Part of transformers' strict validation: refuse what cannot work, naming the values that clash."""
         self._validate_sizes()
+        _require_word("attention_direction", self.attention_direction, ATTENTION_DIRECTIONS)
         self._validate_layers()
         words = self.specs
-        if any(spec.attention == "mla" for spec in words):
+        if any(spec.attention in ("mla", "dsa") for spec in words):
             self._validate_mla()
+        _require(
+            self.index_topk is None or self.kv_lora_rank is not None,
+            f"index_topk={self.index_topk} asks for sparse attention, but kv_lora_rank is None; set kv_lora_rank, or "
+            "index_topk=None",
+        )
+        if any(spec.attention == "dsa" for spec in words):
+            self._validate_indexer()
         if any(spec.attention == "mha" for spec in words):
             self._validate_mha()
         if any(spec.feed_forward == "moe" for spec in words):
             self._validate_moe()
         self._validate_rope_words()
+        self._validate_recommendation()
+        self._validate_embedding()
 
     def _validate_sizes(self) -> None:
         for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
@@ -282,6 +359,13 @@ class DeepSeekConfig(PreTrainedConfig):
         for name in ("attention_dropout", "hidden_dropout"):
             value = getattr(self, name)
             _require(0 <= value < 1, f"{name}={value} must be at least 0 and below 1")
+        for name in ("num_nextn_predict_layers", "mtp_loss_weight"):
+            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be at least 0")
+        _require(
+            not self.mtp_loss_weight or self.num_nextn_predict_layers > 0,
+            f"mtp_loss_weight={self.mtp_loss_weight} clashes with num_nextn_predict_layers=0: there is nothing to "
+            "train; set the number of prediction layers, or the weight to 0",
+        )
 
     def _validate_layers(self) -> None:
         _require(self.moe_layer_freq >= 1, f"moe_layer_freq={self.moe_layer_freq} must be at least 1")
@@ -297,8 +381,12 @@ class DeepSeekConfig(PreTrainedConfig):
             for word, known in zip(spec, (ATTENTION_WORDS, FEED_FORWARD_WORDS), strict=True):
                 _require_word(f"layer_specs[{i}]", word, known)
             _require(
-                spec[0] != "mla" or self.kv_lora_rank is not None,
-                f"layer_specs[{i}] says 'mla' but kv_lora_rank is None; set kv_lora_rank, or say 'mha'",
+                spec[0] == "mha" or self.kv_lora_rank is not None,
+                f"layer_specs[{i}] says {spec[0]!r} but kv_lora_rank is None; set kv_lora_rank, or say 'mha'",
+            )
+            _require(
+                spec[0] != "dsa" or self.index_topk is not None,
+                f"layer_specs[{i}] says 'dsa' but index_topk is None; set index_topk, or say 'mla'",
             )
             _require(
                 spec[1] != "moe" or self.n_routed_experts is not None,
@@ -308,6 +396,8 @@ class DeepSeekConfig(PreTrainedConfig):
     def _validate_mla(self) -> None:
         for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
             _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
+        for name in ("use_qk_norm", "attention_out_bias"):
+            _require(not getattr(self, name), f"{name} belongs to multi-head attention; unset it, or kv_lora_rank")
         if self.q_lora_rank is not None:
             _require(self.q_lora_rank > 0, f"q_lora_rank={self.q_lora_rank} must be positive, or None for no latent")
         _require(
@@ -318,6 +408,21 @@ class DeepSeekConfig(PreTrainedConfig):
             self.num_key_value_heads == self.num_attention_heads,
             f"num_key_value_heads={self.num_key_value_heads} clashes with num_attention_heads="
             f"{self.num_attention_heads}: latent attention has no grouped heads; make them equal",
+        )
+
+    def _validate_indexer(self) -> None:
+        for name in ("index_n_heads", "index_head_dim", "index_topk"):
+            value = getattr(self, name)
+            _require(value is not None and value > 0, f"{name}={value} must be positive for sparse attention")
+        _require(
+            self.q_lora_rank is not None,
+            "q_lora_rank is None, but the indexer of sparse attention reads the query latent; set q_lora_rank, or "
+            "index_topk=None",
+        )
+        _require(
+            self.index_head_dim >= self.qk_rope_head_dim,
+            f"index_head_dim={self.index_head_dim} has no room for qk_rope_head_dim={self.qk_rope_head_dim}; make it "
+            "at least as wide",
         )
 
     def _validate_mha(self) -> None:
@@ -380,6 +485,29 @@ class DeepSeekConfig(PreTrainedConfig):
                 isinstance(factor, (int, float)) and factor >= 1,
                 f"rope_parameters['factor']={factor} must be a number of at least 1 for rope_type="
                 f"{rope['rope_type']!r}",
+            )
+
+    def _validate_recommendation(self) -> None:
+        if self.item_loss is not None:
+            _require_word("item_loss", self.item_loss, ITEM_LOSSES)
+        _require(self.num_item_negatives > 0, f"num_item_negatives={self.num_item_negatives} must be positive")
+        _require(0 <= self.gbce_calibration <= 1, f"gbce_calibration={self.gbce_calibration} must be between 0 and 1")
+
+    def _validate_embedding(self) -> None:
+        _require_word("pooling", self.pooling, POOLINGS)
+        temperature = self.contrastive_temperature
+        _require(temperature > 0, f"contrastive_temperature={temperature} must be positive")
+        for size in self.matryoshka_sizes or ():
+            _require(
+                0 < size <= self.hidden_size,
+                f"matryoshka_sizes has {size}, which must be between 1 and hidden_size={self.hidden_size}",
+            )
+        if self.pooling == "latent":
+            heads = self.num_pooling_heads
+            _require(self.num_pooling_latents > 0, f"num_pooling_latents={self.num_pooling_latents} must be positive")
+            _require(
+                heads > 0 and self.hidden_size % heads == 0,
+                f"num_pooling_heads={heads} must divide hidden_size={self.hidden_size}",
             )
 
 

@@ -1,23 +1,85 @@
-"""Published config.json files, of whatever model_type, as fields of `DeepSeekConfig`.
+"""Published config.json files, of whatever model_type, as fields of `DeepSeekConfig`, and back.
 
-A source is a row of `SOURCES`: the values that its own config class took for granted where the file is silent. The
-fields keep their published names; what the model has no use for is listed in `UNUSED_FIELDS` with the reason. The
-file travels to the Hub with configuration_deepseek.py.
+A source is a row of each table below, under its published model_type. Fields keep their published names; those few
+that are called otherwise here stand in `RENAMES`, what the model has no use for in `UNUSED_FIELDS`. The same rows say
+what `to_official` writes. The file travels to the Hub with configuration_deepseek.py.
 """
 
+import re
 from typing import Any
 
 SOFTMAX_ROUTER = {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False}
 SIGMOID_ROUTER = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}
+V1_TOKENS = {"bos_token_id": 100000, "eos_token_id": 100001}
 
 # model_type -> defaults of that source's own config class (transformers' and the remote code's agree on these)
 SOURCES: dict[str, dict[str, Any]] = {
-    "llama": {"vocab_size": 32000, "bos_token_id": 1, "eos_token_id": 2},  # LLM-7B / 67B, Coder 1.x, Math
-    "deepseek": {**SOFTMAX_ROUTER, "bos_token_id": 100000, "eos_token_id": 100001},  # MoE-16B; first upload of V2
-    "deepseek_v2": {**SOFTMAX_ROUTER, "bos_token_id": 100000, "eos_token_id": 100001},
-    "deepseek_v3": {**SIGMOID_ROUTER, "vocab_size": 129280, "bos_token_id": 0, "eos_token_id": 1},
+    "llama": {"vocab_size": 32000, "bos_token_id": 1, "eos_token_id": 2},  # LLM, Coder 1, Math, R1-Distill-Llama
+    "qwen2": {"vocab_size": 151936},  # R1-Distill-Qwen
+    "qwen3": {"vocab_size": 151936, "head_dim": 128},  # R1-0528-Qwen3
+    "deepseek": {**SOFTMAX_ROUTER, **V1_TOKENS},  # MoE-16B; first upload of V2
+    "deepseek_v2": {**SOFTMAX_ROUTER, **V1_TOKENS},  # V2, V2-Lite, V2.5, Coder-V2
+    "deepseek_v3": {**SIGMOID_ROUTER, "vocab_size": 129280, "bos_token_id": 0, "eos_token_id": 1},  # V3, R1, V3.1
+    "deepseek_v32": {  # V3.2-Exp, V3.2
+        **SIGMOID_ROUTER,
+        **{"vocab_size": 129280, "bos_token_id": 0, "eos_token_id": 1},
+        **{"index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048},
+    },
+}
+# model_type -> what the source does without a field saying so
+FIXED: dict[str, dict[str, Any]] = {
+    "qwen2": {"attention_bias": True, "attention_out_bias": False},
+    "qwen3": {"use_qk_norm": True},
+}
+ARCHITECTURES = {
+    "llama": "Llama",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "deepseek": "Deepseek",
+    "deepseek_v2": "DeepseekV2",
+    "deepseek_v3": "DeepseekV3",
+    "deepseek_v32": "DeepseekV32",
 }
 
+TRUNK_FIELDS = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "max_position_embeddings"),
+    *("num_attention_heads", "num_key_value_heads", "attention_bias", "attention_dropout", "hidden_act"),
+    *("initializer_range", "rms_norm_eps", "tie_word_embeddings", "use_cache"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "dtype"),
+)
+HEAD_FIELDS = ("head_dim",)
+EXPERT_FIELDS = (
+    *("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size"),
+    *("first_k_dense_replace", "moe_layer_freq", "scoring_func", "norm_topk_prob"),
+)
+GROUP_FIELDS = ("topk_method", "n_group", "topk_group", "routed_scaling_factor")
+LATENT_FIELDS = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+# model_type -> the fields that its published config.json has, by our names
+PUBLISHED_FIELDS: dict[str, tuple[str, ...]] = {
+    "llama": (*TRUNK_FIELDS, *HEAD_FIELDS, "mlp_bias"),
+    "qwen2": TRUNK_FIELDS,
+    "qwen3": (*TRUNK_FIELDS, *HEAD_FIELDS),
+    "deepseek": (*TRUNK_FIELDS, *EXPERT_FIELDS),
+    "deepseek_v2": (*TRUNK_FIELDS, *EXPERT_FIELDS, *GROUP_FIELDS, *LATENT_FIELDS),
+    "deepseek_v3": (*TRUNK_FIELDS, *EXPERT_FIELDS, *GROUP_FIELDS, *LATENT_FIELDS, "num_nextn_predict_layers"),
+    "deepseek_v32": (
+        *(*TRUNK_FIELDS, *EXPERT_FIELDS, *GROUP_FIELDS, *LATENT_FIELDS, "num_nextn_predict_layers"),
+        *("index_n_heads", "index_head_dim", "index_topk"),
+    ),
+}
+# (attention of the layers, scores of the router) -> model_type
+SOURCE_BY_MECHANISM = {
+    ("mha", None): "llama",
+    ("mha with bias", None): "qwen2",
+    ("mha with norms", None): "qwen3",
+    ("mha", "softmax"): "deepseek",
+    ("mla", "softmax"): "deepseek_v2",
+    ("mla", "sigmoid"): "deepseek_v3",
+    ("dsa", "sigmoid"): "deepseek_v32",
+}
+
+# Published name -> ours. Under its own name transformers would take the entry for a wish to run quantized.
+RENAMES = {"quantization_config": "source_quantization_config", "num_mtp_layers": "num_nextn_predict_layers"}
 UNUSED_FIELDS = {
     "auto_map",  # names the repository's remote code, which is not run
     "aux_loss_alpha",  # training hyper-parameters of the release
@@ -25,14 +87,36 @@ UNUSED_FIELDS = {
     "router_aux_loss_coef",
     "ep_size",  # parallel layout of the release's own inference code
     "pretraining_tp",
-    "num_nextn_predict_layers",  # prediction modules after the last layer: not part of the trunk
-    "num_mtp_layers",
     "qk_head_dim",  # derived
+    "mlp_layer_types",  # says what first_k_dense_replace says
+    "layer_types",  # all "full_attention" where sliding windows are refused
+    "sliding_window",  # without effect unless use_sliding_window
+    "max_window_layers",
+    "use_sliding_window",
+    "use_mrope",
     "transformers_version",
 }
-
 # Where a release misspelled a word.
 SPELLINGS = {"topk_method": {"gready": "greedy"}}
+
+# Models that look alike and are none of ours.
+OTHERS = {
+    "deepseek_v4": "DeepSeek-V4",
+    "deepseek_v41": "DeepSeek-V4.1",
+    "deepseek_vl": "DeepSeek-VL",
+    "deepseek_vl_hybrid": "DeepSeek-VL",
+    "deepseek_vl_v2": "DeepSeek-VL2",
+    "deepseek_ocr2": "DeepSeek-OCR 2",
+    "multi_modality": "Janus",
+    "kimi_k2": "Kimi K2",
+    "kimi_k25": "Kimi K2.5",
+    "kimi_linear": "Kimi Linear",
+    "glm4_moe": "GLM-4.5",
+    "glm4_moe_lite": "GLM-4.7-Flash",
+    "glm_moe_dsa": "GLM-5",
+    "qwen3_moe": "Qwen3-MoE",
+}
+SUPPORTED = "DeepSeek-LLM, Coder, Math, MoE-16B, V2, V2.5, V3, V3.1, V3.2, R1 and R1-Distill"
 
 
 def from_official(config_dict: dict[str, Any]) -> dict[str, Any]:
@@ -45,20 +129,98 @@ def from_official(config_dict: dict[str, Any]) -> dict[str, Any]:
         Keyword arguments of `DeepSeekConfig`, with `source_model_type` saying where they came from.
 
     Raises:
-        ValueError: for a model_type that is no DeepSeek text model known here.
+        ValueError: for a model_type that is no DeepSeek text model known here, for sliding windows, and for quantized
+            weights of another kind than the releases' FP8 blocks.
     """
     model_type = config_dict.get("model_type")
     if model_type is None or (model_type == "deepseek" and "deepseek_format" in config_dict):
         return config_dict
     if model_type not in SOURCES:
+        known = f" ({OTHERS[model_type]})" if model_type in OTHERS else ""
         raise ValueError(
-            f"config.json has model_type {model_type!r}, which DeepSeekConfig cannot read; it reads "
-            + ", ".join(map(repr, SOURCES))
+            f"config.json has model_type {model_type!r}{known}, which DeepSeekConfig cannot read; it reads "
+            f"{', '.join(map(repr, SOURCES))}: {SUPPORTED}"
         )
-    fields = {key: value for key, value in config_dict.items() if key not in UNUSED_FIELDS}
+    _refuse_unsupported(config_dict, model_type)
+    fields = {
+        RENAMES.get(key, key): dict(value) if isinstance(value, dict) else value  # configs complete theirs in place
+        for key, value in config_dict.items()
+        if key not in UNUSED_FIELDS and not (key in RENAMES and value is None)
+    }
     for key, spellings in SPELLINGS.items():
         if fields.get(key) in spellings:
             fields[key] = spellings[fields[key]]
+    if fields.get("architectures"):  # by which some scripts choose a class of transformers, past the Auto classes
+        published = re.compile("|".join(sorted(ARCHITECTURES.values(), reverse=True)))
+        fields["architectures"] = [published.sub("DeepSeek", name, count=1) for name in fields["architectures"]]
     defaults = {key: value for key, value in SOURCES[model_type].items() if fields.get(key) is None}
     source = {"model_type": "deepseek", "source_model_type": model_type, "deepseek_format": 1}
-    return {**fields, **defaults, **source}
+    return {**fields, **defaults, **FIXED.get(model_type, {}), **source}
+
+
+def _refuse_unsupported(config_dict: dict[str, Any], model_type: str) -> None:
+    if config_dict.get("use_sliding_window"):
+        raise ValueError(
+            f"config.json has use_sliding_window=true, and {model_type!r} models with sliding windows are not read; "
+            f"open it with transformers' {ARCHITECTURES[model_type]}ForCausalLM"
+        )
+    quantization = config_dict.get("quantization_config") or {}
+    method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
+    if quantization and (method != "fp8" or not block):
+        raise ValueError(
+            f"config.json has quantization_config with quant_method={method!r}, weight_block_size={block}; of "
+            "quantized releases only FP8 blocks ('fp8' with a block size) are read"
+        )
+
+
+def official_model_type(fields: dict[str, Any]) -> str:
+    """The published model_type of the generation that has these mechanisms.
+
+    Args:
+        fields: `DeepSeekConfig(...).to_dict()`.
+
+    Raises:
+        ValueError: if no release has them together, so that no published form can say it.
+    """
+    latent = "mla" if fields.get("index_topk") is None else "dsa"
+    attention = "mha" if fields.get("kv_lora_rank") is None else latent
+    if fields.get("use_qk_norm"):
+        attention += " with norms"
+    elif fields.get("attention_bias") and fields.get("attention_out_bias") is False:
+        attention += " with bias"
+    if fields.get("rope_interleave") not in (None, fields.get("kv_lora_rank") is not None):
+        attention += " with the other rotary pairs"
+    router = fields["scoring_func"] if fields.get("n_routed_experts") is not None else None
+    if fields.get("layer_specs") is None and (attention, router) in SOURCE_BY_MECHANISM:
+        return SOURCE_BY_MECHANISM[attention, router]
+    what = "layer_specs" if fields.get("layer_specs") is not None else f"{attention} and {router or 'no'} router"
+    raise ValueError(f"no published config.json can describe this model: no release combines its layers ({what})")
+
+
+def to_official(fields: dict[str, Any]) -> dict[str, Any]:
+    """The inverse of `from_official`: what the release's own config.json would say.
+
+    Args:
+        fields: `DeepSeekConfig(...).to_dict()`.
+
+    Returns:
+        The file's content, with the published model_type and `architectures` of the language model. Positions are
+        said by `rope_theta` and `rope_scaling`, which every reader of these files understands. `quantization_config`
+        is left to whoever writes quantized weights.
+
+    Raises:
+        ValueError: as `official_model_type`.
+    """
+    model_type = official_model_type(fields)
+    official = {name: fields[name] for name in PUBLISHED_FIELDS[model_type] if fields.get(name) is not None}
+    if "dtype" in official:
+        official["torch_dtype"] = str(official.pop("dtype")).removeprefix("torch.")
+    if "q_lora_rank" in PUBLISHED_FIELDS[model_type]:
+        official.setdefault("q_lora_rank", None)  # the source's own default is a number
+    if model_type in FIXED:
+        official = {name: value for name, value in official.items() if name not in FIXED[model_type]}
+    rope = dict(fields["rope_parameters"])
+    word, official["rope_theta"] = rope.pop("rope_type"), rope.pop("rope_theta")
+    spelling = "rope_type" if word == "llama3" else "type"  # as each was published, before and after the renaming
+    official["rope_scaling"] = None if word == "default" else {spelling: word, **rope}
+    return {"architectures": [f"{ARCHITECTURES[model_type]}ForCausalLM"], "model_type": model_type, **official}

@@ -94,6 +94,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "topk_group": 2,
         "routed_scaling_factor": 2.5,
     },
+    "tiny_v3_mtp": {
+        **_TINY,
+        **_TINY_MLA,
+        **_TINY_MOE,
+        **_SIGMOID_GROUPS,
+        "q_lora_rank": 24,
+        "n_shared_experts": 1,
+        "num_nextn_predict_layers": 2,
+    },
     "llm_7b": {**_V1_TOKENS, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 30},
     "moe_16b": {
         **_V1_TOKENS,
@@ -145,9 +154,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 2.5,
         "max_position_embeddings": 163840,
         "rope_parameters": _yarn(1.0),
+        "num_nextn_predict_layers": 1,
     },
 }
 PRESETS["r1"] = PRESETS["v3"]
+PRESETS["tiny_v32"] = {**PRESETS["tiny_v3"], "index_n_heads": 6, "index_head_dim": 14, "index_topk": 5}
+PRESETS["v3.2_exp"] = {**PRESETS["v3"], "index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}
+PRESETS["v3.2"] = PRESETS["v3.2_exp"]
 
 
 def preset(name: str, **overrides: Any) -> DeepSeekConfig:

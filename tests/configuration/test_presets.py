@@ -6,7 +6,7 @@ import torch
 from configuration_deepseek import PRESETS, DeepSeekConfig, preset
 from modeling_deepseek import DeepSeekForCausalLM
 
-# In billions, as the papers and model cards give them (V3 and R1 without the prediction module).
+# In billions, as the papers and model cards give them (V3 and R1 without the prediction layer).
 PUBLISHED = {
     "llm_7b": 6.9,
     "moe_16b": 16.4,
@@ -15,6 +15,8 @@ PUBLISHED = {
     "v2.5": 235.7,
     "v3": 671.0,
     "r1": 671.0,
+    "v3.2_exp": 671.9,  # V3 and 61 indexers
+    "v3.2": 671.9,
 }
 # Parameters that one token uses, rounded as in arXiv 2401.06066, 2405.04434 and 2412.19437.
 ACTIVE = {"moe_16b": 2.8, "v2": 21, "v3": 37}
@@ -32,8 +34,15 @@ def test_every_published_preset_has_its_number():
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_number_of_parameters(name):
-    total = sum(parameter.numel() for parameter in meta_model(name).parameters())
+    total = sum(p.numel() for key, p in meta_model(name).named_parameters() if ".layers.61." not in key)
     assert round(total / 1e9, 1) == PUBLISHED[name]
+
+
+def test_number_of_parameters_of_the_prediction_layer():
+    """11.5 billion in the release's description of its weights, which leaves eh_proj out."""
+    layer = meta_model("v3").model.layers[61]
+    total = sum(parameter.numel() for parameter in layer.parameters())
+    assert round((total - layer.eh_proj.weight.numel()) / 1e9, 1) == 11.5
 
 
 @pytest.mark.parametrize("name", ACTIVE)
@@ -41,6 +50,8 @@ def test_number_of_parameters_that_one_token_uses(name):
     active, config = 0, preset(name)
     for key, parameter in meta_model(name).named_parameters():
         share = config.num_experts_per_tok / config.n_routed_experts if ".mlp.experts." in key else 1
+        if ".layers.61." in key:  # the prediction layer, which decoding does without
+            continue
         active += parameter.numel() * share
     assert active / 1e9 == pytest.approx(ACTIVE[name], rel=0.02)
 
@@ -74,6 +85,7 @@ def test_unknown_presets_are_refused_with_the_nearest():
         ("v2_lite", {"mla": 27}, {"dense": 1, "moe": 26}),
         ("v2", {"mla": 60}, {"dense": 1, "moe": 59}),
         ("v3", {"mla": 61}, {"dense": 3, "moe": 58}),
+        ("v3.2", {"dsa": 61}, {"dense": 3, "moe": 58}),
     ],
 )
 def test_layers_of_the_releases(name, attention, feed_forward):

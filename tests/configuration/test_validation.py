@@ -47,6 +47,30 @@ REFUSED = [
         "num_key_value_heads=2 clashes with num_attention_heads=4: latent attention has no grouped heads; "
         "make them equal",
     ),
+    # sparse attention
+    ("tiny_v32", {"index_topk": 0}, "index_topk=0 must be positive for sparse attention"),
+    ("tiny_v32", {"index_n_heads": None}, "index_n_heads=None must be positive for sparse attention"),
+    (
+        "tiny_v32",
+        {"index_head_dim": 7},
+        "index_head_dim=7 has no room for qk_rope_head_dim=8; make it at least as wide",
+    ),
+    (
+        "tiny_v32",
+        {"q_lora_rank": None},
+        "q_lora_rank is None, but the indexer of sparse attention reads the query latent; set q_lora_rank, or "
+        "index_topk=None",
+    ),
+    (
+        "tiny_moe",
+        {"index_topk": 5},
+        "index_topk=5 asks for sparse attention, but kv_lora_rank is None; set kv_lora_rank, or index_topk=None",
+    ),
+    (
+        "tiny_v3",
+        {"layer_specs": [["dsa", "dense"], PAIR, PAIR]},
+        "layer_specs[0] says 'dsa' but index_topk is None; set index_topk, or say 'mla'",
+    ),
     # experts
     (
         "tiny_moe",
@@ -205,6 +229,8 @@ def test_layers_follow_from_the_fields():
     assert {spec.attention for spec in config.specs} == {"mha"}
     assert config.layer_types == ["deepseek_kv"] * 7
     assert preset("tiny_v3").layer_types == ["deepseek_latent"] * 3
+    assert preset("tiny_v32").layer_types == ["deepseek_latent_indexed"] * 3
+    assert preset("tiny_v32", index_topk=None).specs == preset("tiny_v3").specs
 
 
 def test_layers_may_be_given():
