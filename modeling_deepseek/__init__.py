@@ -4,20 +4,26 @@ from configuration_deepseek import DeepSeekConfig
 
 from .modeling_deepseek import (
     DeepSeekForCausalLM,
+    DeepSeekForEmbedding,
     DeepSeekForQuestionAnswering,
+    DeepSeekForRecommendation,
     DeepSeekForSequenceClassification,
     DeepSeekForTokenClassification,
     DeepSeekModel,
     DeepSeekPreTrainedModel,
 )
-from .register import register
+from .register import AutoModelForEmbedding, AutoModelForRecommendation, register
 
 register()
 
 __all__ = [
+    "AutoModelForEmbedding",
+    "AutoModelForRecommendation",
     "DeepSeekConfig",
     "DeepSeekForCausalLM",
+    "DeepSeekForEmbedding",
     "DeepSeekForQuestionAnswering",
+    "DeepSeekForRecommendation",
     "DeepSeekForSequenceClassification",
     "DeepSeekForTokenClassification",
     "DeepSeekModel",

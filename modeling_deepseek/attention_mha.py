@@ -1,6 +1,7 @@
 """Multi-head and grouped-query attention with rotary positions over whole heads: DeepSeek-LLM and DeepSeekMoE-16B.
 
-DeepSeek LLM (arXiv 2401.02954, section 2.2); grouped queries as in arXiv 2305.13245.
+DeepSeek LLM (arXiv 2401.02954, section 2.2); grouped queries as in arXiv 2305.13245. The R1-Distill models add a bias
+on queries, keys and values (Qwen2), or norms over the heads of queries and keys (Qwen3).
 """
 
 import torch
@@ -8,6 +9,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from .attention_core import attend
+from .layers import DeepSeekRMSNorm
 from .rope import apply_rotary
 
 
@@ -26,7 +28,12 @@ class DeepSeekMultiHeadAttention(nn.Module):
         self.q_proj = nn.Linear(config.hidden_size, query_width, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
-        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.attention_bias)
+        out_bias = config.attention_bias if config.attention_out_bias is None else config.attention_out_bias
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=out_bias)
+        self.q_norm = self.k_norm = None
+        if config.use_qk_norm:
+            self.q_norm = DeepSeekRMSNorm(config.head_dim, config.rms_norm_eps)
+            self.k_norm = DeepSeekRMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(
         self,
@@ -41,9 +48,12 @@ class DeepSeekMultiHeadAttention(nn.Module):
         def heads(states: torch.Tensor) -> torch.Tensor:
             return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, heads, S, W]
 
-        query = apply_rotary(heads(self.q_proj(hidden_states)), *position_embeddings, self.config.rope_interleave)
-        key = apply_rotary(heads(self.k_proj(hidden_states)), *position_embeddings, self.config.rope_interleave)
+        query, key = heads(self.q_proj(hidden_states)), heads(self.k_proj(hidden_states))
         value = heads(self.v_proj(hidden_states))
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query = apply_rotary(query, *position_embeddings, self.config.rope_interleave)
+        key = apply_rotary(key, *position_embeddings, self.config.rope_interleave)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         output, weights = attend(self, query, key, value, attention_mask, self.scaling, **kwargs)

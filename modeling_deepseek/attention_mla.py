@@ -57,29 +57,50 @@ class DeepSeekMultiHeadLatentAttention(nn.Module):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, S, D] -> [B, S, D] and the attention weights [B, H, S, T] where the implementation gives them."""
-        query = self.query(hidden_states, position_embeddings)  # [B, H, S, n + r]
+        query = self.query(self.query_latent(hidden_states), position_embeddings)  # [B, H, S, n + r]
         rows = self.latent_rows(hidden_states, position_embeddings)  # [B, 1, S, R + r]
-        up_projection = None
+        seen: int | torch.Tensor = 0
         if past_key_values is not None:
             seen = past_key_values.get_seq_length(self.layer_idx)
             rows, _ = past_key_values.update(rows, rows[..., :0], self.layer_idx)
-            if self.absorbing_is_cheaper(query.shape[2], seen):
-                cache_layer = past_key_values.layers[self.layer_idx]
-                up_projection = up_projection_of(self.kv_b_proj, rows, self.latent, cache_layer)
-        if up_projection is None:
-            output, weights = self.attend_expanded(query, rows, attention_mask, **kwargs)
-        else:
-            output, weights = self.attend_absorbed(query, rows, up_projection, attention_mask, **kwargs)
+        output, weights = self.attend_all(query, rows, seen, attention_mask, past_key_values, **kwargs)
         return self.o_proj(output.flatten(2)), weights
 
+    def attend_all(
+        self,
+        query: torch.Tensor,
+        rows: torch.Tensor,
+        seen: int | torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attention over all rows, in the cheaper form: [B, H, S, n + r], [B, 1, T, R + r] -> [B, S, H, v], weights.
+
+        Args:
+            seen: how many of the rows were cached before this call.
+        """
+        up_projection = None
+        if past_key_values is not None and self.absorbing_is_cheaper(query.shape[2], seen):
+            up_projection = self.up_projection(rows, past_key_values)
+        if up_projection is None:
+            return self.attend_expanded(query, rows, attention_mask, **kwargs)
+        return self.attend_absorbed(query, rows, up_projection, attention_mask, **kwargs)
+
+    def up_projection(self, rows: torch.Tensor, past_key_values: Cache | None) -> torch.Tensor | None:
+        """`up_projection_of` our projection: [H (n + v), R], or `None`."""
+        cache_layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        return up_projection_of(self.kv_b_proj, rows, self.latent, cache_layer)
+
+    def query_latent(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What queries are projected from: the normed query latent (eq. 12), or the input itself (V2-Lite)."""
+        return hidden_states if self.q_proj is not None else self.q_a_layernorm(self.q_a_proj(hidden_states))
+
     def query(
-        self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
+        self, query_latent: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
-        """[B, S, D] -> [B, H, S, n + r], the rotary part rotated (eq. 6-8 and 14)."""
-        if self.q_proj is not None:
-            query = self.q_proj(hidden_states)
-        else:
-            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        """`query_latent` -> [B, H, S, n + r], the rotary part rotated (eq. 6-8 and 14)."""
+        query = self.q_b_proj(query_latent) if self.q_proj is None else self.q_proj(query_latent)
         query = query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         nope, rope = query.split((self.nope, self.rope), dim=-1)
         return torch.cat((nope, apply_rotary(rope, *position_embeddings, self.config.rope_interleave)), dim=-1)
@@ -120,12 +141,8 @@ class DeepSeekMultiHeadLatentAttention(nn.Module):
         Args:
             query: [B, H, S, n + r]; rows: [B, 1, T, R + r]; up_projection: [H (n + v), R].
         """
-        up_projection = up_projection.unflatten(0, (self.num_heads, -1))  # [H, n + v, R]
         batch, heads, length, _ = query.shape
-        nope, rope = query.split((self.nope, self.rope), dim=-1)
-        # The head is the batch dimension of both products, so that each weight is read once for all sequences.
-        by_head = nope.transpose(0, 1).flatten(1, 2) @ up_projection[:, : self.nope]  # [H, B S, R]
-        query = torch.cat((by_head.unflatten(1, (batch, length)).transpose(0, 1), rope), dim=-1)
+        query = self.absorb(query, up_projection)
         if attention_mask is not None:
             attention_mask = attention_mask.expand(batch, heads, length, -1).reshape(batch, 1, heads * length, -1)
         kwargs["is_causal"] = False  # rows of the query are heads, not only positions; a mask says what is visible
@@ -133,10 +150,24 @@ class DeepSeekMultiHeadLatentAttention(nn.Module):
         # Whole rows are the values too, and the rotary part of what comes out is dropped: fused kernels want one width
         # for keys and values, and without them torch makes a scaled copy of all keys.
         mixed, weights = attend(self, query, rows, rows, attention_mask, self.scaling, **kwargs)
-        mixed = mixed[..., 0, : self.latent].unflatten(1, (heads, length)).transpose(0, 1).flatten(1, 2)  # [H, B S, R]
-        output = mixed @ up_projection[:, self.nope :].transpose(1, 2)  # [H, B S, v]
-        output = output.unflatten(1, (batch, length)).permute(1, 2, 0, 3)
+        output = self.lift(mixed.squeeze(2).unflatten(1, (heads, length)), up_projection)
         return output, None if weights is None else weights.view(batch, heads, length, -1)
+
+    # The head is the batch dimension of both products, so that each weight is read once for all sequences.
+
+    def absorb(self, query: torch.Tensor, up_projection: torch.Tensor) -> torch.Tensor:
+        """Queries that meet latents: [B, H, S, n + r] -> [B, H, S, R + r]."""
+        key_projection = up_projection.unflatten(0, (self.num_heads, -1))[:, : self.nope]  # [H, n, R]
+        nope, rope = query.split((self.nope, self.rope), dim=-1)
+        by_head = nope.transpose(0, 1).flatten(1, 2) @ key_projection  # [H, B S, R]
+        return torch.cat((by_head.unflatten(1, (len(query), -1)).transpose(0, 1), rope), dim=-1)
+
+    def lift(self, mixed: torch.Tensor, up_projection: torch.Tensor) -> torch.Tensor:
+        """Values from mixed rows, whose rotary part is dropped: [B, H, S, R + r] -> [B, S, H, v]."""
+        value_projection = up_projection.unflatten(0, (self.num_heads, -1))[:, self.nope :]  # [H, v, R]
+        by_head = mixed[..., : self.latent].transpose(0, 1).flatten(1, 2)  # [H, B S, R]
+        output = by_head @ value_projection.transpose(1, 2)  # [H, B S, v]
+        return output.unflatten(1, (len(mixed), -1)).permute(1, 2, 0, 3)
 
     def absorbing_is_cheaper(self, queries: int, seen: int | torch.Tensor) -> bool:
         """Whether `queries` new tokens after `seen` cached ones should absorb rather than expand.

@@ -1,9 +1,10 @@
 """What attention keeps between calls: cache layers that grow in place.
 
-| word              | attention | keys                         | values           |
-|-------------------|-----------|------------------------------|------------------|
-| `deepseek_kv`     | mha       | [B, key/value heads, T, W]   | the same         |
-| `deepseek_latent` | mla       | [B, 1, T, latent + rotary]   | [B, 1, T, 0]     |
+| word                      | attention | keys                         | values                  |
+|---------------------------|-----------|------------------------------|-------------------------|
+| `deepseek_kv`             | mha       | [B, key/value heads, T, W]   | the same                |
+| `deepseek_latent`         | mla       | [B, 1, T, latent + rotary]   | [B, 1, T, 0]            |
+| `deepseek_latent_indexed` | dsa       | [B, 1, T, latent + rotary]   | [B, 1, T, index width]  |
 
 The latent and the shared rotary key of a token stand side by side in one row, so that absorbed decode reads the
 buffer as it lies (keys = whole rows, values = their first columns) and never copies it. The words are our own:
@@ -105,6 +106,12 @@ class LatentLayer(GrowingLayer):
         super().reset()
 
 
+class IndexedLatentLayer(LatentLayer):
+    """Latent rows as keys, and the indexer's keys as values (sparse attention, arXiv 2512.02556, section 2.1)."""
+
+    _layer_type = "deepseek_latent_indexed"
+
+
 class StaticKeyValueLayer(StaticLayer):
     """Keys and values of multi-head attention in tensors of a fixed length, for compiled generation."""
 
@@ -121,3 +128,9 @@ class StaticLatentLayer(StaticLayer):
         """Forget everything."""
         self.up_projection = None
         super().reset()
+
+
+class StaticIndexedLatentLayer(StaticLatentLayer):
+    """Latent rows and the indexer's keys in tensors of a fixed length, for compiled generation."""
+
+    _layer_type = "deepseek_latent_indexed"

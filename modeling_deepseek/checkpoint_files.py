@@ -1,4 +1,4 @@
-"""Checkpoint folders: a save that fails changes nothing, and a load that fails names the broken file."""
+"""Checkpoint folders: a save that fails changes nothing, a load that fails names the file, and none holds copies."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -41,6 +42,41 @@ def writing_beside(folder: str | os.PathLike) -> Iterator[str]:
         for name in os.listdir(folder):
             if WEIGHTS.fullmatch(name) and name not in written:
                 os.remove(os.path.join(folder, name))
+
+
+def open_slices(files: list[str]) -> dict[str, Any]:
+    """Key -> a slice of safetensors that is read when it is indexed, for all tensors of the files.
+
+    Read, not mapped into memory: pages of a mapped file stay beside the fused experts that are made of them.
+    """
+    opened = [safe_open(path, framework="pt", device="cpu", backend="pread") for path in files]
+    return {key: file.get_slice(key) for file in opened for key in file.keys()}  # noqa: SIM118  no mapping
+
+
+@contextmanager
+def in_turn() -> Iterator[None]:
+    """Let transformers read weights one after another: its reading threads run ahead and hold most of them twice."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def unlisted(source: str | os.PathLike | None) -> list[str]:
+    """Shards in a folder that its index does not list, so that nobody reads them."""
+    index = os.path.join(source or "", "model.safetensors.index.json")
+    if source is None or not os.path.isfile(index):
+        return []
+    with open(index, encoding="utf-8") as file:
+        listed = set(json.load(file)["weight_map"].values())
+    shards = (name for name in os.listdir(source) if name.startswith("model") and name.endswith(".safetensors"))
+    return sorted(name for name in shards if name not in listed)
 
 
 @contextmanager

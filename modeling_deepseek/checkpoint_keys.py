@@ -1,8 +1,12 @@
 """Names of weights in released checkpoints, and how they become the model's.
 
-Module names are those of the official V3 checkpoints, so almost every key loads as it is. The exception are routed
-experts, stored one by one (`mlp.experts.3.gate_proj.weight`) and held fused (`mlp.experts.gate_up_proj`).
+Module names are those of the official V3 checkpoints, so almost every key loads as it is. The exceptions are routed
+experts, stored one by one (`mlp.experts.3.gate_proj.weight`) and held fused (`mlp.experts.gate_up_proj`), and the
+copies of embedding and head that prediction layers are stored with.
 """
+
+import re
+from typing import Any
 
 import torch
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -28,6 +32,53 @@ def expert_converters() -> list[WeightConverter]:
 def register_conversions() -> None:
     """Make transformers' loader and saver use `expert_converters` for models of type "deepseek"."""
     register_checkpoint_conversion_mapping("deepseek", expert_converters(), overwrite=True)
+
+
+LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
+SHARED_WITH = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
+
+
+def shared_mtp_keys(config: Any) -> dict[str, str]:
+    """Keys of the copies in prediction layers -> the key of the weight that they repeat."""
+    first, count = config.num_hidden_layers, config.num_nextn_predict_layers
+    layers = range(first, first + count)
+    return {f"model.layers.{i}.{name}": shared for i in layers for name, shared in SHARED_WITH.items()}
+
+
+def take_mtp_keys(weights: dict[str, Any], config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Part a checkpoint into what the trunk and the heads have, and the keys of prediction layers."""
+    rest: dict[str, Any] = {}
+    ahead: dict[str, Any] = {}
+    first = config.num_hidden_layers
+    for key, entry in weights.items():
+        layer = LAYER.match(key)
+        is_ahead = layer is not None and first <= int(layer[1]) < first + config.num_nextn_predict_layers
+        (ahead if is_ahead else rest)[key] = entry
+    return rest, ahead
+
+
+def differing_copies(weights: dict[str, Any], config: Any, rows: int = 4096) -> list[str]:
+    """Keys of prediction layers that are stored as copies of a shared weight, but with other values.
+
+    Args:
+        weights: key -> slice of safetensors.
+        rows: so many are compared at a time, to hold little in memory.
+    """
+    differing = []
+    for key, shared in shared_mtp_keys(config).items():
+        if shared == "lm_head.weight" and shared not in weights:
+            shared = "model.embed_tokens.weight"  # tied
+        if key not in weights or shared not in weights:
+            continue
+        copy, original = weights[key], weights[shared]
+        length = copy.get_shape()[0]
+        same = list(copy.get_shape()) == list(original.get_shape()) and all(
+            torch.equal(copy[start : min(start + rows, length)], original[start : min(start + rows, length)])
+            for start in range(0, length, rows)
+        )
+        if not same:
+            differing.append(key)
+    return differing
 
 
 def fuse_expert_keys(state_dict: dict[str, torch.Tensor], prefix: str, num_experts: int) -> None:

@@ -1,22 +1,27 @@
 """The DeepSeek model: decoder layers, trunk, and every head.
 
 Read it in this order: `DeepSeekDecoderLayer` (what a block is), `DeepSeekModel` (what the trunk is), the heads. The
-mechanisms that a block is made of are one file each: attention_mha.py, attention_mla.py, moe.py, routers.py, rope.py,
-cache.py. Which of them a layer has is said by the config (`config.specs`), so no forward asks for a generation.
+mechanisms that a block is made of are one file each: attention_mha.py, attention_mla.py, attention_dsa.py, moe.py,
+routers.py, rope.py, cache.py. Which of them a layer has is said by the config (`config.specs`), so no forward asks for
+a generation.
 
 Letters: B batch, S tokens of this call, T tokens including cached ones, D hidden width, V vocabulary.
 """
 
 import os
 import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask
+from transformers.generation import GenerationMixin, GenerationMode
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     MoeCausalLMOutputWithPast,
@@ -26,24 +31,64 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import ModelOutput, logging
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .attention_dsa import DeepSeekSparseAttention
 from .attention_mha import DeepSeekMultiHeadAttention
 from .attention_mla import DeepSeekMultiHeadLatentAttention
 from .cache import GrowingLayer, LatentLayer, StaticKeyValueLayer, StaticLatentLayer, refuse_cache_implementation
-from .checkpoint_files import CheckpointError, naming_the_broken_file, writing_beside
-from .checkpoint_keys import register_conversions
-from .configuration_deepseek import DeepSeekConfig
+from .checkpoint_files import CheckpointError, in_turn, naming_the_broken_file, open_slices, unlisted, writing_beside
+from .checkpoint_keys import LAYER, differing_copies, register_conversions, shared_mtp_keys, take_mtp_keys
+from .configuration_deepseek import HEADS_BY_OWN_AUTO_CLASS, DeepSeekConfig
+from .contrastive import matryoshka_loss, truncated
+from .indexer import DeepSeekIndexer
+from .item_losses import FULL_SOFTMAX_ITEMS, item_loss
+from .item_ranking import allowed_items, pad_histories, top_k
 from .layers import DeepSeekMLP, DeepSeekRMSNorm
+from .losses import cross_entropy, labels_ahead
 from .moe import DeepSeekExperts, DeepSeekMoE
+from .mtp import MultiTokenPrediction, shift_left
+from .pooling import POOLING_FUNCTIONS, LatentAttentionPooling
+from .quantization import DequantizedSlice, dequantized
 from .rope import DeepSeekRotaryEmbedding
 from .routers import DeepSeekTopKRouter
 
-ATTENTIONS = {"mha": DeepSeekMultiHeadAttention, "mla": DeepSeekMultiHeadLatentAttention}
+ATTENTIONS = {
+    "mha": DeepSeekMultiHeadAttention,
+    "mla": DeepSeekMultiHeadLatentAttention,
+    "dsa": DeepSeekSparseAttention,
+}
 FEED_FORWARDS = {"dense": DeepSeekMLP, "moe": DeepSeekMoE}
 
+logger = logging.get_logger(__name__)
 register_conversions()
+
+
+@dataclass
+class DeepSeekModelOutput(MoeModelOutputWithPast):
+    """transformers' output of a trunk, and `state_before_norm` [B, S, D] if it was asked for."""
+
+    state_before_norm: torch.Tensor | None = None
+
+
+@dataclass
+class DeepSeekCausalLMOutput(MoeCausalLMOutputWithPast):
+    """transformers' output of a language model, and `mtp_loss`: mean loss of the prediction layers, not weighted."""
+
+    mtp_loss: torch.Tensor | None = None
+
+
+@dataclass
+class DeepSeekEmbeddingOutput(ModelOutput):
+    """`embeddings` [B, D] of length 1, `passage_embeddings` [P, D] if passages were given, and `loss` with labels."""
+
+    loss: torch.Tensor | None = None
+    embeddings: torch.Tensor | None = None
+    passage_embeddings: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class DeepSeekDecoderLayer(GradientCheckpointingLayer):
@@ -51,7 +96,7 @@ class DeepSeekDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: DeepSeekConfig, layer_idx: int):
         super().__init__()
-        spec = config.specs[layer_idx]
+        spec = config.specs[min(layer_idx, config.num_hidden_layers - 1)]  # prediction layers are as the last one
         self.self_attn = ATTENTIONS[spec.attention](config, layer_idx)
         self.mlp = FEED_FORWARDS[spec.feed_forward](config)
         self.input_layernorm = DeepSeekRMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -66,6 +111,10 @@ class DeepSeekDecoderLayer(GradientCheckpointingLayer):
         return hidden_states + self.dropout(transformed)
 
 
+class DeepSeekMTPLayer(MultiTokenPrediction, DeepSeekDecoderLayer):  # type: ignore[misc]  # forward takes one more
+    """A decoder layer that predicts one token further ahead; mtp.py says how."""
+
+
 class DeepSeekPreTrainedModel(PreTrainedModel):
     """What all our models share towards transformers: loading, initialising, recording, switching implementations."""
 
@@ -73,7 +122,7 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
     config: DeepSeekConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DeepSeekDecoderLayer"]
+    _no_split_modules = ["DeepSeekDecoderLayer", "DeepSeekMTPLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -83,7 +132,9 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
     _can_record_outputs = {
         "hidden_states": DeepSeekDecoderLayer,
-        "attentions": [OutputRecorder(attention, index=1) for attention in ATTENTIONS.values()],
+        # each attention once: sparse attention is a subclass of the latent one
+        "attentions": [OutputRecorder(ATTENTIONS[word], index=1) for word in ("mha", "mla")],
+        "index_scores": OutputRecorder(DeepSeekIndexer, index=0),
         "router_logits": OutputRecorder(DeepSeekTopKRouter, index=0),
     }
 
@@ -123,6 +174,37 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
         with naming_the_broken_file(pretrained_model_name_or_path):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
+        """As transformers', but weights are read one by one, quantized ones dequantized as they are read."""
+        if state_dict is None and checkpoint_files and checkpoint_files[0].endswith(".safetensors"):
+            try:
+                state_dict = model.official_slices(open_slices(checkpoint_files), load_config)
+            except CheckpointError as error:
+                raise CheckpointError(f"{load_config.pretrained_model_name_or_path}: {error}") from None
+            if is_deepspeed_zero3_enabled():  # reads the files itself, on one process for all
+                state_dict = None
+        with in_turn():
+            return PreTrainedModel._load_pretrained_model(
+                model, state_dict, checkpoint_files, load_config, expected_keys
+            )
+
+    def official_slices(self, weights: dict[str, Any], load_config) -> dict[str, Any]:
+        """What of a checkpoint's entries, still in their files, is to be loaded into this model."""
+        weights = dequantized(weights, self.config)
+        reads_elsewhere = is_deepspeed_zero3_enabled() or "disk" in (load_config.device_map or {}).values()
+        if reads_elsewhere and any(isinstance(entry, DequantizedSlice) for entry in weights.values()):
+            raise CheckpointError(
+                "FP8 weights cannot be loaded under DeepSpeed ZeRO-3 or with offload to disk; load the model without, "
+                "and save it dequantized first"
+            )
+        rest, ahead = take_mtp_keys(weights, self.config)
+        return {**rest, **self.slices_ahead(ahead, rest, load_config.pretrained_model_name_or_path)}
+
+    def slices_ahead(self, ahead: dict[str, Any], rest: dict[str, Any], source: str) -> dict[str, Any]:
+        """What of the prediction layers' entries is to be loaded: nothing, only the language model has such layers."""
+        return {}
+
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
         """As transformers', but a save that fails leaves the folder as it was."""
         if kwargs.get("distributed_checkpoint"):  # all processes write to one folder, and need its true name
@@ -139,11 +221,13 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
     def _finalize_model_loading(model, load_config, loading_info):
         """As transformers', but a trunk weight that the checkpoint lacks or misshapes is an error, not a warning."""
         source = load_config.pretrained_model_name_or_path
+        shards = unlisted(source)
+        reason = f"the index does not list {shards[0]}" if shards else "the checkpoint is incomplete"
         if loading_info.conversion_errors:
             key = min(loading_info.conversion_errors)
             raise CheckpointError(
                 f"{source}: the checkpoint's parts of weight {key} do not fit together (first of "
-                f"{len(loading_info.conversion_errors)}); some are missing or misshapen, copy or download it again"
+                f"{len(loading_info.conversion_errors)}); {reason}, or some are misshapen: copy or download it again"
             )
         if loading_info.mismatched_keys and not load_config.ignore_mismatched_sizes:
             key, found, wanted = sorted(loading_info.mismatched_keys)[0]
@@ -155,9 +239,18 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
         prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
         missing = sorted(key for key in loading_info.missing_keys if key.startswith(prefix))
         if missing and source is not None:
+            others = sorted(loading_info.unexpected_keys)
+            found = f" (it has {others[0]})" if others else ""
             raise CheckpointError(
-                f"{source}: {len(missing)} weights of the model are not in the checkpoint, the first is {missing[0]}; "
-                "the checkpoint is incomplete, or config.json describes another model"
+                f"{source}: {len(missing)} weights of the model are not in the checkpoint, the first is {missing[0]}"
+                f"{found}; {reason}, or config.json describes another model"
+            )
+        layers = [(LAYER.match(key), key) for key in sorted(loading_info.unexpected_keys)]
+        foreign = [key for layer, key in layers if layer and int(layer[1]) < model.config.num_hidden_layers]
+        if foreign and source is not None:
+            raise CheckpointError(
+                f"{source}: the model has no place for {len(foreign)} weights of the checkpoint, the first is "
+                f"{foreign[0]}; config.json describes another model"
             )
         return loading_info
 
@@ -175,6 +268,24 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As the other classes', but says so where the folder holds a head that no Auto class of transformers names.
+
+        There `AutoModel` looks at the model_type alone, and gives the trunk of what was saved as a recommender or an
+        embedding model.
+        """
+        model = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        trunk = model[0] if isinstance(model, tuple) else model
+        for saved in trunk.config.architectures or []:
+            if saved in HEADS_BY_OWN_AUTO_CLASS.values():
+                warnings.warn(
+                    f"{pretrained_model_name_or_path} holds a {saved}, and this is its trunk without the head; "
+                    f"use {saved}.from_pretrained.",
+                    stacklevel=2,
+                )
+        return model
+
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -185,8 +296,10 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        block_sequence_ids: torch.Tensor | None = None,
+        output_state_before_norm: bool = False,
         **kwargs,
-    ) -> MoeModelOutputWithPast:
+    ) -> DeepSeekModelOutput:
         """Run the trunk.
 
         Args:
@@ -195,22 +308,34 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
             position_ids: [B or 1, S]; counted from the cache if absent. Positions that restart in a row mark packed
                 documents, which then do not see each other.
             past_key_values: a cache of transformers; with `use_cache` one is made if absent.
-            kwargs: `output_hidden_states`, `output_attentions`, `output_router_logits`, and what attention
+            block_sequence_ids: [B, S]; tokens of equal number see each other in both directions, -1 is causal. Absent
+                it is -1, or 0 with `attention_direction` "bidirectional".
+            output_state_before_norm: return the state that the final norm gets, too.
+            kwargs: `output_hidden_states`, `output_attentions`, `output_router_logits`, `output_index_scores` (of the
+                sparse layers, [B, S, T] each and differentiable in their indexers), and what attention
                 implementations take.
 
         Returns:
             `last_hidden_state` [B, S, D] after the final norm, the cache, and what was asked to be recorded.
 
         Raises:
-            ValueError: if not exactly one of input_ids and inputs_embeds is given.
+            ValueError: if not exactly one of input_ids and inputs_embeds is given; for a cache where attention is
+                bidirectional; for blocks with an attention implementation that has no mask for them.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if self.config.attention_direction == "bidirectional":
+            if use_cache or past_key_values is not None:
+                raise ValueError("bidirectional attention has no cache: every token may change with what follows it")
+            if block_sequence_ids is None:
+                block_sequence_ids = torch.zeros(
+                    inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device
+                )
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        mask = self.causal_mask(inputs_embeds, attention_mask, position_ids, past_key_values)
+        mask = self.causal_mask(inputs_embeds, attention_mask, position_ids, past_key_values, block_sequence_ids)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
@@ -226,7 +351,53 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
                 past_key_values=past_key_values,
                 **kwargs,
             )
-        return MoeModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return DeepSeekModelOutput(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+            state_before_norm=hidden_states if output_state_before_norm else None,
+        )
+
+    def predict_ahead(
+        self,
+        hidden_states: torch.Tensor,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        block_sequence_ids: torch.Tensor | None = None,
+        **kwargs,
+    ) -> list[torch.Tensor]:
+        """Run the prediction layers over whole sequences.
+
+        Args:
+            hidden_states: [B, S, D], the trunk's state after or before its final norm, as `config.mtp_after_norm`.
+            block_sequence_ids: not used here: in both directions a position would see the token that it predicts,
+                which is an input of the next one.
+            others: as in `forward`, with which the states were made.
+
+        Returns:
+            One [B, S, D] per prediction layer, to be given to the head: position i of the d-th predicts token
+            i + d + 1. Its last d positions have no token ahead and mean nothing.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        mask = self.causal_mask(inputs_embeds, attention_mask, position_ids, None)
+        if position_ids is None:
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
+        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        predicted: list[torch.Tensor] = []
+        for layer in (layer for layer in self.layers if isinstance(layer, DeepSeekMTPLayer)):
+            state = layer(
+                hidden_states,
+                shift_left(inputs_embeds, len(predicted) + 1),
+                attention_mask=mask,
+                position_ids=position_ids,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+            predicted.append(layer.shared_head(state))
+            hidden_states = predicted[-1] if self.config.mtp_after_norm else state
+        return predicted
 
     def causal_mask(
         self,
@@ -234,8 +405,17 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
         past_key_values: Cache | None,
+        block_sequence_ids: torch.Tensor | None = None,
     ) -> Any:
         """The mask of this call, in the form that the attention implementation asks for; built once for all layers."""
+        if block_sequence_ids is not None:
+            if "flash" in str(self.config._attn_implementation):
+                raise ValueError(
+                    f"{self.config._attn_implementation} has no mask for attention in both directions; "
+                    "set attn_implementation to sdpa, eager or flex_attention"
+                )
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            block_sequence_ids = nn.functional.pad(block_sequence_ids, (int(seen), 0), value=-1)
         if position_ids is not None and inputs_embeds.shape[1] > 1:
             # transformers looks for packed documents only without a mask and a cache: let those that say nothing
             # count as absent, and tell padding by positions, else documents leak into each other.
@@ -253,11 +433,36 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_ids=position_ids,
+            block_sequence_ids=block_sequence_ids,
         )
 
 
+def prompt_blocks(labels: torch.Tensor) -> torch.Tensor:
+    """[B, S] labels -> block_sequence_ids: each stretch without labels (-100) is one block, labelled tokens are -1."""
+    is_prompt = labels == -100
+    begins = is_prompt & ~nn.functional.pad(is_prompt[:, :-1], (1, 0), value=False)
+    return torch.where(is_prompt, begins.cumsum(1) - 1, -1)
+
+
+def labelled_positions(hidden_states: torch.Tensor, labels: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, S, D], [B, S] -> [1, N, D] hidden states from which a label is predicted, and these labels [1, N].
+
+    Raises:
+        ValueError: without labels.
+    """
+    if labels is None:
+        raise ValueError('logits_to_keep="labelled" needs labels')
+    targets = labels[:, 1:].to(hidden_states.device)
+    is_target = targets != -100
+    return hidden_states[:, :-1][is_target].unsqueeze(0), targets[is_target].unsqueeze(0)
+
+
 class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
-    """The language model: next-token logits over the vocabulary."""
+    """The language model: next-token logits over the vocabulary.
+
+    With `config.num_nextn_predict_layers` it has the prediction layers too, behind the others in `model.layers`. They
+    take part only in the loss, and only if `config.mtp_loss_weight` is set.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -265,8 +470,28 @@ class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
     def __init__(self, config: DeepSeekConfig):
         super().__init__(config)
         self.model = DeepSeekModel(config)
+        first = config.num_hidden_layers
+        self.model.layers.extend(DeepSeekMTPLayer(config, first + d) for d in range(config.num_nextn_predict_layers))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def slices_ahead(self, ahead: dict[str, Any], rest: dict[str, Any], source: str) -> dict[str, Any]:
+        """The prediction layers' entries without their copies of embedding and head. If there are none at all, as
+        where transformers wrote the checkpoint, the model goes without such layers."""
+        config = self.config
+        if config.num_nextn_predict_layers and not ahead:
+            if config.mtp_loss_weight:
+                raise CheckpointError(
+                    f"there are no weights of prediction layers (model.layers.{config.num_hidden_layers}.*) to train "
+                    f"with mtp_loss_weight={config.mtp_loss_weight}; set it to 0"
+                )
+            logger.warning(f"{source} has no weights of prediction layers; the model is loaded without them")
+            del self.model.layers[config.num_hidden_layers :]
+            config.num_nextn_predict_layers = 0
+        for key in differing_copies({**rest, **ahead}, config):
+            logger.warning(f"{source}: {key} differs from the weight that it is a copy of, which is used in its place")
+        shared = shared_mtp_keys(config)
+        return {key: entry for key, entry in ahead.items() if key not in shared}
 
     @can_return_tuple
     def forward(
@@ -278,15 +503,25 @@ class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
+        logits_to_keep: int | torch.Tensor | str = 0,
         **kwargs,
-    ) -> MoeCausalLMOutputWithPast:
+    ) -> DeepSeekCausalLMOutput:
         """Arguments as in `DeepSeekModel.forward`, and
 
-        labels: [B, S], -100 where there is nothing to learn; shifted here.
-        logits_to_keep: only the last so many positions (0: all), or a tensor of positions.
+        labels: [B, S], -100 where there is nothing to learn; shifted here. With `attention_direction` "prefix" the
+            stretches without labels see themselves in both directions, as a prompt does in `generate`.
+        logits_to_keep: only the last so many positions (0: all), a tensor of positions, or "labelled": only where a
+            label is predicted, which saves the head's work on the prompts; the logits are then [1, N, V].
         num_items_in_batch (in kwargs): divide the summed loss by this instead of the number of labels.
+
+        With labels and `config.mtp_loss_weight`, `mtp_loss` is the mean over the prediction layers' losses. In
+        training `loss` includes it with that weight (eq. 25); in evaluation `loss` is the next token's alone.
         """
+        if self.config.attention_direction == "prefix" and labels is not None:
+            kwargs.setdefault("block_sequence_ids", prompt_blocks(labels))
+        learns_ahead = labels is not None and self.config.mtp_loss_weight > 0
+        if learns_ahead and not self.config.mtp_after_norm:
+            kwargs["output_state_before_norm"] = True
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -296,13 +531,31 @@ class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        hidden_states, shift_labels = outputs.last_hidden_state, None
+        if isinstance(logits_to_keep, str):
+            hidden_states, shift_labels = labelled_positions(hidden_states, labels)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            hidden_states = hidden_states[:, kept]
+        logits = self.lm_head(hidden_states)
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return MoeCausalLMOutputWithPast(
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                **({} if shift_labels is None else {"shift_labels": shift_labels}),
+                **kwargs,
+            )
+        mtp_loss = None
+        if learns_ahead:
+            state = outputs.last_hidden_state if self.config.mtp_after_norm else outputs.state_before_norm
+            inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids}
+            mtp_loss = self.mtp_loss(state, labels, attention_mask=attention_mask, **inputs, **kwargs)
+            loss = loss + self.config.mtp_loss_weight * mtp_loss if self.training else loss
+        return DeepSeekCausalLMOutput(
             loss=loss,
+            mtp_loss=mtp_loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
@@ -310,9 +563,66 @@ class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
             router_logits=outputs.router_logits,
         )
 
-    def _prepare_cache_for_generation(self, generation_config, *args, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, *args, inputs_embeds=None, is_first_iteration=False, use_cache=True, **kwargs
+    ):
+        """As transformers', and with `attention_direction` "prefix" the first call's tokens are one block."""
+        if self.config.attention_direction == "prefix":
+            if not use_cache:
+                raise ValueError("prefix attention generates with a cache, which tells the prompt from what follows")
+            kwargs.pop("block_sequence_ids", None)
+            if is_first_iteration:
+                prompt = input_ids if inputs_embeds is None else inputs_embeds
+                kwargs["block_sequence_ids"] = torch.zeros(prompt.shape[:2], dtype=torch.long, device=prompt.device)
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            *args,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def create_masks_for_generate(self, config, inputs_embeds, *, is_first_iteration=False, **kwargs):
+        """The mask for a static cache, which transformers builds before the forward, with the prompt as a block."""
+        if config.attention_direction == "prefix" and is_first_iteration:
+            kwargs["block_sequence_ids"] = torch.zeros(
+                inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device
+            )
+        return create_masks_for_generate(config=config, inputs_embeds=inputs_embeds, **kwargs)
+
+    def mtp_loss(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """Mean over the prediction layers of their cross entropies (eq. 24 and 25, without lambda).
+
+        Args:
+            hidden_states: [B, S, D], as `DeepSeekModel.predict_ahead` takes them; so are the other inputs.
+            labels: [B, S], not shifted.
+        """
+        ahead = self.model.predict_ahead(
+            hidden_states, attention_mask=attention_mask, position_ids=position_ids, **kwargs
+        )
+        losses = [
+            cross_entropy(
+                self.lm_head(states), labels_ahead(labels, depth, attention_mask, position_ids), num_items_in_batch
+            )
+            for depth, states in enumerate(ahead, start=1)
+        ]
+        return torch.stack(losses).mean()
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
+        is_split = generation_config.prefill_chunk_size or generation_mode == GenerationMode.ASSISTED_GENERATION
+        if self.config.attention_direction == "prefix" and is_split:
+            raise ValueError("prefix attention reads the prompt alone and as a whole: no assistant, no chunks")
         refuse_cache_implementation(generation_config.cache_implementation)
-        return super()._prepare_cache_for_generation(generation_config, *args, **kwargs)
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
 
     def init_continuous_batching(self, *args, **kwargs):
         """Refused, for its paged cache cannot hold latents. `generate_batch` and `generate` get here too."""
@@ -485,12 +795,267 @@ class DeepSeekForQuestionAnswering(DeepSeekPreTrainedModel):
         )
 
 
+class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
+    """A history of items in, a score for every item to come next out.
+
+    The vocabulary is the catalogue: `config.vocab_size` rows, of which `config.pad_token_id` (0 if it isn't set) is
+    no item but padding. A score is the product of the last hidden state with the item's embedding (Kang and McAuley,
+    arXiv 1808.09781, equation 6), or with `item_head` where `config.tie_item_embeddings` is false.
+    """
+
+    def __init__(self, config: DeepSeekConfig):
+        if config.pad_token_id is None:
+            config.pad_token_id = 0
+        super().__init__(config)
+        self.model = DeepSeekModel(config)
+        if not config.tie_item_embeddings:
+            self.item_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def item_embeddings(self) -> torch.Tensor:
+        """[V, D], by which items are scored."""
+        if not self.config.tie_item_embeddings:
+            return self.item_head.weight
+        table = self.model.embed_tokens
+        if type(table) is nn.Embedding:
+            return table.weight
+        return table(torch.arange(self.config.vocab_size, device=table.weight.device))  # an adapter has its say
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return getattr(self, "item_head", None)
+
+    def set_output_embeddings(self, new_embeddings: Any) -> None:
+        self.item_head = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutputWithPast:
+        """Arguments as in `DeepSeekModel.forward`, the input_ids [B, S] being item numbers, oldest first, and
+
+        labels: [B, S], usually the input_ids, -100 where there is nothing to learn; shifted here, so that every item
+            is learned from those before it. The loss is `config.item_loss`.
+        num_items_in_batch: divide the summed loss by this instead of the number of labels.
+
+        Returns:
+            `logits` [B, V]: the scores of all items after the last one of each row, the lowest number for the
+            padding. None while training: a large catalogue's scores would cost more than its sampled loss.
+
+        Raises:
+            ValueError: for a batch in which nothing tells where a sequence ends.
+        """
+        if attention_mask is None and input_ids is not None:
+            attention_mask = torch.ne(input_ids, self.config.pad_token_id).long()
+            if past_key_values is not None and past_key_values.get_seq_length():
+                attention_mask = None  # it would have to cover the cached items too
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        loss = logits = None
+        if labels is not None:
+            loss = self.next_item_loss(hidden_states, labels, num_items_in_batch)
+        if labels is None or not self.training:
+            rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
+            last = hidden_states[rows, self.last_token(hidden_states, input_ids, attention_mask)]
+            logits = nn.functional.linear(last, self.item_embeddings()).index_fill(
+                1, torch.tensor([self.config.pad_token_id], device=last.device), torch.finfo(last.dtype).min
+            )
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    last_token: Any = DeepSeekForSequenceClassification.last_token
+
+    def next_item_loss(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Mean loss of the item after each position: hidden states [B, S, D], labels [B, S] (not shifted)."""
+        config = self.config
+        name = config.item_loss
+        if name is None:
+            name = "softmax" if config.vocab_size <= FULL_SOFTMAX_ITEMS else "sampled_softmax"
+        targets = labels[:, 1:].to(hidden_states.device)
+        known = targets != -100
+        total = item_loss(
+            name,
+            hidden_states[:, :-1][known],
+            targets[known],
+            self.item_embeddings(),
+            config.pad_token_id,
+            config.num_item_negatives,
+            config.gbce_calibration,
+        )
+        return total / (known.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+    @torch.no_grad()
+    def recommend(
+        self,
+        history: Sequence[int] | Sequence[Sequence[int]] | torch.Tensor,
+        k: int = 10,
+        exclude_seen: bool = True,
+        filter: torch.Tensor | Sequence[int] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The k best next items, by exact search over the whole catalogue.
+
+        Args:
+            history: item numbers of one user, oldest first, or of several; or [B, S] padded on the right. The last
+                `config.max_position_embeddings` of them are read.
+            exclude_seen: leave out all items of the history.
+            filter: the only items to choose from: their numbers, or booleans [V] or [B, V].
+
+        Returns:
+            Items and scores, best first: [K] for one user, [B, K] for several; K = min(k, number of items). Where
+            fewer are left, the rest is padding with a score of minus infinity.
+
+        Raises:
+            ValueError: for an empty history, a number that is no item, or if nothing is left to choose from.
+        """
+        padding, num_items = self.config.pad_token_id, self.config.vocab_size
+        rows: Any
+        if torch.is_tensor(history):
+            rows = [[item for item in row if item != padding] for row in torch.atleast_2d(history).tolist()]
+            is_one = history.ndim == 1
+        else:
+            is_one = not len(history) or not hasattr(history[0], "__len__")
+            rows = [history] if is_one else history
+        seen = pad_histories(rows, num_items, padding).to(self.device)
+        recent = [row[-self.config.max_position_embeddings :] for row in rows]
+        input_ids = pad_histories(recent, num_items, padding).to(self.device)
+        allowed = None if filter is None else allowed_items(filter, num_items, padding)
+        was_training = self.training
+        try:
+            scores = self.eval()(input_ids=input_ids, use_cache=False).logits
+        finally:
+            self.train(was_training)
+        items, best = top_k(scores, k, padding, seen if exclude_seen else None, allowed)
+        return (items[0], best[0]) if is_one else (items, best)
+
+
+class DeepSeekForEmbedding(DeepSeekPreTrainedModel):
+    """A text in, a vector of length 1 out; texts that belong together get vectors that point the same way.
+
+    How the tokens' states become one vector says `config.pooling`. Where every token should see the whole text, set
+    `config.attention_direction` to "bidirectional". Queries and passages are told apart by `config.query_prefix` and
+    `config.passage_prefix`, which whoever makes the tokens writes before the texts.
+    """
+
+    # The loss is a mean over the queries, so Trainer has to divide it by its gradient accumulation steps.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: DeepSeekConfig):
+        super().__init__(config)
+        self.model = DeepSeekModel(config)
+        if config.pooling == "latent":
+            self.pooling = LatentAttentionPooling(
+                config.hidden_size, config.num_pooling_latents, config.num_pooling_heads, config.rms_norm_eps
+            )
+        self.post_init()
+
+    def pool(
+        self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """[B, S, D] states of the trunk -> [B, D] of length 1. What is padding says a mask [B, S]; a ready mask of
+        another shape says nothing, and then the token ids do. Without any mask all are tokens."""
+        is_token = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
+        if attention_mask is not None and getattr(attention_mask, "ndim", 0) == 2:
+            is_token = attention_mask.bool()
+        elif attention_mask is not None and input_ids is not None and self.config.pad_token_id is not None:
+            is_token = input_ids != self.config.pad_token_id
+        pool = self.pooling if self.config.pooling == "latent" else POOLING_FUNCTIONS[self.config.pooling]
+        return truncated(pool(hidden_states, is_token.to(hidden_states.device)), None)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        passage_input_ids: torch.Tensor | None = None,
+        passage_attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs,
+    ) -> DeepSeekEmbeddingOutput:
+        """Arguments as in `DeepSeekModel.forward`, without a cache, and for training
+
+        passage_input_ids: [P, T] tokens of the passages, those of the input_ids being the queries.
+        passage_attention_mask: [P, T].
+        labels: [B], which passage is each query's. Passages that are nobody's are hard negatives. With several
+            processes, each query is compared with the passages of its own process.
+
+        Raises:
+            ValueError: for a cache, and for labels without passages.
+        """
+        if kwargs.pop("use_cache", None) or kwargs.get("past_key_values") is not None:
+            raise ValueError("an embedding is made of a whole text at once; leave use_cache and past_key_values out")
+        if labels is not None and passage_input_ids is None:
+            raise ValueError("labels say which passage is a query's, but there are no passage_input_ids")
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=False,
+            **kwargs,
+        )
+        embeddings = self.pool(outputs.last_hidden_state, input_ids, attention_mask)
+        passages = loss = None
+        if passage_input_ids is not None:
+            states = self.model(passage_input_ids, passage_attention_mask, use_cache=False).last_hidden_state
+            passages = self.pool(states, passage_input_ids, passage_attention_mask)
+        if labels is not None:
+            config = self.config
+            loss = matryoshka_loss(
+                embeddings,
+                passages,
+                labels.to(embeddings.device),
+                config.contrastive_temperature,
+                config.matryoshka_sizes,
+            )
+        return DeepSeekEmbeddingOutput(
+            loss=loss,
+            embeddings=embeddings,
+            passage_embeddings=passages,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
 __all__ = [
+    "DeepSeekCausalLMOutput",
+    "DeepSeekEmbeddingOutput",
     "DeepSeekForCausalLM",
+    "DeepSeekForEmbedding",
     "DeepSeekForQuestionAnswering",
+    "DeepSeekForRecommendation",
     "DeepSeekForSequenceClassification",
     "DeepSeekForTokenClassification",
+    "DeepSeekMTPLayer",
     "DeepSeekModel",
+    "DeepSeekModelOutput",
     "DeepSeekPreTrainedModel",
     "GrowingLayer",
     "LatentLayer",

@@ -1,5 +1,8 @@
 """Makes the Auto classes of transformers know ours. Stays at home: a saved folder says the same by its auto_map."""
 
+from collections import OrderedDict
+from typing import Any
+
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -9,32 +12,70 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
 )
+from transformers.models.auto.auto_factory import _BaseAutoModelClass, _LazyAutoMapping
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
 from configuration_deepseek import DeepSeekConfig
+from configuration_deepseek.configuration_deepseek import HEADS_BY_OWN_AUTO_CLASS
+from configuration_deepseek.official import SOURCES
 from tokenization_deepseek import DeepSeekTokenizer
 
 from .modeling_deepseek import (
     DeepSeekForCausalLM,
+    DeepSeekForEmbedding,
     DeepSeekForQuestionAnswering,
+    DeepSeekForRecommendation,
     DeepSeekForSequenceClassification,
     DeepSeekForTokenClassification,
     DeepSeekModel,
 )
 
+
+class AutoModelForEmbedding(_BaseAutoModelClass):
+    """The Auto class for embedding models, which transformers has none for."""
+
+    _model_mapping: Any = _LazyAutoMapping(CONFIG_MAPPING_NAMES, OrderedDict())
+
+
+class AutoModelForRecommendation(_BaseAutoModelClass):
+    """The Auto class for recommenders, which transformers has none for."""
+
+    _model_mapping: Any = _LazyAutoMapping(CONFIG_MAPPING_NAMES, OrderedDict())
+
+
 MODELS_BY_AUTO_CLASS = {
     AutoModel: DeepSeekModel,
     AutoModelForCausalLM: DeepSeekForCausalLM,
+    AutoModelForEmbedding: DeepSeekForEmbedding,
     AutoModelForQuestionAnswering: DeepSeekForQuestionAnswering,
+    AutoModelForRecommendation: DeepSeekForRecommendation,
     AutoModelForSequenceClassification: DeepSeekForSequenceClassification,
     AutoModelForTokenClassification: DeepSeekForTokenClassification,
 }
 
 
-def register() -> None:
-    """Register config, models and tokenizer under model_type "deepseek"; transformers' own types stay untouched."""
+# Published types that transformers has classes of its own for. llama and qwen stay with it: they are not only ours.
+NATIVE_TYPES = tuple(word for word in SOURCES if word.startswith("deepseek_"))
+
+
+def register(native: bool = False) -> None:
+    """Register config, models and tokenizer under model_type "deepseek", as importing the package does.
+
+    Args:
+        native: let AutoConfig and AutoModel* give our classes for checkpoints of `NATIVE_TYPES` too, so that scripts
+            which know only Auto classes run ours. `False` gives these types back to transformers.
+    """
     AutoConfig.register(DeepSeekConfig.model_type, DeepSeekConfig, exist_ok=True)
     AutoTokenizer.register(DeepSeekConfig, tokenizer_class=DeepSeekTokenizer, exist_ok=True)
     DeepSeekConfig.register_for_auto_class()
     for auto_class, model_class in MODELS_BY_AUTO_CLASS.items():
         auto_class.register(DeepSeekConfig, model_class, exist_ok=True)
-        model_class.register_for_auto_class(auto_class)
+        # A folder of a head without an Auto class in transformers is opened by AutoModel where this package isn't.
+        is_own = auto_class.__name__ in HEADS_BY_OWN_AUTO_CLASS
+        model_class.register_for_auto_class(AutoModel if is_own else auto_class)
+    for model_type in NATIVE_TYPES:
+        # AutoConfig.register wants the class to bear the type; what is registered beside the table goes before it.
+        if native:
+            CONFIG_MAPPING.register(model_type, DeepSeekConfig, exist_ok=True)
+        elif CONFIG_MAPPING._extra_content.get(model_type) is DeepSeekConfig:
+            del CONFIG_MAPPING._extra_content[model_type]

@@ -9,7 +9,9 @@ from transformers import PreTrainedModel
 from configuration_deepseek import PRESETS, preset
 from modeling_deepseek import (
     DeepSeekForCausalLM,
+    DeepSeekForEmbedding,
     DeepSeekForQuestionAnswering,
+    DeepSeekForRecommendation,
     DeepSeekForSequenceClassification,
     DeepSeekForTokenClassification,
     DeepSeekModel,
@@ -21,6 +23,8 @@ HEADS = [
     DeepSeekForCausalLM,
     DeepSeekForSequenceClassification,
     DeepSeekForTokenClassification,
+    DeepSeekForRecommendation,
+    DeepSeekForEmbedding,
     DeepSeekForQuestionAnswering,
 ]
 
@@ -48,6 +52,8 @@ def labels_for(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, torch.Ten
         DeepSeekForCausalLM: {"labels": ids},
         DeepSeekForSequenceClassification: {"labels": rows % 3},
         DeepSeekForTokenClassification: {"labels": ids % 3},
+        DeepSeekForRecommendation: {"labels": ids},
+        DeepSeekForEmbedding: {"passage_input_ids": ids.flip(1), "labels": rows},
         DeepSeekForQuestionAnswering: {"start_positions": rows % 2, "end_positions": rows % 2 + 1},
     }[type(model)]
 
@@ -58,6 +64,10 @@ def outputs(model: PreTrainedModel, ids: torch.Tensor | None = None, **kwargs) -
     result = model(input_ids=ids, **kwargs)
     if isinstance(model, DeepSeekForQuestionAnswering):
         return torch.stack((result.start_logits, result.end_logits), dim=-1)
+    if isinstance(model, DeepSeekForRecommendation):
+        return result.logits[:, 3:]  # the padding is among those before, and has the lowest number there is
+    if isinstance(model, DeepSeekForEmbedding):
+        return result.embeddings
     return result.last_hidden_state if isinstance(model, DeepSeekModel) else result.logits
 
 

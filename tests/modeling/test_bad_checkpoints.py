@@ -107,6 +107,37 @@ def test_one_expert_of_many(folder, damage):
     assert "parts of weight model.layers.1.mlp.experts.gate_up_proj do not fit together (first of 1)" in line
 
 
+def test_keys_of_another_architecture(folder):
+    def rename(weights):
+        for key in list(weights):
+            weights[f"transformer.h.{key.removeprefix('model.layers.')}"] = weights.pop(key)
+
+    change_weights(folder, rename)
+    line = refusal(folder)
+    assert "the first is model.embed_tokens.weight (it has transformer.h." in line
+    assert line.endswith("the checkpoint is incomplete, or config.json describes another model")
+
+
+def test_weights_that_the_model_has_no_place_for(folder):
+    key = "model.layers.1.self_attn.q_norm.weight"
+    change_weights(folder, lambda weights: weights.update({key: torch.ones(8)}))
+    line = refusal(folder)
+    assert f"the model has no place for 1 weights of the checkpoint, the first is {key}; config.json describes" in line
+
+
+def test_what_old_checkpoints_have_too_is_no_error(folder):
+    key = "model.layers.1.self_attn.rotary_emb.inv_freq"
+    change_weights(folder, lambda weights: weights.update({key: torch.ones(4)}))
+    _, info = DeepSeekForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values())
+
+
+def test_fewer_layers_than_the_checkpoint_has(folder):
+    loaded, info = DeepSeekForCausalLM.from_pretrained(folder, num_hidden_layers=2, output_loading_info=True)
+    assert len(loaded.model.layers) == 2
+    assert info["unexpected_keys"] and all(".layers.2." in key for key in info["unexpected_keys"])
+
+
 # Files --------------------------------------------------------------------------------------------------------------
 
 
@@ -138,6 +169,18 @@ def test_one_damaged_shard_is_named(tmp_path):
     assert shards[1].name in refusal(tmp_path, OSError)
 
 
+def test_a_shard_that_the_index_does_not_list(tmp_path):
+    tiny("tiny_v3").save_pretrained(tmp_path, max_shard_size="60KB")
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    forgotten = sorted(set(index["weight_map"].values()))[1]
+    index["weight_map"] = {key: file for key, file in index["weight_map"].items() if file != forgotten}
+    path.write_text(json.dumps(index))
+    line = refusal(tmp_path)
+    assert "weights of the model are not in the checkpoint" in line or "do not fit together" in line
+    assert f"the index does not list {forgotten}" in line
+
+
 def test_a_truncated_index(tmp_path):
     tiny("tiny_v3").save_pretrained(tmp_path, max_shard_size="60KB")
     cut(tmp_path / "model.safetensors.index.json")
@@ -161,12 +204,12 @@ def test_no_weights_at_all(folder):
 # Config -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", ["bert", "deepseek_v4"])
+@pytest.mark.parametrize("model_type", ["bert", "deepseek_v2_5"])
 @pytest.mark.parametrize("our_mark", [1, None])
 def test_a_wrong_model_type(folder, model_type, our_mark):
     change_config(folder, model_type=model_type, deepseek_format=our_mark)
     line = refusal(folder)
-    assert f"model_type {model_type!r}, which DeepSeekConfig cannot read; it reads 'llama', 'deepseek'" in line
+    assert f"model_type {model_type!r}, which DeepSeekConfig cannot read; it reads 'llama', " in line
 
 
 def test_clashing_fields_of_a_file(folder):

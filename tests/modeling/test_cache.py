@@ -9,11 +9,18 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache
 
 from configuration_deepseek import preset
 from modeling_deepseek import DeepSeekForCausalLM
-from modeling_deepseek.cache import GrowingLayer, LatentLayer, StaticKeyValueLayer, StaticLatentLayer
+from modeling_deepseek.cache import (
+    GrowingLayer,
+    IndexedLatentLayer,
+    LatentLayer,
+    StaticIndexedLatentLayer,
+    StaticKeyValueLayer,
+    StaticLatentLayer,
+)
 from tests.reference.compare import assert_close
 
 # layer class, heads, width of keys, width of values
-KINDS = {"kv": (GrowingLayer, 3, 5, 7), "latent": (LatentLayer, 1, 6, 0)}
+KINDS = {"kv": (GrowingLayer, 3, 5, 7), "latent": (LatentLayer, 1, 6, 0), "indexed": (IndexedLatentLayer, 1, 6, 3)}
 
 
 class Feed:
@@ -206,12 +213,13 @@ def test_gradients_through_a_growing_cache(needing: str):
     assert_close(gradient, expected_gradient, f"gradient of {needing}")
 
 
-@pytest.mark.parametrize("name", ["tiny_llm", "tiny_v2", "tiny_v3"])
+@pytest.mark.parametrize("name", ["tiny_llm", "tiny_v2", "tiny_v3", "tiny_v32"])
 def test_gradients_through_the_models_cache(name: str):
     torch.manual_seed(1)
     model = DeepSeekForCausalLM(preset(name, initializer_range=0.2)).eval()
     ids = torch.randint(3, 97, (2, 13))
-    names, parameters = zip(*model.named_parameters(), strict=True)
+    learning = [(key, parameter) for key, parameter in model.named_parameters() if ".indexer." not in key]
+    names, parameters = zip(*learning, strict=True)
     expected = torch.autograd.grad(model(ids).logits.pow(2).mean(), parameters)
     cache, logits = DynamicCache(config=model.config), []
     for piece in ids.split([7, 1, 1, 4], dim=1):
@@ -223,7 +231,11 @@ def test_gradients_through_the_models_cache(name: str):
 
 @pytest.mark.parametrize(
     ("name", "dynamic", "static"),
-    [("tiny_llm", GrowingLayer, StaticKeyValueLayer), ("tiny_v3", LatentLayer, StaticLatentLayer)],
+    [
+        ("tiny_llm", GrowingLayer, StaticKeyValueLayer),
+        ("tiny_v3", LatentLayer, StaticLatentLayer),
+        ("tiny_v32", IndexedLatentLayer, StaticIndexedLatentLayer),
+    ],
 )
 def test_transformers_caches_are_made_of_our_layers(name: str, dynamic: type, static: type):
     config = preset(name)
@@ -231,19 +243,20 @@ def test_transformers_caches_are_made_of_our_layers(name: str, dynamic: type, st
     assert [type(layer) for layer in StaticCache(config=config, max_cache_len=8).layers] == [static] * 3
 
 
-@pytest.mark.parametrize("name", ["tiny_llm", "tiny_v2_lite", "tiny_v3"])
+@pytest.mark.parametrize("name", ["tiny_llm", "tiny_v2_lite", "tiny_v3", "tiny_v32"])
 @torch.no_grad()
 def test_latents_are_what_is_cached(name: str):
     config = preset(name)
     cache = DeepSeekForCausalLM(config).eval()(torch.randint(3, 97, (2, 7)), use_cache=True).past_key_values
     numbers_per_token = sum(layer.keys.shape[1] * layer.keys.shape[-1] for layer in cache.layers)
     numbers_per_token += sum(layer.values.shape[1] * layer.values.shape[-1] for layer in cache.layers)
-    expected = 2 * 2 * 8 if name == "tiny_llm" else config.kv_lora_rank + config.qk_rope_head_dim
+    latents = (config.kv_lora_rank or 0) + config.qk_rope_head_dim + (config.index_head_dim or 0)
+    expected = 2 * 2 * 8 if name == "tiny_llm" else latents
     assert numbers_per_token == 3 * expected
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", ["tiny_llm", "tiny_moe", "tiny_v2", "tiny_v3"])
+@pytest.mark.parametrize("name", ["tiny_llm", "tiny_moe", "tiny_v2", "tiny_v3", "tiny_v32"])
 @torch.no_grad()
 def test_static_cache(name: str, implementation: str):
     torch.manual_seed(1)

@@ -213,7 +213,7 @@ def test_generation_config_is_saved_and_read(tmp_path, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compiled", ["tiny_llm", "tiny_v3"])
+@pytest.mark.parametrize("compiled", ["tiny_llm", "tiny_v3", "tiny_v32"])
 def test_static_cache_compiles_decoding(compiled):
     model, ids = tiny(compiled, **({} if compiled == "tiny_llm" else {"moe_intermediate_size": 16})), token_ids(2, 6)
     expected = by_whole_passes(model, ids)

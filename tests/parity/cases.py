@@ -21,11 +21,16 @@ TRUNK = {
 }
 LATENT = {"q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 10}
 EXPERTS = {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 20, "first_k_dense_replace": 1}
+# so many heads that keys which all of them ignore, whose scores tie at zero, are rare
+INDEXER = {"index_n_heads": 30, "index_head_dim": 12, "index_topk": 5}
 GROUPS = {"n_group": 4, "topk_group": 2}
 BASES: dict[str, dict[str, Any]] = {
     "llama": TRUNK,
+    "qwen2": TRUNK,
+    "qwen3": {**TRUNK, "head_dim": 10},
     "deepseek_v2": {**TRUNK, **LATENT, **EXPERTS, "n_shared_experts": 2},
     "deepseek_v3": {**TRUNK, **LATENT, **EXPERTS, **GROUPS, "n_shared_experts": 1, "num_nextn_predict_layers": 0},
+    "deepseek_v32": {**TRUNK, **LATENT, **EXPERTS, **GROUPS, **INDEXER, "n_shared_experts": 1},
 }
 ODD_LATENT = {
     "hidden_size": 33,
@@ -66,6 +71,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llm_llama3": ("llama", {**LLAMA3, "num_key_value_heads": 2}),
     "llm_yarn": ("llama", yarn()),
     "llm_dynamic": ("llama", {**rope("dynamic", factor=4.0), "max_position_embeddings": 8}),
+    # R1-Distill
+    "distill_qwen2": ("qwen2", {"num_key_value_heads": 2}),
+    "distill_qwen3": ("qwen3", {"num_key_value_heads": 2, "rms_norm_eps": 1e-3}),
     # V2, V2-Lite, V2.5
     "v2_lite": ("deepseek_v2", {"q_lora_rank": None}),
     "v2_greedy": ("deepseek_v2", {}),
@@ -102,4 +110,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "v3_bias": ("deepseek_v3", {"attention_bias": True}),
     "v3_tied": ("deepseek_v3", {"tie_word_embeddings": True}),
     "v3_odd": ("deepseek_v3", ODD_LATENT),
+    # V3.2
+    "v32": ("deepseek_v32", {}),
+    "v32_every_key": ("deepseek_v32", {"index_topk": 64}),
+    "v32_two_keys": ("deepseek_v32", {"index_topk": 2}),
+    "v32_yarn_1.0": ("deepseek_v32", yarn(mscale=1.0, mscale_all_dim=1.0)),
+    "v32_bias": ("deepseek_v32", {"attention_bias": True, "tie_word_embeddings": True}),
+    "v32_odd": ("deepseek_v32", {**ODD_LATENT, "index_n_heads": 31, "index_head_dim": 7, "index_topk": 6}),
 }

@@ -57,10 +57,12 @@ def randomise(model: PreTrainedModel, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in [*model.named_parameters(), *model.named_buffers()]:
         noise = torch.randn(parameter.shape, generator=generator)
-        if "norm" in name:
+        if "norm" in name and name.endswith("weight"):
             parameter.copy_(1 + 0.3 * noise)
         elif name.endswith("bias") or name.endswith("gate.weight"):  # e_score_correction_bias, a buffer, among them
             parameter.copy_(0.3 * noise)
+        elif name.endswith("embed_tokens.weight"):  # a generated pad of zeros would let all keys of an indexer tie
+            parameter[model.config.pad_token_id] = 0.2 * noise[model.config.pad_token_id]
 
 
 @functools.cache

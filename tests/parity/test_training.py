@@ -25,8 +25,9 @@ def test_loss_per_item_of_a_larger_batch(pair: Pair):
 
 
 def gradients(model: PreTrainedModel, arguments: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict]:
-    """The loss, and name -> gradient of every parameter."""
-    names, parameters = zip(*model.named_parameters(), strict=True)
+    """The loss, and name -> gradient of every parameter but the indexer's, which choose and never weigh."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if ".indexer." not in name]
+    names, parameters = zip(*named, strict=True)
     loss = model(**arguments).loss
     return loss, dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 

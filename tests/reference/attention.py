@@ -1,11 +1,12 @@
 """Attention of one sequence, head by head and query by query.
 
 Multi-head and grouped-query attention (arXiv 2305.13245); multi-head latent attention with keys and values expanded
-(DeepSeek-V2, 2405.04434, eq. 6-15).
+(DeepSeek-V2, 2405.04434, eq. 6-15); the same over the keys that an indexer chooses (DeepSeek-V3.2, 2512.02556, eq. 2).
 """
 
 import torch
 
+from tests.reference.indexer import chosen_keys, index_scores
 from tests.reference.layers import linear, rms_norm
 from tests.reference.rope import frequencies_of, rotate, yarn_magnitude
 
@@ -20,9 +21,16 @@ def attend_one(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, sc
     return sum(p * value for p, value in zip(probabilities, values, strict=True))
 
 
-def causal(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scale: float) -> torch.Tensor:
-    """One head: [S, W], [S, W], [S, V] -> [S, V], query i sees keys 0 to i."""
-    return torch.stack([attend_one(queries[i], keys[: i + 1], values[: i + 1], scale) for i in range(len(queries))])
+def causal(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    chosen: list[list[int]] | None = None,
+) -> torch.Tensor:
+    """One head: [S, W], [S, W], [S, V] -> [S, V], query i sees keys 0 to i, or those of them in `chosen[i]`."""
+    seen = [list(range(i + 1)) for i in range(len(queries))] if chosen is None else chosen
+    return torch.stack([attend_one(query, keys[s], values[s], scale) for query, s in zip(queries, seen, strict=True)])
 
 
 def mha(x: torch.Tensor, weights: dict[str, torch.Tensor], config: dict, prefix: str = "") -> torch.Tensor:
@@ -43,7 +51,26 @@ def mha(x: torch.Tensor, weights: dict[str, torch.Tensor], config: dict, prefix:
     return linear(torch.cat(outputs, dim=-1), weights, f"{prefix}o_proj")
 
 
-def mla(x: torch.Tensor, weights: dict[str, torch.Tensor], config: dict, prefix: str = "") -> torch.Tensor:
+def query_latent(x: torch.Tensor, weights: dict[str, torch.Tensor], prefix: str) -> torch.Tensor:
+    """[S, D] -> [S, query latent width]."""
+    compressed = linear(x, weights, f"{prefix}q_a_proj")
+    return rms_norm(compressed, weights[f"{prefix}q_a_layernorm.weight"], LATENT_NORM_EPS)
+
+
+def dsa(x: torch.Tensor, weights: dict[str, torch.Tensor], config: dict, prefix: str = "") -> torch.Tensor:
+    """[S, D] -> [S, D]. Latent attention of each query to the index_topk keys so far that score highest."""
+    scores = index_scores(x, query_latent(x, weights, prefix), weights, config, f"{prefix}indexer.")
+    chosen = [chosen_keys(row[: i + 1].tolist(), config["index_topk"]) for i, row in enumerate(scores)]
+    return mla(x, weights, config, prefix, chosen)
+
+
+def mla(
+    x: torch.Tensor,
+    weights: dict[str, torch.Tensor],
+    config: dict,
+    prefix: str = "",
+    chosen: list[list[int]] | None = None,
+) -> torch.Tensor:
     """[S, D] -> [S, D]. Every head: its own positionless key and value from the latent, one rotary key for all."""
     nope, rope, v_width = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
     latent_width, positions, parameters = config["kv_lora_rank"], range(len(x)), config["rope_parameters"]
@@ -58,9 +85,7 @@ def mla(x: torch.Tensor, weights: dict[str, torch.Tensor], config: dict, prefix:
     if config["q_lora_rank"] is None:
         q = linear(x, weights, f"{prefix}q_proj")
     else:
-        compressed = linear(x, weights, f"{prefix}q_a_proj")
-        compressed = rms_norm(compressed, weights[f"{prefix}q_a_layernorm.weight"], LATENT_NORM_EPS)
-        q = linear(compressed, weights, f"{prefix}q_b_proj")
+        q = linear(query_latent(x, weights, prefix), weights, f"{prefix}q_b_proj")
     down = linear(x, weights, f"{prefix}kv_a_proj_with_mqa")
     latent = rms_norm(down[:, :latent_width], weights[f"{prefix}kv_a_layernorm.weight"], LATENT_NORM_EPS)
     shared_key = turned(down[:, latent_width:])
@@ -71,5 +96,5 @@ def mla(x: torch.Tensor, weights: dict[str, torch.Tensor], config: dict, prefix:
         q_nope, q_rope = q[:, of_query : of_query + nope], q[:, of_query + nope : of_query + nope + rope]
         key, value = up[:, of_head : of_head + nope], up[:, of_head + nope : of_head + nope + v_width]
         queries = torch.cat((q_nope, turned(q_rope)), dim=-1)
-        outputs.append(causal(queries, torch.cat((key, shared_key), dim=-1), value, scale))
+        outputs.append(causal(queries, torch.cat((key, shared_key), dim=-1), value, scale, chosen))
     return linear(torch.cat(outputs, dim=-1), weights, f"{prefix}o_proj")

@@ -1,0 +1,200 @@
+"""What importing us changes in transformers, what `register(native=True)` changes, and scripts that rely on it."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
+
+from configuration_deepseek import DeepSeekConfig
+from configuration_deepseek.official import to_official
+from modeling_deepseek import DeepSeekForCausalLM, register
+from modeling_deepseek.register import (
+    MODELS_BY_AUTO_CLASS,
+    NATIVE_TYPES,
+    AutoModelForEmbedding,
+    AutoModelForRecommendation,
+)
+from tests.modeling.conftest import outputs, tiny, token_ids
+from tokenization_deepseek import train_tokenizer
+
+PRESETS = {"deepseek_v2": "tiny_v2", "deepseek_v3": "tiny_v3_mtp", "deepseek_v32": "tiny_v32"}
+AHEAD = {"tiny_v32": {"num_nextn_predict_layers": 1}}  # as released
+AUTO_CLASSES = [
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForEmbedding,
+    AutoModelForQuestionAnswering,
+    AutoModelForRecommendation,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+]
+COMPARE = """
+import json
+from transformers.models.auto import configuration_auto, modeling_auto
+def state():
+    configs = {key: configuration_auto.CONFIG_MAPPING[key].__name__ for key in configuration_auto.CONFIG_MAPPING.keys()
+               if key.startswith(("deepseek", "llama", "qwen"))}
+    models = {}
+    for name in dir(modeling_auto):
+        mapping = getattr(modeling_auto, name)
+        if type(mapping).__name__ == "_LazyAutoMapping":
+            models[name] = sorted(config.__name__ for config in mapping._extra_content)
+    return {"configs": configs, "models": models, "names": dict(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)}
+before = state()
+import modeling_deepseek
+after = state()
+modeling_deepseek.register(native=True); native = state()
+modeling_deepseek.register(native=False); undone = state()
+print(json.dumps([before, after, native, undone]))
+"""
+
+
+@pytest.fixture
+def native():
+    """Our classes for published types, for the time of a test."""
+    register(native=True)
+    yield
+    register(native=False)
+
+
+def published(folder, preset_name, tokenizer=False):
+    """A folder as published: official config.json, official keys; returns the model."""
+    fields = dict(AHEAD.get(preset_name, {}))
+    if tokenizer:
+        words = train_tokenizer(["one two birds three", "red green blue seven"] * 3, 300)
+        words.save_pretrained(folder)
+        fields |= {"vocab_size": len(words), "pad_token_id": words.pad_token_id}
+    model = tiny(preset_name, **fields)
+    model.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(to_official(model.config.to_dict())))
+    return model
+
+
+def test_importing_us_leaves_what_transformers_has():
+    child = subprocess.run([sys.executable, "-c", COMPARE], capture_output=True, text=True, check=True)
+    before, after, native, undone = json.loads(child.stdout)
+    assert set(after["configs"]) - set(before["configs"]) == {"deepseek"}
+    assert {key: after["configs"][key] for key in before["configs"]} == before["configs"]
+    for name, registered in after["models"].items():
+        assert set(registered) - set(before["models"][name]) <= {"DeepSeekConfig"}
+    assert after["names"] == before["names"] == native["names"]
+    changed = {key for key, word in native["configs"].items() if after["configs"][key] != word}
+    assert changed == set(NATIVE_TYPES) and {native["configs"][key] for key in changed} == {"DeepSeekConfig"}
+    assert native["models"] == after["models"] and undone == after
+
+
+def test_every_native_type_has_a_checkpoint_here():
+    assert set(PRESETS) <= set(NATIVE_TYPES) and set(AUTO_CLASSES) == set(MODELS_BY_AUTO_CLASS)
+
+
+@pytest.mark.parametrize("model_type", PRESETS)
+@pytest.mark.parametrize("auto_class", AUTO_CLASSES, ids=lambda auto_class: auto_class.__name__)
+def test_auto_classes_give_ours(model_type, auto_class, native, tmp_path):
+    model = published(tmp_path, PRESETS[model_type])
+    assert type(AutoConfig.from_pretrained(tmp_path)) is DeepSeekConfig
+    loaded = auto_class.from_pretrained(tmp_path)
+    assert type(loaded) is MODELS_BY_AUTO_CLASS[auto_class]
+    assert type(AutoConfig.for_model(model_type)) is DeepSeekConfig
+    if auto_class is AutoModelForCausalLM:
+        ids = token_ids(2, 7)
+        assert torch.equal(outputs(loaded, ids), outputs(model, ids))
+
+
+@pytest.mark.parametrize("model_type", PRESETS)
+def test_without_it_and_after_it_they_give_transformers_own(model_type, tmp_path):
+    published(tmp_path, PRESETS[model_type])
+    for undone in (False, True):
+        if undone:
+            register(native=True)
+            register(native=False)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert type(loaded).__module__.startswith("transformers.models.")
+
+
+# Scripts that know only Auto classes --------------------------------------------------------------------------------
+
+ROWS = [
+    {"question": "one two", "choices": [" three", " blue"], "answer": 0},
+    {"question": "red green", "choices": [" seven", " blue birds"], "answer": 1},
+    {"question": "birds", "choices": [" one", " two"], "answer": 1},
+]
+
+
+def choice_of(model, tokenizer, row):
+    """The choice whose tokens the model finds likeliest after the question."""
+
+    def likelihood(choice):
+        context, whole = (tokenizer(text).input_ids for text in (row["question"], row["question"] + choice))
+        logs = outputs(model, torch.tensor([whole])).log_softmax(-1)[0]
+        return sum(logs[i - 1, whole[i]].item() for i in range(len(context), len(whole)))
+
+    return max(range(2), key=lambda i: likelihood(row["choices"][i]))
+
+
+@pytest.mark.slow
+def test_lm_eval_on_a_local_task(native, tmp_path):
+    lm_eval = pytest.importorskip("lm_eval", reason="lm_eval 0.4 is not installed")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    folder, tasks = tmp_path / "model", tmp_path / "tasks"
+    tasks.mkdir()
+    folder.mkdir()
+    model = published(folder, "tiny_v3_mtp", tokenizer=True)
+    (tasks / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in ROWS))
+    (tasks / "local.yaml").write_text(
+        "task: local_choice\ndataset_path: json\n"
+        f"dataset_kwargs:\n  data_files:\n    validation: {tasks / 'rows.jsonl'}\n"
+        "output_type: multiple_choice\nvalidation_split: validation\n"
+        'doc_to_text: "{{question}}"\ndoc_to_target: "{{answer}}"\ndoc_to_choice: "{{choices}}"\n'
+        'target_delimiter: ""\nmetric_list:\n  - metric: acc\n'
+    )
+    harness = HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=2)
+    assert type(harness.model) is DeepSeekForCausalLM
+    results = lm_eval.simple_evaluate(
+        model=harness,
+        tasks=["local_choice"],
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        bootstrap_iters=0,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    right = [choice_of(model, tokenizer, row) == row["answer"] for row in ROWS]
+    assert results["results"]["local_choice"]["acc,none"] == pytest.approx(sum(right) / len(right))
+
+
+@pytest.mark.slow
+def test_one_step_of_trls_sft_trainer(native, tmp_path):
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    before = published(folder, "tiny_v3_mtp", tokenizer=True)
+    arguments = trl.SFTConfig(
+        output_dir=str(tmp_path / "out"),
+        max_steps=1,
+        per_device_train_batch_size=3,
+        learning_rate=1e-2,
+        logging_steps=1,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        max_length=32,
+    )
+    rows = datasets.Dataset.from_list([{"text": row["question"] + row["choices"][0]} for row in ROWS])
+    trainer = trl.SFTTrainer(model=str(folder), args=arguments, train_dataset=rows)
+    assert type(trainer.model) is DeepSeekForCausalLM
+    trainer.train()
+    assert math.isfinite(trainer.state.log_history[0]["loss"])
+    assert not torch.equal(trainer.model.lm_head.weight, before.lm_head.weight)
