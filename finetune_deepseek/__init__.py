@@ -6,4 +6,7 @@ A task is one file with a subclass of `run.Task`, and one line here.
 TASKS = {
     "translation": "finetune_deepseek.translation:Translation",
     "classification": "finetune_deepseek.classification:Classification",
+    "question_answering": "finetune_deepseek.question_answering:QuestionAnswering",
+    "embedding": "finetune_deepseek.embedding:Embedding",
+    "recommendation": "finetune_deepseek.recommendation:Recommendation",
 }

@@ -21,6 +21,9 @@ USAGE = f"""usage: deepseek-hf finetune TASK [config.yaml] [--flag value ...]
        deepseek-hf evaluate TASK MODEL [config.yaml] [--flag value ...]
        deepseek-hf predict TASK MODEL [config.yaml] [--flag value ...]
        deepseek-hf translate MODEL [--input FILE] [--output FILE] [--flag value ...]
+       deepseek-hf recommend MODEL --history FILE [--output FILE] [--flag value ...]
+       deepseek-hf export SRC DST --to native|bundle|gguf [--merge-adapter DIR] [--flag value ...]
+       deepseek-hf inspect SRC
 
 tasks: {", ".join(TASKS)}
 
@@ -28,6 +31,9 @@ tasks: {", ".join(TASKS)}
   evaluate    score a saved model on the validation split; its languages and prompt come from its card
   predict     the same on the test split, and write every prediction
   translate   translate the lines of a file or of standard input
+  recommend   the best next items for the histories in a file
+  export      write a checkpoint in the form that others read; deepseek-hf export --help
+  inspect     say what a checkpoint is, from its headers alone
 
   deepseek-hf finetune translation                                 the quickstart, into runs/translation
   deepseek-hf finetune translation --help                          flags, with examples; those of evaluate and predict
@@ -109,12 +115,42 @@ def translate(argv: Sequence[str]) -> None:
     translate(argv)
 
 
-VERBS = {"finetune": finetune, "evaluate": evaluate, "predict": predict, "translate": translate}
+def recommend(argv: Sequence[str]) -> None:
+    """Recommend items."""
+    from .recommend import recommend
+
+    recommend(argv)
+
+
+def export(argv: Sequence[str]) -> None:
+    """Write a checkpoint in the form that others read."""
+    from .export import export
+
+    export(argv)
+
+
+def inspect(argv: Sequence[str]) -> None:
+    """Say what a checkpoint is."""
+    from .inspection import inspect
+
+    inspect(argv)
+
+
+VERBS = {
+    "finetune": finetune,
+    "evaluate": evaluate,
+    "predict": predict,
+    "translate": translate,
+    "recommend": recommend,
+    "export": export,
+    "inspect": inspect,
+}
+OWN_HELP = ("translate", "recommend", "export", "inspect")  # verbs that say themselves what they take
 
 
 def guarded(argv: Sequence[str], verb: str = "finetune") -> int:
     """A verb with bad input turned into one line; returns the exit code."""
-    if verb != "translate" and (not argv or argv[0] in ("-h", "--help")):
+    if verb not in OWN_HELP and (not argv or argv[0] in ("-h", "--help")):
         print(USAGE, end="")
         return 0
     # PEFT still asks for it by the old name.

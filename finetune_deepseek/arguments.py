@@ -21,7 +21,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn, TypeVar
 
 import torch
 import yaml
@@ -29,6 +29,9 @@ from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
+Arguments = TypeVar("Arguments")
+STEPS_WITHOUT_END = 1_000_000  # what Trainer is told where time says when to stop
+MUON = "muon"  # our optimizer beside those of transformers; see muon.py
 MULTI_STEP = "multi_step"  # our schedule beside those of transformers; see optimization.py
 
 
@@ -52,6 +55,10 @@ class ModelArguments:
     )
     config_name: str | None = field(
         default=None, metadata={"help": "Random weights by any config.json: a folder or a Hub id."}
+    )
+    native: bool = field(
+        default=False,
+        metadata={"help": "Open a Llama, Qwen or DeepSeek checkpoint with transformers' class in place of ours."},
     )
     config_overrides: str | None = field(
         default=None,
@@ -90,6 +97,8 @@ class ModelArguments:
             raise ValueError("--head_from_embeddings needs --preset or --config_name; a pretrained model has one.")
         if self.config_overrides and self.model_name_or_path:
             raise ValueError("--config_overrides needs --preset or --config_name; a pretrained model has its shape.")
+        if self.native and not self.model_name_or_path:
+            raise ValueError("--native needs --model_name_or_path: which class opens that checkpoint.")
         for name, rate in self.dropouts.items():
             if not 0 <= rate < 1:
                 raise ValueError(f"--{name} {rate:g}: it must be at least 0 and less than 1.")
@@ -111,8 +120,8 @@ class LoraArguments:
     lora_target: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Groups of weights: attention dense shared experts router embeddings head all. Without it the "
-            "first four, where the model has them.",
+            "help": "Groups of weights: attention dense shared experts router indexer mtp embeddings head all. "
+            "Without it the first four, where the model has them; peft alone is PEFT's own choice for a native model.",
             "metavar": "GROUP",
         },
     )
@@ -164,7 +173,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         default=0.0,
         metadata={"help": "Peak learning rate; 0 takes 2e-4 for LoRA, 2e-5 for a pretrained model, else 1e-3."},
     )
-    optim: str = field(default="adamw_torch_fused", metadata={"help": "adamw_torch_fused, sgd, adafactor, ..."})
+    optim: str = field(default="adamw_torch_fused", metadata={"help": "adamw_torch_fused, muon, sgd, adafactor, ..."})
     lr_scheduler_type: str = field(
         default="cosine",
         metadata={"help": "cosine, linear, constant_with_warmup, warmup_stable_decay, multi_step, ..."},
@@ -184,6 +193,26 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     )
     train_last_n_layers: int | None = field(
         default=None, metadata={"help": "Train only the last N decoder layers, the final norm and the head."}
+    )
+    tokens_per_batch: int | None = field(
+        default=None,
+        metadata={
+            "help": "Batches of rows of like length with up to so many tokens on each device, in place of "
+            "--per_device_train_batch_size."
+        },
+    )
+    train_minutes: float | None = field(
+        default=None,
+        metadata={"help": "Train for so many minutes, in place of epochs or steps; schedules run by the time."},
+    )
+    average_checkpoints: int | None = field(
+        default=None, metadata={"help": "At the end, take the mean of the last N checkpoints' weights."}
+    )
+    generation_num_beams: int | None = field(
+        default=None, metadata={"help": "Beams of evaluation and prediction; evaluations during training are greedy."}
+    )
+    generation_length_penalty: float = field(
+        default=1.0, metadata={"help": "Above 1 beam search prefers longer texts, below 1 shorter ones."}
     )
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or below 1 the share of all steps."})
     logging_steps: float = field(default=50, metadata={"help": "Steps between two loss lines."})
@@ -220,19 +249,34 @@ class TrainingArguments(Seq2SeqTrainingArguments):
                 "add --eval_strategy epoch --save_strategy epoch (or steps)."
             )
         self._check_choices()
+        if self.train_minutes is not None:
+            if self.max_steps > 0:
+                raise ValueError("--train_minutes and --max_steps both say when to stop; keep one of them.")
+            self.max_steps = STEPS_WITHOUT_END
+        if self.average_checkpoints:
+            if self.load_best_model_at_end:
+                raise ValueError("--average_checkpoints takes the last ones, not the best; drop one of the two.")
+            self.save_total_limit = max(self.save_total_limit or 0, self.average_checkpoints)
         if self.freeze is not None:
             self.freeze = [word for words in self.freeze for word in words.split(",") if word]
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # else transformers refuses bf16, which recent CPUs compute several times faster
         schedule = self.lr_scheduler_type
         if schedule == MULTI_STEP:
             self.lr_scheduler_type = "constant_with_warmup"  # transformers accepts names of its own only
+        optim = self.optim
+        if optim == MUON:
+            self.optim = "adamw_torch"
         super().__post_init__()
+        self.optim = optim if optim == MUON else self.optim
         if schedule == MULTI_STEP:
             self.lr_scheduler_type = schedule
 
     def _check_choices(self) -> None:
         """Refuse what can't work before transformers, which doesn't name the flag, or takes it without a word."""
         schedules = [*(known.value for known in SchedulerType), MULTI_STEP]
-        for flag, known in (("lr_scheduler_type", schedules), ("optim", [known.value for known in OptimizerNames])):
+        optimizers = [*(known.value for known in OptimizerNames), MUON]
+        for flag, known in (("lr_scheduler_type", schedules), ("optim", optimizers)):
             value = str(getattr(getattr(self, flag), "value", getattr(self, flag)))
             if value not in known:
                 raise ValueError(
@@ -246,6 +290,11 @@ class TrainingArguments(Seq2SeqTrainingArguments):
             raise ValueError(
                 f"--label_smoothing_factor {self.label_smoothing_factor:g}: it must be at least 0 and less than 1."
             )
+        for flag in ("tokens_per_batch", "train_minutes", "average_checkpoints"):
+            if getattr(self, flag) is not None and not getattr(self, flag) > 0:
+                raise ValueError(f"--{flag} {getattr(self, flag):g}: it must be above 0.")
+        if self.generation_length_penalty != 1 and (self.generation_num_beams or 1) == 1:
+            raise ValueError("--generation_length_penalty has no effect without beams; add --generation_num_beams 5.")
         for flag in ("l1", "weight_decay", "train_last_n_layers"):
             if not (getattr(self, flag) or 0) >= 0:
                 raise ValueError(f"--{flag} {getattr(self, flag):g}: it must be 0 or more.")
@@ -254,11 +303,13 @@ class TrainingArguments(Seq2SeqTrainingArguments):
 # What --help shows of TrainingArguments; the others stay usable, and --help_all lists them.
 COMMON_TRAINING_FLAGS = (
     *("output_dir", "do_train", "do_eval", "do_predict", "num_train_epochs", "max_steps", "seed"),
+    *("train_minutes", "tokens_per_batch", "average_checkpoints"),
     *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
     *("optim", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "lr_milestones", "lr_factor"),
     *("warmup_steps", "weight_decay", "l1", "label_smoothing_factor", "freeze", "train_last_n_layers", "bf16"),
     *("eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit", "logging_steps", "report_to"),
-    *("load_best_model_at_end", "metric_for_best_model", "early_stopping_patience", "generation_num_beams"),
+    *("load_best_model_at_end", "metric_for_best_model", "early_stopping_patience"),
+    *("generation_num_beams", "generation_length_penalty"),
     *(
         "data_checks",
         "resume_from_checkpoint",
@@ -357,6 +408,9 @@ class ArgumentParser(HfArgumentParser):
         for flag in ("lr_milestones", "lr_factor"):
             if flag in given and training.lr_scheduler_type != MULTI_STEP:
                 raise ValueError(f"--{flag} has no effect without --lr_scheduler_type {MULTI_STEP}; add it.")
+        if lora.use_peft and training.average_checkpoints:
+            raise ValueError("--average_checkpoints can't be used with --use_peft: the mean of two products of "
+                             "matrices isn't the product of the means.")  # fmt: skip
         for flag in ("freeze", "train_last_n_layers"):
             if lora.use_peft and getattr(training, flag) is not None:
                 raise ValueError(
@@ -367,6 +421,46 @@ class ArgumentParser(HfArgumentParser):
             pretrained = 2e-5 if model.model_name_or_path else 1e-3
             training.learning_rate = 2e-4 if lora.use_peft else pretrained
         return Stage(name, model, lora, data, training, given)
+
+
+class VerbParser(HfArgumentParser):
+    """The parser of a verb on a saved model: it raises ValueError with one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see {self.prog} --help.")
+
+
+def parse_verb(
+    verb: str, arguments_class: type[Arguments], argv: Sequence[str], usage: str, examples: str
+) -> tuple[str, Arguments]:
+    """The model and the arguments that follow `deepseek-hf VERB`.
+
+    Args:
+        usage: what follows the verb, for --help; examples: the end of --help.
+
+    Raises:
+        ValueError: with one line, for flags that don't fit.
+    """
+    parser = VerbParser(
+        arguments_class,  # type: ignore[arg-type]  # any dataclass will do
+        prog=f"deepseek-hf {verb}",
+        usage=f"deepseek-hf {verb} {usage}",
+        epilog=examples,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    if not argv or argv[0] in ("-h", "--help"):
+        parser.print_help()
+        raise SystemExit(0)
+    if argv[0].startswith("-"):
+        raise ValueError(f"{verb}: the model comes first (a folder or a Hub id), found {argv[0]}.")
+    arguments, rest = parser.parse_args_into_dataclasses(
+        list(argv[1:]), return_remaining_strings=True, look_for_args_file=False
+    )
+    if rest:
+        near = nearest_match(rest[0].partition("=")[0], parser._option_string_actions)
+        raise ValueError(f"unexpected argument {rest[0]!r}{near}; see {parser.prog} --help.")
+    return argv[0], arguments
 
 
 def as_flags(settings: dict[str, Any], known: Sequence[str], where: str) -> list[str]:

@@ -3,6 +3,7 @@
 The four operations are those of Wei and Zou's "EDA" (2019): synonyms, random insertion, deletion and swap. Each is
 done to a word with its own probability: a known word becomes a synonym; a word of the text (as a synonym, if known)
 follows; the word is left out; it changes places with another. In languages without spaces, a character is a word.
+Rows from text of the target language alone are made by back_translation.py.
 """
 
 import json
@@ -16,6 +17,11 @@ OPERATIONS = ("synonym", "insert", "delete", "swap")
 LANGUAGES_WITHOUT_SPACES = ("zh", "ja", "th", "lo", "km", "my")
 
 
+def has_spaces(language: str) -> bool:
+    """Whether a language, given by a code such as en or zh-CN, has spaces between words."""
+    return re.split("[-_]", language)[0].lower() not in LANGUAGES_WITHOUT_SPACES
+
+
 @dataclass
 class AugmentationArguments:
     """How to change copies of the training rows."""
@@ -26,6 +32,16 @@ class AugmentationArguments:
     )
     augment_copies: int = field(default=1, metadata={"help": "Changed copies of a row, with --augment."})
     synonyms_file: str | None = field(default=None, metadata={"help": ".tsv (word, synonyms) or .json."})
+    back_translation_file: str | None = field(
+        default=None, metadata={"help": "Text in the target language, a line each, to make more training rows from."}
+    )
+    back_translation_model: str | None = field(
+        default=None, metadata={"help": "Folder of a model of yours that translates it to --source_lang."}
+    )
+    back_translation_lang: str | None = field(
+        default=None, metadata={"help": "Language of the text, where it could be several."}
+    )
+    back_translation_beams: int = field(default=1, metadata={"help": "Width of that model's beam search."})
 
     def __post_init__(self) -> None:
         if self.augment_copies < 1:
@@ -35,6 +51,9 @@ class AugmentationArguments:
             raise ValueError("--augment synonym needs --synonyms_file.")
         if self.synonyms_file and not (rates["synonym"] or rates["insert"]):
             raise ValueError("--synonyms_file has no effect without --augment synonym=... or insert=...; add one.")
+
+        if bool(self.back_translation_file) != bool(self.back_translation_model):
+            raise ValueError("--back_translation_file and --back_translation_model need each other; give both.")
 
     @property
     def augmentation_rates(self) -> dict[str, float]:
@@ -100,7 +119,7 @@ class Words:
 
     def __init__(self, language: str, synonyms: dict[str, list[str]]) -> None:
         self.synonyms = synonyms
-        self.has_spaces = re.split("[-_]", language)[0].lower() not in LANGUAGES_WITHOUT_SPACES
+        self.has_spaces = has_spaces(language)
         known = "".join(f"{re.escape(word)}|" for word in sorted(synonyms, key=len, reverse=True))
         self.pattern = re.compile(r"\S+" if self.has_spaces else rf"{known}[A-Za-z0-9]+|.", re.DOTALL)
 

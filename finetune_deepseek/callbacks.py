@@ -1,10 +1,12 @@
 """Trainer callbacks of this package."""
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 
 class PlotCallback(TrainerCallback):
@@ -18,6 +20,35 @@ class PlotCallback(TrainerCallback):
             folder = Path(args.output_dir or "")
             plot_losses(state.log_history, folder / "loss_plot.png")
             plot_metrics(state.log_history, folder / "metric_plot.png")
+
+
+class TimeLimitCallback(TrainerCallback, ExportableState):
+    """Ends training after so many minutes of it, evaluations and saving included; a resumed run goes on counting."""
+
+    def __init__(self, minutes: float, elapsed: float = 0.0) -> None:
+        self.minutes, self.elapsed = minutes, elapsed
+        self.last = time.monotonic()
+
+    def state(self) -> dict[str, Any]:
+        self._count()
+        return {"args": {"minutes": self.minutes}, "attributes": {"elapsed": self.elapsed}}
+
+    def _count(self) -> None:
+        now = time.monotonic()
+        self.elapsed, self.last = self.elapsed + now - self.last, now
+
+    @property
+    def share(self) -> float:
+        """How much of the time has passed, from 0 to 1."""
+        self._count()
+        return min(1.0, self.elapsed / 60 / self.minutes)
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.last = time.monotonic()
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.share >= 1:
+            control.should_training_stop = True
 
 
 def plot_losses(log_history: list[dict[str, float]], path: Path) -> None:

@@ -24,6 +24,16 @@ CHECKS = {
     "replacement_characters": "U+FFFD in place of undecodable bytes",
     "mojibake": "probably decoded in a wrong encoding",
     "long_rows": "more tokens than the length limits",
+    "empty_texts": "empty passage or question (left out)",
+    "missing_ids": "no id (numbered)",
+    "duplicate_ids": "id of an earlier question (numbered)",
+    "duplicate_questions": "same question to the same passage as an earlier row",
+    "repaired_answers": "answer_start is wrong, the answer was found elsewhere in the passage",
+    "lost_answers": "no answer is in the passage (left out of training, scored by its text)",
+    "partly_lost_answers": "one of several answers isn't in the passage (scored by its text)",
+    "no_answers": "no answer (left out; --version_2_with_negative keeps them)",
+    "split_tokens": "the answer begins or ends within a token",
+    "passages_in_train": "passage is in the training split",
     "pairs_in_train": "pair is in the training split",
     "sources_in_train": "source is in the training split, another target",
 }
@@ -144,6 +154,24 @@ def check_pairs(splits: dict[str, Any], source_lang: str, target_lang: str) -> R
             report[split]["pairs_in_train"] = finding(pair for pair in pairs if pair in train)
             report[split]["sources_in_train"] = finding(elsewhere)
     return report
+
+
+def merged(reports: Iterable[Report]) -> Report:
+    """The sum of several reports, such as those of several language pairs; examples are those that come first."""
+    total: Report = {}
+    for report in reports:
+        for split, checks in report.items():
+            if split not in total:
+                total[split] = checks
+                continue
+            for name, found in checks.items():
+                if name == "rows":
+                    total[split]["rows"] += found
+                    continue
+                known = total[split].setdefault(name, finding([]))
+                known["count"] += found["count"]
+                known["examples"] = (known["examples"] + found["examples"])[:EXAMPLES_KEPT]
+    return total
 
 
 def count_long_rows(

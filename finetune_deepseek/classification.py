@@ -10,13 +10,12 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
 import evaluate
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, LargeList, List, Value, load_dataset
+from datasets import ClassLabel, Dataset, LargeList, List, Value
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.multiclass import OneVsRestClassifier
@@ -24,10 +23,9 @@ from torch.nn import functional as F
 from torch.utils.data import Sampler
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from .arguments import nearest_match
+from .data import DataArguments, check_columns, joined, named, open_splits, progress, utf8_text
 from .metrics import Accuracy, LabelSetF1, MacroF1, RegressionErrors
-from .run import CausalCollator, Rows, Task
-from .translation import SPLITS, find_files, progress, read_file
+from .task import CausalCollator, Rows, Task
 
 # Letters: B batch, N labels.
 LABELS_SHOWN = 5
@@ -36,11 +34,8 @@ BASELINE_C = 30
 
 
 @dataclass
-class ClassificationArguments:
+class ClassificationArguments(DataArguments):
     """Which texts, and what to predict for them."""
-
-    _argument_group_name = "data"
-    SOURCES = ("dataset_name", "data_dir", "train_file", "validation_file", "test_file")
 
     text_column: str = field(default="text", metadata={"help": "Column of the text."})
     label_column: str = field(default="label", metadata={"help": "Column of the label, the labels or the number."})
@@ -60,30 +55,17 @@ class ClassificationArguments:
             "help": "Against unequal classes: weigh the loss by them, or draw rows of each class equally often."
         },
     )
-    dataset_name: str | None = field(default=None, metadata={"help": "Data set id on the Hub."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    data_dir: str | None = field(default=None, metadata={"help": "Folder with train, validation and test files."})
-    train_file: str | None = field(default=None, metadata={"help": ".json, .jsonl, .csv or .parquet, also gzipped."})
-    validation_file: str | None = field(default=None, metadata={"help": "The same, for --do_eval."})
-    test_file: str | None = field(default=None, metadata={"help": "The same, for --do_predict."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use this many training rows at most."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "The same, for validation."})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "The same, for test."})
     max_length: int = field(default=256, metadata={"help": "Tokens of a text. Longer ones are cut, and counted."})
     tfidf_baseline: bool = field(
         default=True, metadata={"help": "Score TF-IDF + a linear model beside the model (--do_predict)."}
     )
 
     def __post_init__(self) -> None:
-        files = any((self.train_file, self.validation_file, self.test_file))
-        if sum((bool(self.dataset_name), bool(self.data_dir), files)) != 1:
-            raise ValueError(
-                "Name data in one of three ways: --dataset_name, --data_dir, or --train_file and the like."
-            )
-        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples", "max_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} {value}: it must be 1 or more.")
+        super().__post_init__()
+        if not self.names_data:
+            raise ValueError("Name data by --dataset_name, --data_dir, or --train_file and the like.")
+        if self.max_length < 1:
+            raise ValueError(f"--max_length {self.max_length}: it must be 1 or more.")
         if self.most_frequent_labels is not None and self.most_frequent_labels < 2:
             raise ValueError(f"--most_frequent_labels {self.most_frequent_labels}: it must be 2 or more.")
         if self.label_separator and self.problem_type not in ("auto", MultiLabel.problem_type):
@@ -358,6 +340,7 @@ class Classification(Task):
     def __init__(self, arguments: ClassificationArguments, seed: int) -> None:
         self.arguments = arguments
         self.seed = seed
+        self.where: dict[str, str] = {}  # what to call a split in messages
         self.problem_class: type[Problem]  # known with the data
         self.problem: Problem  # known with the model
         self.weights: np.ndarray | None = None
@@ -365,42 +348,17 @@ class Classification(Task):
     # -- rows --
 
     def load_splits(self) -> dict[str, Rows]:
-        arguments = self.arguments
-        limits = (arguments.max_train_samples, arguments.max_eval_samples, arguments.max_predict_samples)
         splits: dict[str, Rows] = {}
-        for split, dataset in self._load_raw().items():
-            limit = dict(zip(SPLITS, limits, strict=True))[split]
-            if limit:
-                dataset = dataset.select(range(min(limit, len(dataset))))
-            try:
-                splits[split] = self._read_rows(dataset, self._where(split))
-            except UnicodeDecodeError as error:  # arrow hands bytes through and decodes on use
-                raise ValueError(f"{self._where(split)}: can't be read as UTF-8 text: {error}.") from error
-        if arguments.most_frequent_labels:
-            self._keep_most_frequent(splits, arguments.most_frequent_labels)
+        for split, parts in open_splits(self.arguments, [self.arguments.text_column]).items():
+            self.where[split] = named(parts)
+            rows = []
+            for part in parts:
+                with utf8_text(part.where):
+                    rows.append(self._read_rows(cast(Dataset, part.rows), part.where))
+            splits[split] = joined(rows, self.seed)
+        if self.arguments.most_frequent_labels:
+            self._keep_most_frequent(splits, self.arguments.most_frequent_labels)
         return splits
-
-    def _files(self) -> dict[str, str]:
-        if self.arguments.data_dir:
-            return find_files(self.arguments.data_dir)
-        return {split: path for split in SPLITS if (path := getattr(self.arguments, f"{split}_file"))}
-
-    def _where(self, split: str) -> str:
-        """What to call a split in messages."""
-        return self._files().get(split) or f"{self.arguments.dataset_name}, split {split}"
-
-    def _load_raw(self) -> dict[str, Dataset]:
-        name = self.arguments.dataset_name
-        if not name:
-            return {split: cast(Dataset, read_file(path, False)) for split, path in self._files().items()}
-        try:
-            dataset = load_dataset(name, self.arguments.dataset_config_name)
-        except Exception as error:  # the Hub client, datasets and pyarrow each raise classes of their own
-            raise ValueError(f"--dataset_name {name}: {' '.join(str(error).split())}") from error
-        known = {split: dataset[split] for split in SPLITS if split in dataset}
-        if not known:
-            raise ValueError(f"--dataset_name {name}: has {', '.join(dataset)}; train, validation or test are needed.")
-        return known
 
     def _read_rows(self, dataset: Dataset, where: str) -> Dataset:
         """Rows of text and target; rows without one of them are left out, and counted aloud.
@@ -412,12 +370,7 @@ class Classification(Task):
         if not len(dataset):
             raise ValueError(f"{where}: no rows.")
         text_column, label_column = self.arguments.text_column, self.arguments.label_column
-        for flag, column in (("text_column", text_column), ("label_column", label_column)):
-            if column not in columns:
-                raise ValueError(
-                    f"{where}: no column {column!r}; it has {', '.join(columns)}. "
-                    f"Set --{flag}{nearest_match(column, columns)}."
-                )
+        check_columns(where, columns, {"text_column": text_column, "label_column": label_column})
         feature = dataset.features[label_column]
         if not hasattr(self, "problem_class"):
             self.problem_class = self._choose_problem(feature)
@@ -481,7 +434,7 @@ class Classification(Task):
             splits[split] = rows.filter(lambda row: kept.issuperset(self.problem_class.labels_in(row["target"])))
             print(f"{split}: {len(splits[split]):,} of {len(rows):,} rows have the {len(kept)} most frequent labels")
             if not len(splits[split]):
-                raise ValueError(f"{self._where(split)}: no row has one of the {len(kept)} most frequent labels.")
+                raise ValueError(f"{self.where[split]}: no row has one of the {len(kept)} most frequent labels.")
 
     def tokenizer_texts(self, splits: dict[str, Rows]) -> Iterator[str]:
         yield from splits["train"]["source"]
@@ -504,7 +457,7 @@ class Classification(Task):
         elif "train" in splits:
             labels = sorted(self._count_labels(splits["train"]), key=sort_key)
             if len(labels) < 2:
-                raise ValueError(f"{self._where('train')}: {len(labels)} label(s) in {self.arguments.label_column!r}.")
+                raise ValueError(f"{self.where['train']}: {len(labels)} label(s) in {self.arguments.label_column!r}.")
         else:
             raise ValueError(
                 "The model has no labels yet and there are no training rows to take them from; name some."
@@ -515,7 +468,7 @@ class Classification(Task):
                 if unknown:
                     shown = ", ".join(labels[:LABELS_SHOWN]) + " ..." * (len(labels) > LABELS_SHOWN)
                     raise ValueError(
-                        f"{self._where(split)}: {len(unknown)} label(s) that the model can't know, such as "
+                        f"{self.where[split]}: {len(unknown)} label(s) that the model can't know, such as "
                         f"{unknown[0]!r}; it has {shown}. "
                         "Leave those rows out, or train on such rows."
                     )
@@ -592,15 +545,13 @@ class Classification(Task):
 
     def card_data(self) -> dict[str, Any]:
         arguments, problem = self.arguments, self.problem
-        paths = (arguments.data_dir, arguments.train_file, arguments.validation_file, arguments.test_file)
-        local = ", ".join(Path(path).name for path in paths if path)
         balance = {"none": "", "weights": ", loss weighed by class", "sampler": ", classes drawn equally often"}
         return {
             "language": None,
             "pipeline_tag": "text-classification",
             "datasets": [arguments.dataset_name] if arguments.dataset_name else [],
             "metrics": problem.card_metrics,
-            "dataset_name": arguments.dataset_name or local,
+            "dataset_name": arguments.data_name,
             "baseline": problem.baseline,
             "title": problem.problem_type.replace("_", " "),
             "head": "SequenceClassification",

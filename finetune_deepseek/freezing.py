@@ -7,7 +7,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from .arguments import TrainingArguments, nearest_match
-from .lora import GROUPS, group_of
+from .lora import GROUPS, group_of, prediction_layers
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
@@ -38,7 +38,8 @@ def freeze_weights(model: PreTrainedModel | PeftModel, args: TrainingArguments) 
         )
     # A tied head is listed under its own name too.
     parameters = list(model.named_parameters(remove_duplicate=False))
-    present = {group_of(name) for name, _ in parameters}
+    ahead = prediction_layers(model)
+    present = {group_of(name, ahead) for name, _ in parameters}
     for word in words:
         if word not in GROUPS:
             raise ValueError(
@@ -49,12 +50,13 @@ def freeze_weights(model: PreTrainedModel | PeftModel, args: TrainingArguments) 
             raise ValueError(f"--freeze {word}: the model has no such weights; it has {has or 'none'}.")
     first = 0
     if last is not None:
-        layers = len({layer[1] for name, _ in parameters if (layer := LAYER.search(name))})
+        behind = [name for name, _ in parameters if group_of(name, ahead) != "mtp"]
+        layers = len({layer[1] for name in behind if (layer := LAYER.search(name))})
         if last > layers:
             raise ValueError(f"--train_last_n_layers {last}: the model has {layers} layers; give at most that.")
         first = layers - last
     for name, parameter in parameters:
-        if group_of(name) in words or (last is not None and is_before_layer(name, first)):
+        if group_of(name, ahead) in words or (last is not None and is_before_layer(name, first)):
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for _, parameter in parameters):
         raise ValueError("--freeze and --train_last_n_layers leave no weight to train; free a group or a layer.")

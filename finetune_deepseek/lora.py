@@ -13,6 +13,7 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -35,17 +36,21 @@ class Group:
         return re.fullmatch(rf"(?:{self.modules})(?:\.(?:weight|bias))?", name) is not None
 
 
+# Prediction layers (modeling_deepseek/mtp.py) have weights of all kinds, and are a group by themselves.
 GROUPS = {
     "attention": Group(r".*\.self_attn\.\w*proj\w*"),
     "dense": Group(r".*\.mlp\.(?:gate|up|down)_proj"),
     "shared": Group(r".*\.shared_experts\.(?:gate|up|down)_proj"),
     "experts": Group(parameters=("experts.gate_up_proj", "experts.down_proj")),
     "router": Group(parameters=("mlp.gate.weight",)),
+    "indexer": Group(r".*\.indexer\.(?:wq_b|wk|weights_proj)"),
+    "mtp": Group(r".*\.eh_proj"),
     "embeddings": Group(r"(?:.*\.)?embed_tokens"),
     "head": Group(r"lm_head"),
 }
 DEFAULT_GROUPS = ("attention", "dense", "shared", "experts")  # used where the model has them
 OTHER = "norms, other"
+OWN_TARGETS = "peft"  # in place of groups: what PEFT's table has for a native model_type
 
 
 def plain_name(name: str) -> str:
@@ -53,19 +58,36 @@ def plain_name(name: str) -> str:
     return name.removeprefix("base_model.model.").replace(".base_layer", "")
 
 
-def group_of(name: str) -> str:
-    """The group of a module or parameter of an unwrapped model, `OTHER` if none."""
+def prediction_layers(model: nn.Module) -> tuple[str, ...]:
+    """Where the prediction layers of a model are, wrapped or not: the beginnings of plain names, `model.layers.61.`"""
+    return tuple(
+        plain_name(name).removesuffix("eh_proj") for name, _ in model.named_modules() if name.endswith(".eh_proj")
+    )
+
+
+def group_of(name: str, ahead: tuple[str, ...] = ()) -> str:
+    """The group of a module or parameter of an unwrapped model, `OTHER` if none; `ahead`: its `prediction_layers`."""
+    if name.startswith(ahead or "\0"):
+        return "mtp"
     return next((word for word, group in GROUPS.items() if group.owns(name)), OTHER)
+
+
+def is_bare(name: str) -> bool:
+    """Whether a target is a parameter of a module that PEFT cannot wrap."""
+    return any(group.parameters and group.owns(name) for group in GROUPS.values())
 
 
 def find_targets(model: nn.Module) -> dict[str, list[str]]:
     """Names of the linear layers, embeddings and bare parameters of an unwrapped model, by group."""
-    modules = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))]
-    parameters = [name for name, _ in model.named_parameters()]
-    return {
-        word: [name for name in (parameters if group.parameters else modules) if group.owns(name)]
-        for word, group in GROUPS.items()
-    }
+    targets: dict[str, list[str]] = {word: [] for word in GROUPS}
+    ahead = prediction_layers(model)
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)) and (word := group_of(name, ahead)) != OTHER:
+            targets[word].append(name)
+    for name, _ in model.named_parameters():
+        if is_bare(name):
+            targets[group_of(name, ahead)].append(name)
+    return targets
 
 
 def choose_groups(words: Iterable[str] | None, targets: dict[str, list[str]], tied: bool) -> list[str]:
@@ -81,6 +103,12 @@ def choose_groups(words: Iterable[str] | None, targets: dict[str, list[str]], ti
     if words is None:
         return [word for word in DEFAULT_GROUPS if word in present]
     words = list(words)
+    if OWN_TARGETS in words:
+        if words != [OWN_TARGETS]:
+            raise ValueError(
+                f"--lora_target {' '.join(words)}: {OWN_TARGETS} leaves the choice to PEFT; use it alone."
+            )
+        return words
     for word in words:
         if word not in (*GROUPS, "all"):
             raise ValueError(
@@ -99,13 +127,19 @@ def choose_groups(words: Iterable[str] | None, targets: dict[str, list[str]], ti
     return present if "all" in words else [word for word in GROUPS if word in words]
 
 
-def lora_config(arguments: LoraArguments, groups: list[str], task_type: str) -> LoraConfig:
+def lora_config(
+    arguments: LoraArguments, groups: list[str], task_type: str, targets: dict[str, list[str]], ahead: tuple[str, ...]
+) -> LoraConfig:
     """PEFT's configuration for the given groups.
+
+    Args:
+        targets: as `find_targets` gives them; ahead: as `prediction_layers`.
 
     Raises:
         ValueError: for dropout, DoRA or bias together with experts or router, which PEFT adapts as bare parameters.
     """
-    bare = [word for word in groups if GROUPS[word].parameters]
+    groups = [word for word in groups if word != OWN_TARGETS]
+    bare = [word for word in groups if any(map(is_bare, targets[word]))]
     for flag, is_set, reason in (
         ("lora_dropout", arguments.lora_dropout, "the adapter is added to the weight, so there is no input to drop"),
         ("use_dora", arguments.use_dora, "it has no DoRA for bare parameters"),
@@ -116,7 +150,14 @@ def lora_config(arguments: LoraArguments, groups: list[str], task_type: str) -> 
                 f"--{flag} can't be used with {' and '.join(bare)}: PEFT wraps them as bare parameters, and {reason}; "
                 f"unset it, or name other groups after --lora_target."
             )
-    patterns = [GROUPS[word].modules for word in groups if GROUPS[word].modules]
+    patterns = [GROUPS[word].modules for word in groups if GROUPS[word].modules and word != "mtp"]
+    parameters = [ending for word in bare for ending in GROUPS[word].parameters]
+    if ahead:  # groups are patterns, short to read in adapter_config.json; these cut the prediction layers out
+        layers = "|".join(re.escape(prefix) for prefix in ahead)
+        patterns = [rf"(?!{layers}){pattern}" for pattern in patterns]
+        if "mtp" in groups:
+            patterns.append(rf"(?:{layers}).*(?:_proj\w*|\.wq_b|\.wk)")
+        parameters = [name for word in bare for name in targets[word] if is_bare(name)]
     return LoraConfig(
         task_type=task_type,
         r=arguments.lora_r,
@@ -126,19 +167,20 @@ def lora_config(arguments: LoraArguments, groups: list[str], task_type: str) -> 
         use_dora=arguments.use_dora,
         lora_bias=arguments.lora_bias,
         target_modules="|".join(f"(?:{pattern})" for pattern in patterns) if patterns else [],
-        target_parameters=[ending for word in bare for ending in GROUPS[word].parameters] or None,
+        target_parameters=parameters or None,
     )
 
 
 def attached_layers(model: nn.Module) -> dict[str, list[Any]]:
     """The LoRA layers in a wrapped model, by group."""
     layers: dict[str, list[Any]] = {word: [] for word in (*GROUPS, OTHER)}
+    ahead = prediction_layers(model)
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             target = plain_name(name)
             if isinstance(module, ParamWrapper):
                 target += f".{module.parameter_name}"
-            layers[group_of(target)].append(module)
+            layers[group_of(target, ahead)].append(module)
     return layers
 
 
@@ -146,8 +188,8 @@ def apply_lora(model: PreTrainedModel, arguments: LoraArguments, task_type: str 
     """Wrap the model with LoRA on the groups that `arguments.lora_target` names, and check what was attached.
 
     Raises:
-        ValueError: see `choose_groups` and `lora_config`; and if PEFT attached fewer or other weights than the groups
-            have.
+        ValueError: see `choose_groups` and `lora_config`; for a model_type that PEFT's own table lacks; and if PEFT
+            attached fewer or other weights than the groups have.
     """
     targets = find_targets(model)
     tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
@@ -157,7 +199,19 @@ def apply_lora(model: PreTrainedModel, arguments: LoraArguments, task_type: str 
             f"{type(model).__name__} has none of the weights that LoRA targets by default "
             f"({', '.join(DEFAULT_GROUPS)}); name groups after --lora_target."
         )
-    wrapped = get_peft_model(model, lora_config(arguments, groups, task_type))
+    config = lora_config(arguments, groups, task_type, targets, prediction_layers(model))
+    if isinstance(getattr(model, "pooling", None), nn.Module):
+        config.modules_to_save = ["pooling"]  # learned like a head: in full beside the adapters, and saved with them
+    if groups == [OWN_TARGETS]:
+        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type)
+        if not known:
+            raise ValueError(
+                f"--lora_target {OWN_TARGETS}: PEFT has no targets for model_type {model.config.model_type!r}; name "
+                f"groups: {', '.join(word for word, names in targets.items() if names)}."
+            )
+        config.target_modules, config.target_parameters = list(known), None
+        return get_peft_model(model, config)
+    wrapped = get_peft_model(model, config)
     attached = {word: len(layers) for word, layers in attached_layers(wrapped).items()}
     for word, count in attached.items():
         expected = len(targets[word]) if word in groups else 0
@@ -187,11 +241,11 @@ def census(model: nn.Module) -> dict[str, GroupCensus]:
     """Count the parameters by group, and the adapters; LoRA's own parameters count as `trainable` only."""
     config = getattr(model, "config", None)
     top_k = getattr(config, "num_experts_per_tok", None)
-    groups = {word: GroupCensus() for word in (*GROUPS, OTHER)}
+    groups, ahead = {word: GroupCensus() for word in (*GROUPS, OTHER)}, prediction_layers(model)
     for name, parameter in model.named_parameters():
         if ".lora_" in name or ".original_module." in name:  # PEFT keeps the untrained copy of a head beside it
             continue
-        group = groups[group_of(plain_name(name))]
+        group = groups[group_of(plain_name(name), ahead)]
         group.total += parameter.numel()
         share = top_k / parameter.shape[0] if top_k and ".experts." in name and parameter.ndim == 3 else 1
         group.active += round(parameter.numel() * share)

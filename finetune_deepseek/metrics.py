@@ -1,10 +1,14 @@
-"""Metrics as `evaluate.Metric` classes that need no network: BLEU, chrF2, exact match and classification scores.
+"""Metrics as `evaluate.Metric` classes that need no network: BLEU, chrF2, exact match, answers and classification.
 
 `evaluate.load("sacrebleu")` fetches a script from the Hub. These classes are made directly (`SacreBleu("zh")`), wrap
 sacrebleu and scikit-learn, and combine as evaluate's own do: `evaluate.combine([SacreBleu("zh"), ExactMatch()])`.
 """
 
+import re
+import string
 import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import evaluate
@@ -16,6 +20,8 @@ from sklearn.metrics import (
     mean_squared_error,
     precision_recall_fscore_support,
 )
+
+from .moses import moses_lower, signature
 
 # Languages written without spaces, or whose words sacrebleu cuts by an extra package (MeCab for Japanese and Korean):
 # they are scored by character, so that a score doesn't depend on what is installed. The signature names the tokenizer.
@@ -78,6 +84,10 @@ class _NumberMetric(_InMemoryMetric):
     features = Features({"predictions": Value("float32"), "references": Value("float32")})
 
 
+class _AnswerMetric(_InMemoryMetric):
+    features = Features({"predictions": Value("string"), "references": List(Value("string"))})
+
+
 class SacreBleu(_TextMetric):
     """Corpus BLEU of detokenized text, one reference each: `bleu` (0 to 100) and `bleu_signature`.
 
@@ -93,6 +103,33 @@ class SacreBleu(_TextMetric):
     def _compute(self, *, predictions: list[str], references: list[str]) -> dict[str, Any]:
         score = self.bleu.corpus_score(predictions, [references]).score
         return {"bleu": score, "bleu_signature": str(self.bleu.get_signature())}
+
+
+class TokenizedBleu(_TextMetric):
+    """Corpus BLEU of lower-cased text tokenised as Moses does: `bleu_tokenized` (0 to 100) and its signature.
+
+    For comparison with published numbers on such text; it isn't comparable with `SacreBleu`.
+
+    Args:
+        target_lang: language of the texts.
+        is_prepared: the texts are such text already; otherwise both sides are made so here.
+    """
+
+    description = "Corpus BLEU of lower-cased, normalised and tokenised text, by sacrebleu."
+
+    def __init__(self, target_lang: str = "en", is_prepared: bool = False, **kwargs: Any) -> None:
+        self.bleu = sacrebleu.BLEU(tokenize="none", force=True)  # force: no warning that the text looks tokenised
+        self.prepare = moses_lower(target_lang)
+        self.is_prepared = is_prepared
+        self.moses = signature(target_lang)
+        super().__init__(**kwargs)
+
+    def _compute(self, *, predictions: list[str], references: list[str]) -> dict[str, Any]:
+        if not self.is_prepared:
+            predictions, references = list(map(self.prepare, predictions)), list(map(self.prepare, references))
+        score = self.bleu.corpus_score(predictions, [references]).score
+        name = f"{self.bleu.get_signature()}; {self.moses}"
+        return {"bleu_tokenized": score, "bleu_tokenized_signature": name}
 
 
 class ChrF2(_TextMetric):
@@ -128,6 +165,114 @@ class ExactMatch(_TextMetric):
         pairs = zip(predictions, references, strict=True)
         hits = sum(self.normalize(prediction) == self.normalize(reference) for prediction, reference in pairs)
         return {"exact_match": hits / len(references)}
+
+
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
+# What CMRC's script deletes. It lists the six dots of an ellipsis too, but compares single characters with them.
+CMRC_PUNCTUATION = str.maketrans("", "", r"-:_*^/\~`+=，。：？！“”；’《》·、「」（）－～『』")
+# A Chinese character, else a number, a word or a sign.
+CMRC_SEGMENT = re.compile(r"[\u4e00-\u9fa5]|\d+(?:[.,]\d+)*(?!\w)|[^\W\u4e00-\u9fa5]+|[^\w\s]")
+
+
+def normalize_answer(text: str) -> str:
+    """As SQuAD: lower case, without ASCII punctuation and articles, one space between words."""
+    return " ".join(ARTICLES.sub(" ", text.lower().translate(ASCII_PUNCTUATION)).split())
+
+
+def squad_f1(prediction: str, reference: str, version_2: bool = False) -> float:
+    """F1 (0 to 1) of two bags of words; in version 2 of SQuAD it is 1 where both are empty."""
+    found, wanted = normalize_answer(prediction).split(), normalize_answer(reference).split()
+    if version_2 and not (found and wanted):
+        return float(found == wanted)
+    return _f1(sum((Counter(found) & Counter(wanted)).values()), len(found), len(wanted))
+
+
+def _f1(common: int, found: int, wanted: int) -> float:
+    return 2 * common / (found + wanted) if common else 0.0
+
+
+def cmrc_segments(text: str) -> list[str]:
+    """Chinese characters one by one and other words as a whole, in lower case without CMRC's punctuation.
+
+    The official script cuts the other words by nltk, which keeps contractions and abbreviations together that are cut
+    here.
+    """
+    return CMRC_SEGMENT.findall(text.lower().translate(CMRC_PUNCTUATION))
+
+
+def longest_common_run(left: Sequence[str], right: Sequence[str]) -> int:
+    """Elements of the longest stretch that stands in both without a gap."""
+    longest, before = 0, [0] * (len(right) + 1)
+    for mine in left:
+        row = [0] * (len(right) + 1)
+        for number, other in enumerate(right):
+            if mine == other:
+                row[number + 1] = before[number] + 1
+                longest = max(longest, row[number + 1])
+        before = row
+    return longest
+
+
+def cmrc_f1(prediction: str, reference: str) -> float:
+    """F1 (0 to 1) of the longest common run of segments."""
+    found, wanted = cmrc_segments(prediction), cmrc_segments(reference)
+    return _f1(longest_common_run(found, wanted), len(found), len(wanted))
+
+
+class SquadScores(_AnswerMetric):
+    """Answers as SQuAD scores them: `exact_match` and `f1` (0 to 100), each the best over a question's references.
+
+    With `version_2` a question without references wants the empty answer, references that normalise to nothing don't
+    count, and the scores of both sorts of question stand in `has_answer_...` and `no_answer_...`, where there are any.
+
+    Rajpurkar et al., arXiv 1606.05250, section 6.1, and arXiv 1806.03822, section 4.
+    """
+
+    description = "Exact match and F1 of answers, as SQuAD."
+    signature = "SQuAD {version}, words in lower case without punctuation and articles, best of the references"
+
+    def __init__(self, version_2: bool = False, **kwargs: Any) -> None:
+        self.version_2 = version_2
+        super().__init__(**kwargs)
+
+    def one(self, prediction: str, references: Sequence[str]) -> tuple[float, float]:
+        """Exact match and F1 (0 to 1) of one answer."""
+        if self.version_2:
+            references = [text for text in references if normalize_answer(text)] or [""]
+        exact = any(normalize_answer(prediction) == normalize_answer(text) for text in references)
+        return float(exact), max(squad_f1(prediction, text, self.version_2) for text in references)
+
+    def _compute(self, *, predictions: list[str], references: list[list[str]]) -> dict[str, Any]:
+        pairs = [self.one(*pair) for pair in zip(predictions, references, strict=True)]
+        groups = {"": pairs}
+        if self.version_2:
+            both = list(zip(pairs, references, strict=True))
+            groups["has_answer_"] = [pair for pair, texts in both if texts]
+            groups["no_answer_"] = [pair for pair, texts in both if not texts]
+        scores: dict[str, Any] = {}
+        for prefix, group in groups.items():
+            for number, name in enumerate(("exact_match", "f1")):
+                if group:
+                    scores[prefix + name] = 100 * sum(pair[number] for pair in group) / len(group)
+        return scores | {"f1_signature": self.signature.format(version=2 if self.version_2 else 1.1)}
+
+
+class CmrcScores(SquadScores):
+    """The same for Chinese, as CMRC 2018 scores: exact match without punctuation, F1 over the longest common run.
+
+    Cui et al., arXiv 1810.07366, section 4, and the script with the data.
+    """
+
+    description = "Exact match and F1 of Chinese answers, as CMRC 2018."
+    signature = "CMRC 2018, by character without punctuation, longest common run, best of the references"
+
+    def one(self, prediction: str, references: Sequence[str]) -> tuple[float, float]:
+        if not (prediction and references):
+            return (float(not prediction and not references),) * 2
+        bare: Callable[[str], str] = lambda text: text.lower().strip().translate(CMRC_PUNCTUATION)  # noqa: E731
+        exact = any(bare(prediction) == bare(text) for text in references)
+        return float(exact), max(cmrc_f1(prediction, text) for text in references)
 
 
 class Accuracy(_ClassMetric):
@@ -187,6 +332,16 @@ class RegressionErrors(_NumberMetric):
         }
 
 
-def translation_metrics(target_lang: str) -> evaluate.CombinedEvaluations:
-    """BLEU, chrF2 and exact match in one, with BLEU's tokenizer for the target language."""
-    return evaluate.combine([SacreBleu(target_lang), ChrF2(), ExactMatch()])
+def translation_metrics(
+    target_lang: str, tokenized_bleu: bool = False, is_prepared: bool = False
+) -> evaluate.CombinedEvaluations:
+    """BLEU, chrF2 and exact match in one, with BLEU's tokenizer for the target language.
+
+    Args:
+        target_lang: language of the texts.
+        tokenized_bleu: add `TokenizedBleu`.
+        is_prepared: the texts are as Moses prepares them, so there is no other BLEU than the tokenised one.
+    """
+    bleu = [] if is_prepared else [SacreBleu(target_lang)]
+    tokenized = [TokenizedBleu(target_lang, is_prepared)] if tokenized_bleu or is_prepared else []
+    return evaluate.combine([*bleu, *tokenized, ChrF2(), ExactMatch()])

@@ -118,6 +118,8 @@ def eval_results(task_card: dict[str, Any], results: dict[str, Any]) -> list[Eva
 
 def usage(model: Any, name: str, task_card: dict[str, Any]) -> str:
     """Python lines that load the model or adapter and use it."""
+    if "code" in task_card:
+        return "```python\n" + task_card["code"].format(name=name) + "\n```"
     head = task_card.get("head", "CausalLM")
     options = ""
     if isinstance(model, PeftModel):  # only PEFT's own class opens every kind of adapter with the right numbers
@@ -182,7 +184,7 @@ def write(
             `dataset_name`, `metrics` {result name: (Hub's metric id, label)}, `prompt`, `preprocessing`, `data` and
             `data_checks` (Markdown), `settings` (see `run_settings`), `baseline` (its name), and for a task without
             generation `head` (as in AutoModelFor...), `usage` (the Python lines after `inputs`) and `prediction` (how
-            its outputs become predictions).
+            its outputs become predictions). `code` takes the place of all lines for use, {name} being the model.
         results: the run's results so far.
         splits: the text rows by split.
     """
@@ -205,7 +207,7 @@ def write(
             "language": task_card["language"],
             "base_model": base,
             "datasets": task_card["datasets"] or None,
-            "metrics": [metric for metric, _ in task_card["metrics"].values()],
+            "metrics": list(dict.fromkeys(metric for metric, _ in task_card["metrics"].values())),
             "model_name": Path(name).name,
             "eval_results": scores or None,
             "deepseek_hf": task_card.get("settings"),

@@ -45,6 +45,26 @@ def multi_step_schedule(optimizer: torch.optim.Optimizer, args: TrainingArgument
     return LambdaLR(optimizer, share)
 
 
+def follow_the_clock(scheduler: LambdaLR, clock: Any, num_training_steps: int, warmup_steps: int) -> None:
+    """Let a schedule run by the share of time that has passed, in place of steps; a warm-up in steps stays.
+
+    Args:
+        clock: has `share`, from 0 to 1.
+
+    Raises:
+        ValueError: for a schedule that isn't a function of the step.
+    """
+    if not isinstance(scheduler, LambdaLR):
+        raise ValueError("--train_minutes: this --lr_scheduler_type isn't a function of the step; choose another.")
+
+    def by_time(share_at: Any) -> Any:
+        return lambda step: share_at(
+            step if step < warmup_steps else max(warmup_steps, round(clock.share * num_training_steps))
+        )
+
+    scheduler.lr_lambdas = [by_time(share_at) for share_at in scheduler.lr_lambdas]
+
+
 # -- the loss --
 
 
@@ -63,21 +83,19 @@ def target_losses(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Ten
 
 
 def smoothing_term(
-    logits: torch.Tensor, labels: torch.Tensor, num_targets: torch.Tensor | int | None = None
+    scores: torch.Tensor, targets: torch.Tensor, num_targets: torch.Tensor | int | None = None
 ) -> torch.Tensor:
-    """What label smoothing (arXiv 1512.00567, section 7) by 1 adds to the next-token loss; by e, it is e times this.
+    """What label smoothing (arXiv 1512.00567, section 7) by 1 adds to the loss; by e, it is e times this.
 
-        (1 - e) nll + e mean_v(-log p_v) = nll + e (logit_target - mean_v logit_v)
+        (1 - e) nll + e mean_v(-log p_v) = nll + e (score_target - mean_v score_v)
 
     since the normaliser of the softmax cancels.
 
     Args:
-        logits, labels: as in `target_losses`.
-        num_targets: divide the sum by this instead of the number of targets.
+        scores: [N, V] logits that predict `targets` [N].
+        num_targets: divide the sum by this instead of N.
     """
-    targets = labels[:, 1:].to(logits.device)
-    kept = targets != IGNORED_LABEL
-    scores, targets = logits[:, :-1][kept].float(), targets[kept]  # [N, V], [N]
+    scores = scores.float()
     terms = scores.gather(1, targets.unsqueeze(1)).squeeze(1) - scores.mean(1)
     return terms.sum() / (len(terms) if num_targets is None else num_targets)
 
@@ -91,7 +109,11 @@ def smooth_labels(
     model, which then adds no loss of its own.
     """
     if model.training and kwargs.get("labels") is not None:
-        term = smoothing_term(outputs.logits, kwargs["labels"], kwargs.get("num_items_in_batch"))
+        targets = kwargs["labels"][:, 1:].to(outputs.logits.device)
+        is_target = targets != IGNORED_LABEL
+        only_labelled = kwargs.get("logits_to_keep") == "labelled"
+        scores = outputs.logits[0] if only_labelled else outputs.logits[:, :-1][is_target]
+        term = smoothing_term(scores, targets[is_target], kwargs.get("num_items_in_batch"))
         outputs.loss = outputs.loss + factor * term.to(outputs.loss.device)
     return outputs
 

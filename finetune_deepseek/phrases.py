@@ -326,7 +326,8 @@ def nearest_pair_baseline(
         )
     if not test_sources:
         return []
-    vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(2, 4), lowercase=False, dtype=np.float32)
+    shortest = min(2, max(map(len, train_sources)))  # a source may be one Chinese character
+    vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(shortest, 4), lowercase=False, dtype=np.float32)
     train_vectors = vectorizer.fit_transform(train_sources).T.tocsr()  # [n-grams, training pairs]
     test_vectors = vectorizer.transform(test_sources)  # [test sources, n-grams]
     nearest: list[int] = []

@@ -8,17 +8,18 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, cast
 
 import torch
 from tqdm import tqdm
-from transformers import GenerationConfig, HfArgumentParser, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from . import model_card
-from .arguments import HelpFormatter, ModelArguments, nearest_match
-from .run import load_model, load_tokenizer, write_text
-from .translation import MODEL_SETTINGS, Translation, TranslationArguments
+from .arguments import ModelArguments, parse_verb
+from .files import write_text
+from .loading import load_model, load_tokenizer
+from .translation import MODEL_SETTINGS, LanguagePair, Translation, TranslationArguments
 
 EXAMPLES = """examples:
   deepseek-hf translate runs/en-de --input english.txt --output german.txt
@@ -73,37 +74,13 @@ class TranslateArguments:
         )
 
 
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see deepseek-hf translate --help.")
-
-
 def parse(argv: Sequence[str]) -> tuple[str, TranslateArguments]:
     """The model and the arguments.
 
     Raises:
         ValueError: with one line, for flags that don't fit.
     """
-    parser = _Parser(
-        TranslateArguments,  # type: ignore[arg-type]
-        prog="deepseek-hf translate",
-        usage="deepseek-hf translate MODEL [--flag value ...]",
-        epilog=EXAMPLES,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
-    )
-    if not argv or argv[0] in ("-h", "--help"):
-        parser.print_help()
-        raise SystemExit(0)
-    if argv[0].startswith("-"):
-        raise ValueError(f"translate: the model comes first (a folder or a Hub id), found {argv[0]}.")
-    arguments, rest = parser.parse_args_into_dataclasses(
-        list(argv[1:]), return_remaining_strings=True, look_for_args_file=False
-    )
-    if rest:
-        near = nearest_match(rest[0].partition("=")[0], parser._option_string_actions)
-        raise ValueError(f"unexpected argument {rest[0]!r}{near}; see deepseek-hf translate --help.")
-    return argv[0], arguments
+    return parse_verb("translate", TranslateArguments, argv, "MODEL [--flag value ...]", EXAMPLES)
 
 
 def read_lines(path: str | None) -> list[str]:
@@ -134,19 +111,47 @@ def make_task(name: str, arguments: TranslateArguments) -> Translation:
         ValueError: if the card has other languages than the flags, or neither has any.
     """
     settings = model_card.run_settings(name, arguments.model_revision, Translation.name)
-    known = model_card.read(name, arguments.model_revision).get("language") or []
-    known = [known] if isinstance(known, str) else known
-    for flag in ("source_lang", "target_lang"):
-        asked, made_for = getattr(arguments, flag), settings.get(flag)
-        if asked and (asked != made_for if made_for else known and asked not in known):
-            pair = f"{settings['source_lang']} to {settings['target_lang']}" if made_for else ", ".join(known)
-            raise ValueError(f"--{flag} {asked}: by its card, {name} is for {pair}; name another model.")
-        if not asked and not made_for:
-            raise ValueError(f"{name}: no card says which languages it translates; give --source_lang, --target_lang.")
-    given = ("source_lang", "target_lang", "prompt_template", "max_target_length")
     settings = {key: value for key, value in settings.items() if key in MODEL_SETTINGS}
+    settings["source_lang"], settings["target_lang"] = language_pair(name, arguments, settings)
+    settings["both_directions"] = False
+    given = ("prompt_template", "max_target_length")
     settings |= {key: value for key in given if (value := getattr(arguments, key)) is not None}
     return Translation(TranslationArguments(**settings), seed=0)
+
+
+def language_pair(name: str, arguments: TranslateArguments, settings: dict[str, Any]) -> LanguagePair:
+    """The source and target language: the flags', or those of the card that leave no choice.
+
+    Raises:
+        ValueError: if the model isn't for them, or they could be several.
+    """
+    asked = arguments.source_lang, arguments.target_lang
+    flags = " ".join(
+        f"--{flag} {language}"
+        for flag, language in zip(("source_lang", "target_lang"), asked, strict=True)
+        if language
+    )
+    if "target_lang" not in settings:
+        known = model_card.read(name, arguments.model_revision).get("language") or []
+        known = [known] if isinstance(known, str) else known
+        if not all(asked):
+            raise ValueError(f"{name}: no card says which languages it translates; give --source_lang, --target_lang.")
+        foreign = [language for language in asked if known and language not in known]
+        if foreign:
+            flag = "source_lang" if foreign[0] == asked[0] else "target_lang"
+            raise ValueError(
+                f"--{flag} {foreign[0]}: by its card, {name} is for {', '.join(known)}; name another model."
+            )
+        return cast(LanguagePair, asked)
+    keys = ("source_lang", "target_lang", "both_directions")
+    pairs = TranslationArguments(**{key: settings[key] for key in keys if key in settings}).pairs
+    fitting = [pair for pair in pairs if all(a in (None, b) for a, b in zip(asked, pair, strict=True))]
+    if len(fitting) == 1:
+        return fitting[0]
+    for_pairs = ", ".join(f"{source} to {target}" for source, target in fitting or pairs)
+    if not fitting:
+        raise ValueError(f"{flags}: by its card, {name} is for {for_pairs}; name another model.")
+    raise ValueError(f"{name} is for {for_pairs}; choose by --source_lang and --target_lang.")
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
@@ -199,14 +204,21 @@ def translate_lines(
     rows = [row for row, line in enumerate(lines) if line.strip()]
     if not rows:
         return translations
-    prompts = task.encode_prompts([task.prompt(lines[row]) for row in rows], tokenizer)
+    (pair,) = task.arguments.pairs
+    prompts = [task.prompt(task.prepared(lines[row], pair[0]), *pair) for row in rows]
+    encoded = task.encode_prompts(prompts, tokenizer)
     limit = getattr(model.config, "max_position_embeddings", None)
-    check_lengths({row + 1: len(ids) for row, ids in zip(rows, prompts, strict=True)}, task, limit)
+    check_lengths({row + 1: len(ids) for row, ids in zip(rows, encoded, strict=True)}, task, limit)
     collate = task.collator(tokenizer)
-    for batch in batches_by_length([len(ids) for ids in prompts], batch_size):
-        inputs = collate([{"prompt_ids": prompts[index], "row": rows[index]} for index in batch])
+    for batch in batches_by_length([len(ids) for ids in encoded], batch_size):
+        inputs = collate([{"prompt_ids": encoded[index], "row": rows[index]} for index in batch])
         prompt_ids, prompt_mask = inputs["prompt_ids"].to(model.device), inputs["prompt_mask"].to(model.device)
-        output = model.generate(input_ids=prompt_ids, attention_mask=prompt_mask, generation_config=generation_config)
+        output = model.generate(
+            input_ids=prompt_ids,
+            attention_mask=prompt_mask,
+            generation_config=generation_config,
+            **({"tokenizer": tokenizer} if generation_config.stop_strings else {}),
+        )
         texts = task.decode(output[:, prompt_ids.shape[1] :].cpu().numpy(), tokenizer)
         for index, text in zip(batch, texts, strict=True):
             translations[rows[index]] = " ".join(text.split("\n"))  # one line stays one line

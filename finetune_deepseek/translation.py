@@ -1,57 +1,67 @@
 """Translation: pairs of texts in, a model that continues a prompt with the translation out.
 
-Data has the layout of Hugging Face's run_translation, `{"translation": {"en": ..., "de": ...}}`, or two columns named
-as the languages. It comes from the embedded default corpus, the Hub, or local files.
+Data has the layout of Hugging Face's run_translation, `{"translation": {"en": ..., "de": ...}}`, or columns named as
+the languages. It comes from the embedded default corpus, the Hub, or local files. One model may translate into several
+languages, and back: the prompt names the language, a row gives a pair for each language that it has.
 """
 
-import gzip
-import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Formatter
-from typing import Any, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
-from datasets import Dataset, IterableDataset, load_dataset
+import numpy as np
+from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from .arguments import nearest_match
 from .augmentation import AugmentationArguments, Augmenter
-from .checks import Report, check_pairs, count_empty_sides, count_long_rows
+from .checks import Report, check_pairs, count_empty_sides, count_long_rows, merged
+from .data import SPLITS, DataArguments, Part, joined, named, open_splits, progress, read_file, utf8_text
 from .metrics import translation_metrics
+from .moses import moses_lower, signature
+from .optimization import IGNORED_LABEL
 from .phrases import corpus_description, default_corpus, nearest_pair_baseline
-from .run import IGNORED_LABEL, CausalCollator, Task
+from .task import CausalCollator, Rows, Task
 
-SPLITS = ("train", "validation", "test")
+LanguagePair: TypeAlias = tuple[str, str]  # source and target language
+
 # What a trained model depends on: written into its card, and taken from there by evaluate, predict and translate.
-MODEL_SETTINGS = ("source_lang", "target_lang", "prompt_template", "max_source_length", "max_target_length")
-# The file name's ending gives the reader of `datasets`; each may be gzipped.
-READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+MODEL_SETTINGS = (
+    *("source_lang", "target_lang", "both_directions", "preprocess"),
+    *("prompt_template", "stop_text", "max_source_length", "max_target_length"),
+)
+COLUMNS = ("prompt", "source", "target", "source_lang", "target_lang")
 DEFAULT_CORPUS_ROWS = {"train": 40_000, "validation": 1_000, "test": 1_000}
 SMALLEST_DEFAULT_TRAIN = 1_000  # the corpus puts all its names into the training split
-STREAM_SHUFFLE_ROWS = 10_000
 TOKENIZER_TRAINING_ROWS = 200_000
 
 
 @dataclass
-class TranslationArguments(AugmentationArguments):
+class TranslationArguments(AugmentationArguments, DataArguments):
     """Which pairs, in which languages, in which prompt."""
 
-    _argument_group_name = "data"
-    SOURCES = ("dataset_name", "data_dir", "train_file", "validation_file", "test_file")
-
     source_lang: str = field(default="en", metadata={"help": "Key of the source text in the data."})
-    target_lang: str = field(default="zh", metadata={"help": "Key of the target text in the data."})
-    dataset_name: str | None = field(default=None, metadata={"help": "Data set id on the Hub."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration, such as de-en."})
-    data_dir: str | None = field(default=None, metadata={"help": "Folder with train, validation and test files."})
-    train_file: str | None = field(default=None, metadata={"help": ".json, .jsonl, .csv or .parquet, also gzipped."})
-    validation_file: str | None = field(default=None, metadata={"help": "The same, for --do_eval."})
-    test_file: str | None = field(default=None, metadata={"help": "The same, for --do_predict."})
+    target_lang: list[str] = field(
+        default_factory=lambda: ["zh"],
+        metadata={"help": "Key of the target text in the data; several for one model of several.", "metavar": "LANG"},
+    )
+    both_directions: bool = field(
+        default=False, metadata={"help": "Translate from each --target_lang to --source_lang too, in the same model."}
+    )
+    preprocess: Literal["none", "moses_lower"] = field(
+        default="none",
+        metadata={
+            "help": "moses_lower: lower-case, normalise and tokenise all texts, as Multi30k's lc.norm.tok files."
+        },
+    )
+    tokenized_bleu: bool = field(
+        default=False,
+        metadata={"help": "Score BLEU on lower-cased, normalised and tokenised text too, as published for Multi30k."},
+    )
     streaming: bool = field(default=False, metadata={"help": "Read the training rows as they are used."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use this many training rows at most."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "The same, for validation."})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "The same, for test."})
     max_source_length: int = field(
         default=128,
         metadata={"help": "Tokens of a prompt. Longer rows are left out of training and cut at evaluation."},
@@ -60,6 +70,10 @@ class TranslationArguments(AugmentationArguments):
     prompt_template: str = field(
         default="{target_lang}: {source}\n",
         metadata={"help": r"What the model continues; {source_lang} is known too, and \n is a new line."},
+    )
+    stop_text: str | None = field(
+        default=None,
+        metadata={"help": r"A translation ends before this, such as \n, if the model goes on (few-shot)."},
     )
     tokenizer_langs: list[str] | None = field(
         default=None,
@@ -70,129 +84,64 @@ class TranslationArguments(AugmentationArguments):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.source_lang == self.target_lang:
+        DataArguments.__post_init__(self)
+        AugmentationArguments.__post_init__(self)
+        # YAML and habit also write "de" or "de,zh".
+        words = [self.target_lang] if isinstance(self.target_lang, str) else self.target_lang
+        self.target_lang = [word for words in words for word in words.split(",") if word]
+        if self.source_lang in self.target_lang:
             raise ValueError(f"--source_lang and --target_lang are both {self.source_lang!r}; change one.")
+        if len(set(self.target_lang)) < len(self.target_lang) or not self.target_lang:
+            raise ValueError(f"--target_lang {' '.join(self.target_lang)}: name each language once, at least one.")
+        if self.preprocess != "none" or self.tokenized_bleu:
+            for language in self.languages if self.preprocess != "none" else {target for _, target in self.pairs}:
+                moses_lower(language)  # refuses what it isn't for
+        self._check_prompt()
+
+    def _check_prompt(self) -> None:
         self.prompt_template = self.prompt_template.replace("\\n", "\n")
+        self.stop_text = self.stop_text.replace("\\n", "\n") if self.stop_text else None
+        where = f"--prompt_template {self.prompt_template!r}"
         try:
             fields = {name for _, name, _, _ in Formatter().parse(self.prompt_template) if name is not None}
         except ValueError as error:
-            raise ValueError(
-                f"--prompt_template {self.prompt_template!r}: {error}; write {{{{ for a brace."
-            ) from error
+            raise ValueError(f"{where}: {error}; write {{{{ for a brace.") from error
         unknown = fields - {"source", "source_lang", "target_lang"}
         if unknown or "source" not in fields:
             raise ValueError(
-                f"--prompt_template {self.prompt_template!r}: it needs {{source}}, and may have {{source_lang}} and "
-                "{target_lang}, but no other name in braces."
+                f"{where}: it needs {{source}}, and may have {{source_lang}} and {{target_lang}}, but no other name "
+                "in braces."
             )
-        files = any((self.train_file, self.validation_file, self.test_file))
-        if sum((bool(self.dataset_name), bool(self.data_dir), files)) > 1:
+        if len(self.pairs) > 1 and "target_lang" not in fields:
             raise ValueError(
-                "--dataset_name, --data_dir and the --train_file group are three ways to name data; use one."
+                f"{where}: with several directions it needs {{target_lang}}, which says where to translate to."
             )
-        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} {value}: it must be 1 or more; leave out --do_... to skip a part.")
 
     @property
     def is_embedded(self) -> bool:
-        return not any(getattr(self, name) for name in self.SOURCES)
+        return not self.names_data
+
+    @property
+    def languages(self) -> list[str]:
+        return [self.source_lang, *self.target_lang]
+
+    @property
+    def pairs(self) -> list[LanguagePair]:
+        """What the model translates from and to."""
+        forth = [(self.source_lang, target) for target in self.target_lang]
+        return forth + [(target, source) for source, target in forth] * self.both_directions
 
 
-def file_reader(path: str) -> str:
-    """The reader of `datasets` for a file name.
+class Layout(NamedTuple):
+    """What a part of the data looks like."""
 
-    Raises:
-        ValueError: for an ending that isn't in `READERS`.
-    """
-    ending = Path(path.removesuffix(".gz")).suffix
-    if ending not in READERS:
-        raise ValueError(f"{path}: unknown ending; use {', '.join(READERS)} (each may be followed by .gz).")
-    return READERS[ending]
+    columns: list[str]
+    is_nested: bool  # in a column `translation`, rather than a column per language
+    targets: list[str]  # target languages that the rows have
 
 
-def find_files(folder: str) -> dict[str, str]:
-    """The data file of each split in a folder: the names begin with train, validation (or valid, dev) and test.
-
-    Raises:
-        ValueError: if there is no such folder or file, or more than one for a split.
-    """
-    if not Path(folder).is_dir():
-        raise ValueError(f"--data_dir {folder}: no such folder.")
-    paths = sorted(p for p in Path(folder).iterdir() if Path(p.name.removesuffix(".gz")).suffix in READERS)
-    files = {}
-    for split, beginnings in (("train", ("train",)), ("validation", ("valid", "dev")), ("test", ("test",))):
-        found = [path for path in paths if path.name.startswith(beginnings)]
-        if len(found) > 1:
-            names = ", ".join(path.name for path in found)
-            raise ValueError(f"--data_dir {folder}: several files for {split} ({names}); use --{split}_file.")
-        if found:
-            files[split] = str(found[0])
-    if not files:
-        raise ValueError(f"--data_dir {folder}: no file named train, validation or test with {', '.join(READERS)}.")
-    return files
-
-
-def _open_text(path: str) -> Any:
-    return gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8")
-
-
-def broken_json(path: str) -> str | None:
-    """Where and how a JSON or JSON-lines file is broken, None if it isn't."""
-    try:
-        with _open_text(path) as file:
-            if not path.removesuffix(".gz").endswith(".jsonl"):
-                try:
-                    json.load(file)
-                    return None
-                except json.JSONDecodeError as error:
-                    if not error.msg.startswith("Extra data"):  # that is JSON lines in a .json file
-                        return f"line {error.lineno}: broken JSON: {error.msg} (column {error.colno})"
-                    file.seek(0)
-            for number, line in enumerate(file, start=1):
-                try:
-                    row = json.loads(line) if line.strip() else {}
-                except json.JSONDecodeError as error:
-                    return f"line {number}: broken JSON: {error.msg} (column {error.colno})"
-                if not isinstance(row, dict):
-                    return f"line {number}: expected an object in braces, found {line.strip()[:40]!r}"
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        return f"can't be read as UTF-8 text: {error}"
-    return None
-
-
-def read_file(path: str, streaming: bool) -> Dataset | IterableDataset:
-    """Open one local data file.
-
-    Raises:
-        ValueError: if it is missing, has an unknown ending, is empty, or is broken (for JSON with the line).
-    """
-    reader = file_reader(path)
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file.")
-    with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
-        try:
-            if not file.read(1):
-                raise ValueError(f"{path}: the file is empty.")
-        except (OSError, EOFError) as error:
-            raise ValueError(f"{path}: can't be unpacked: {error}") from error
-    try:
-        dataset = load_dataset(reader, data_files={"train": path}, split="train", streaming=streaming)
-        if streaming:
-            next(iter(dataset), None)  # opening a stream reads nothing: fail here rather than in training
-        return dataset
-    except Exception as error:  # datasets, pyarrow and pandas each raise classes of their own
-        cause = (broken_json(path) if reader == "json" else None) or str(error.__cause__ or error)
-        if "corresponds to no data" in cause:
-            cause = "no rows"
-        raise ValueError(f"{path}{', ' if cause.startswith('line') else ': '}{' '.join(cause.split())}.") from error
-
-
-def progress(dataset: Dataset | IterableDataset, label: str) -> dict[str, str]:
-    """The words beside `map`'s progress bar; a stream has none."""
-    return {"desc": label} if isinstance(dataset, Dataset) else {}
+def languages_of(row: dict[str, Any]) -> LanguagePair:
+    return row["source_lang"], row["target_lang"]
 
 
 class Translation(Task):
@@ -207,6 +156,9 @@ class Translation(Task):
   deepseek-hf finetune translation --preset tiny_v3 --data_dir data/multi30k_en_de --target_lang de \\
       --output_dir runs/de
       a small model from scratch on your files
+  deepseek-hf finetune translation --preset tiny_v3 --data_dir data/multi30k_en_de data/tatoeba_en_zh \\
+      --target_lang de zh --output_dir runs/de-zh
+      one model for two languages, scored by pair
   deepseek-hf finetune translation --model_name_or_path deepseek-ai/DeepSeek-V2-Lite --use_peft \\
       --lora_target attention shared --dataset_name wmt16 --dataset_config_name de-en \\
       --source_lang en --target_lang de --output_dir runs/lora
@@ -215,150 +167,218 @@ class Translation(Task):
     def __init__(self, arguments: TranslationArguments, seed: int) -> None:
         self.arguments = arguments
         self.seed = seed
-        self.metrics = translation_metrics(arguments.target_lang)
+        self.is_prepared = arguments.preprocess == "moses_lower"
+        self.metrics = {
+            target: translation_metrics(target, arguments.tokenized_bleu, self.is_prepared)
+            for _, target in arguments.pairs
+        }
         self.description = ""
         # Made here, so that a bad dictionary shows before the data are read.
-        self.augmenter = Augmenter(arguments, arguments.source_lang, seed) if arguments.augment else None
-        self.empty_sides: dict[str, int] = {}  # rows left out, by split
+        self.augmenters = {
+            source: Augmenter(arguments, source, seed) for source, _ in arguments.pairs if arguments.augment
+        }
+        self.back_translation = ""  # what the card says of it
+        self.empty_sides: Counter[str] = Counter()  # rows left out, by split
 
-    # -- rows: {"prompt", "source", "target"} --
+    # -- rows: COLUMNS --
 
-    def load_splits(self) -> dict[str, Dataset | IterableDataset]:
-        raw = self._load_raw()
-        limits = dict(zip(SPLITS, self._limits(), strict=True))
+    def load_splits(self) -> dict[str, Rows]:
+        if self.arguments.is_embedded:
+            raw = self._default_corpus(self.arguments.target_lang)
+        else:
+            raw = open_splits(self.arguments, self.arguments.languages, self.arguments.streaming)
         splits = {}
-        for split, dataset in raw.items():
-            limit = limits[split]
-            if isinstance(dataset, IterableDataset):
-                dataset = dataset.take(limit) if limit else dataset
-                if split != "train":  # scored splits are sorted and looked up by number
-                    dataset = Dataset.from_list(list(dataset))
-                else:
-                    dataset = dataset.shuffle(seed=self.seed, buffer_size=STREAM_SHUFFLE_ROWS)
-            elif limit:
-                dataset = dataset.select(range(min(limit, len(dataset))))
-            try:
-                splits[split] = self._text_rows(dataset, self._where(split))
-            except UnicodeDecodeError as error:  # arrow hands bytes through and decodes on use
-                raise ValueError(f"{self._where(split)}: can't be read as UTF-8 text: {error}.") from error
-            if isinstance(dataset, Dataset):
-                self.empty_sides[split] = len(dataset) - len(cast(Dataset, splits[split]))
+        for split, parts in raw.items():
+            rows, languages = [], set()
+            for part in parts:
+                with utf8_text(part.where):
+                    layout = self._layout(part)
+                    rows.append(self._text_rows(part, layout, split))
+                languages |= set(layout.targets)
+            absent = [language for language in self.arguments.target_lang if language not in languages]
+            if absent and split == "train":
+                raise ValueError(
+                    f"--target_lang {absent[0]}: {named(parts)} has only {', '.join(sorted(languages))} beside "
+                    f"{self.arguments.source_lang!r}; add data, or leave it out."
+                )
+            if split == "train" and self.arguments.back_translation_file:
+                synthetic = self._back_translated()
+                rows.append(synthetic if isinstance(rows[0], Dataset) else synthetic.to_iterable_dataset())
+            splits[split] = joined(rows, self.seed)
+            self._print_pairs(splits[split], split)
         return splits
 
-    def _limits(self) -> tuple[int | None, int | None, int | None]:
-        return self.arguments.max_train_samples, self.arguments.max_eval_samples, self.arguments.max_predict_samples
-
-    def _where(self, split: str) -> str:
-        """What to call a split in messages."""
-        path = self._files().get(split)
-        return str(path or f"{self.arguments.dataset_name or 'default corpus'}, split {split}")
-
-    def _files(self) -> dict[str, str]:
-        if self.arguments.data_dir:
-            return find_files(self.arguments.data_dir)
-        return {split: path for split in SPLITS if (path := getattr(self.arguments, f"{split}_file"))}
-
-    def _load_raw(self) -> dict[str, Dataset | IterableDataset]:
-        arguments = self.arguments
-        if arguments.is_embedded:
-            return self._default_corpus(arguments.target_lang)
-        if not arguments.dataset_name:
-            return {split: read_file(path, arguments.streaming) for split, path in self._files().items()}
-        try:
-            dataset = load_dataset(
-                arguments.dataset_name, arguments.dataset_config_name, streaming=arguments.streaming
-            )
-        except Exception as error:  # the Hub client, datasets and pyarrow each raise classes of their own
-            raise ValueError(f"--dataset_name {arguments.dataset_name}: {' '.join(str(error).split())}") from error
-        known = {split: dataset[split] for split in SPLITS if split in dataset}
-        if not known:
-            raise ValueError(
-                f"--dataset_name {arguments.dataset_name}: has the splits {', '.join(dataset)}; "
-                "train, validation or test are needed."
-            )
-        return known
-
-    def _default_corpus(self, target_lang: str) -> dict[str, Dataset | IterableDataset]:
+    def _default_corpus(self, languages: list[str]) -> dict[str, list[Part]]:
         if self.arguments.source_lang != "en":
             raise ValueError(
                 f"--source_lang {self.arguments.source_lang}: the default corpus translates from en; "
                 "name other data with --dataset_name, --data_dir or --train_file."
             )
-        train, validation, test = (
-            min(limit or rows, rows) for limit, rows in zip(self._limits(), DEFAULT_CORPUS_ROWS.values(), strict=True)
-        )
-        corpus = default_corpus(target_lang, max(train, SMALLEST_DEFAULT_TRAIN), validation, test)
-        if target_lang == self.arguments.target_lang:
-            self.description = corpus_description(corpus)
-        return {split: corpus[split] for split in SPLITS}
+        limits = self.arguments.limits
+        train, validation, test = (min(limits[split] or rows, rows) for split, rows in DEFAULT_CORPUS_ROWS.items())
+        raw: dict[str, list[Part]] = {split: [] for split in SPLITS}
+        descriptions = []
+        for language in languages:
+            corpus = default_corpus(language, max(train, SMALLEST_DEFAULT_TRAIN), validation, test)
+            descriptions.append(corpus_description(corpus))
+            for split, parts in raw.items():
+                parts.append(Part(f"default corpus, split {split}", corpus[split]))
+        if languages == self.arguments.target_lang:
+            self.description = "\n".join(descriptions)
+        return raw
 
-    def _text_rows(self, dataset: Dataset | IterableDataset, where: str) -> Dataset | IterableDataset:
+    def _text_rows(self, part: Part, layout: Layout, split: str) -> Rows:
         """Rows of plain text; rows without text in one of the languages are left out, and counted aloud.
 
         Raises:
-            ValueError: if there are no rows, no such columns, no such language, or no row with text in both.
+            ValueError: if no row has text in both.
         """
-        languages = (self.arguments.source_lang, self.arguments.target_lang)
-        first = next(iter(dataset), None)
+        source_lang, both_directions = self.arguments.source_lang, self.arguments.both_directions
+        targets, is_nested = layout.targets, layout.is_nested
+
+        def pairs_of(texts: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+            """Source, target and their languages; empty texts for a row that has no pair, or half of one.
+
+            Where the data have several languages, a row needs not have them all.
+            """
+            if texts.get(source_lang) is None or all(texts.get(target) is None for target in targets):
+                yield "", "", source_lang, ""
+                return
+            for target_lang in targets:
+                source, target = texts[source_lang], texts.get(target_lang)
+                if target is None:
+                    continue
+                if not all(isinstance(text, str) and text.strip() for text in (source, target)):
+                    yield "", "", source_lang, target_lang
+                    continue
+                source, target = self.prepared(source, source_lang), self.prepared(target, target_lang)
+                yield source, target.strip(), source_lang, target_lang
+                if both_directions:
+                    yield target, source.strip(), target_lang, source_lang
+
+        def convert(batch: dict[str, list]) -> dict[str, list]:
+            columns = {name: batch[name] for name in (["translation"] if is_nested else [source_lang, *targets])}
+            rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+            found = [pair for row in rows for pair in pairs_of((row["translation"] or {}) if is_nested else row)]
+            return self._columns(found)
+
+        def has_text(batch: dict[str, list]) -> list[bool]:
+            return [bool(source) for source in batch["source"]]
+
+        words = progress(part.rows, "read")
+        everything = part.rows.map(convert, batched=True, remove_columns=layout.columns, **words)
+        rows = everything.filter(has_text, batched=True, **words)
+        if next(iter(rows), None) is None:
+            raise ValueError(
+                f"{part.where}: no row has text in both {source_lang!r} and {' or '.join(map(repr, targets))}."
+            )
+        if isinstance(rows, Dataset):
+            count = len(everything) - len(rows)
+            self.empty_sides[split] += count
+            if not count:
+                return everything  # a filtered data set is slower to read
+            print(f"{part.where}: left out {count:,} of {len(everything):,} rows without text in one of the languages")
+        else:
+            print(f"{part.where}: a stream, so its faults aren't counted; rows without text or too long are left out")
+        return rows
+
+    def _back_translated(self) -> Dataset:
+        """Rows from --back_translation_file: real targets, and sources by the reverse model, as it writes them."""
+        from .back_translation import back_translate  # which needs this module
+
+        arguments = self.arguments
+        language, pairs = back_translate(arguments)
+        rows = [(s, self.prepared(t, language), arguments.source_lang, language) for s, t in pairs if s.strip()]
+        text_file, model = (
+            Path(path).resolve().name
+            for path in (arguments.back_translation_file, arguments.back_translation_model)
+            if path
+        )
+        self.back_translation = f"{len(rows):,} training rows back-translated from {text_file} by {model}"
+        print(
+            self.back_translation
+            + f", without {len(pairs) - len(rows):,} lines that became nothing" * (len(rows) < len(pairs))
+        )
+        return Dataset.from_dict(self._columns(rows))
+
+    def _layout(self, part: Part) -> Layout:
+        """How the rows of a part hold their texts.
+
+        Raises:
+            ValueError: if there are no rows, or they don't have the source and a target language.
+        """
+        first = next(iter(part.rows), None)
         if first is None:
-            raise ValueError(f"{where}: no rows.")
+            raise ValueError(f"{part.where}: no rows.")
         is_nested = "translation" in first
         texts = first["translation"] if is_nested else first
         if is_nested and not isinstance(texts, dict):
-            raise ValueError(f"{where}: 'translation' must hold {{language: text}}, found {str(texts)[:40]!r}.")
-        for flag, language in zip(("source_lang", "target_lang"), languages, strict=True):
-            if is_nested and language not in texts:
+            raise ValueError(f"{part.where}: 'translation' must hold {{language: text}}, found {str(texts)[:40]!r}.")
+        targets = [language for language in self.arguments.target_lang if language in texts]
+        missing = {"source_lang": self.arguments.source_lang not in texts and self.arguments.source_lang,
+                   "target_lang": not targets and self.arguments.target_lang[0]}  # fmt: skip
+        for flag, language in missing.items():
+            if language and is_nested:
                 raise ValueError(
-                    f"{where}: 'translation' has no language {language!r}; it has {', '.join(texts)}. "
+                    f"{part.where}: 'translation' has no language {language!r}; it has {', '.join(texts)}. "
                     f"Set --{flag}{nearest_match(language, texts)}."
                 )
-            if language not in texts:
+            if language:
                 raise ValueError(
-                    f"{where}: no column 'translation' and no column {language!r}; it has {', '.join(first)}. "
+                    f"{part.where}: no column 'translation' and no column {language!r}; it has {', '.join(first)}. "
                     f"Rename a column, or set --{flag}{nearest_match(language, first)}."
                 )
+        return Layout(list(first), is_nested, targets)
 
-        def convert(batch: dict[str, list]) -> dict[str, list]:
-            columns = [[(row or {}).get(language) for row in batch["translation"]] if is_nested else batch[language]
-                       for language in languages]  # fmt: skip
-            pairs = [
-                pair
-                for pair in zip(*columns, strict=True)
-                if all(isinstance(text, str) and text.strip() for text in pair)
-            ]
-            return {
-                "prompt": [self.prompt(source) for source, _ in pairs],
-                "source": [source for source, _ in pairs],
-                "target": [target.strip() for _, target in pairs],
-            }
+    def _print_pairs(self, rows: Rows, split: str) -> None:
+        if len(self.arguments.pairs) > 1 and isinstance(rows, Dataset):
+            counts = Counter(zip(rows["source_lang"], rows["target_lang"], strict=True))
+            print(f"{split}: " + ", ".join(f"{counts[pair]:,} {'-'.join(pair)}" for pair in self.arguments.pairs))
 
-        rows = dataset.map(convert, batched=True, remove_columns=list(first), **progress(dataset, "read"))
-        if next(iter(rows), None) is None:
-            raise ValueError(f"{where}: no row has text in both {languages[0]!r} and {languages[1]!r}.")
-        if isinstance(rows, Dataset) and len(rows) < len(dataset):
-            count = len(dataset) - len(rows)
-            print(f"{where}: left out {count:,} of {len(dataset):,} rows without text in one of the languages")
-        return rows
+    def _columns(self, pairs: list[tuple[str, str, str, str]]) -> dict[str, list[str]]:
+        """`COLUMNS` from source, target, source language and target language."""
+        rows = [(self.prompt(source, *languages), source, target, *languages) for source, target, *languages in pairs]
+        return {name: [row[number] for row in rows] for number, name in enumerate(COLUMNS)}
 
-    def prompt(self, source: str) -> str:
+    def prepared(self, text: str, language: str) -> str:
+        """The text as --preprocess wants it."""
+        return moses_lower(language)(text) if self.is_prepared else text
+
+    def prompt(self, source: str, source_lang: str, target_lang: str) -> str:
         """The text that the model continues with the translation."""
         return self.arguments.prompt_template.format(
-            source=source.strip(), source_lang=self.arguments.source_lang, target_lang=self.arguments.target_lang
+            source=source.strip(), source_lang=source_lang, target_lang=target_lang
         )
 
-    def check_splits(self, splits: dict[str, Dataset | IterableDataset], tokenizer: PreTrainedTokenizerBase) -> Report:
+    def _of_pair(self, rows: Dataset, pair: LanguagePair) -> Dataset:
+        if len(self.arguments.pairs) == 1:
+            return rows
+
+        def is_pair(sources: list[str], targets: list[str]) -> list[bool]:
+            return [found == pair for found in zip(sources, targets, strict=True)]
+
+        columns = ["source_lang", "target_lang"]
+        return rows.filter(is_pair, batched=True, input_columns=columns, desc="-".join(pair))
+
+    def check_splits(self, splits: dict[str, Rows], tokenizer: PreTrainedTokenizerBase) -> Report:
         arguments = self.arguments
-        report = check_pairs(splits, arguments.source_lang, arguments.target_lang)
-        for split in report:
-            rows = cast(Dataset, splits[split])
+        whole = {split: rows for split, rows in splits.items() if isinstance(rows, Dataset)}
+        report = merged(
+            check_pairs({split: self._of_pair(rows, pair) for split, rows in whole.items()}, *pair)
+            for pair in arguments.pairs
+        )
+        for split, rows in whole.items():
             ids = self.encode_prompts(rows["prompt"], tokenizer), self.encode_targets(rows["target"], tokenizer)
             limits = arguments.max_source_length, arguments.max_target_length
             report[split] |= count_long_rows(rows["source"], ids, limits)
             report[split] |= count_empty_sides(self.empty_sides[split])
         return report
 
-    def tokenizer_texts(self, splits: dict[str, Dataset | IterableDataset]) -> Iterator[str]:
-        for number, row in enumerate(splits["train"]):
+    def tokenizer_texts(self, splits: dict[str, Rows]) -> Iterator[str]:
+        rows = splits["train"]
+        if isinstance(rows, Dataset) and len(rows) > TOKENIZER_TRAINING_ROWS:
+            rows = rows.shuffle(seed=self.seed)  # the languages stand one after the other
+        for number, row in enumerate(rows):
             if number == TOKENIZER_TRAINING_ROWS:
                 break
             yield row["prompt"]
@@ -369,42 +389,47 @@ class Translation(Task):
     def _texts_in(self, language: str) -> Iterator[str]:
         """Training texts in a language that the model doesn't translate to yet."""
         if self.arguments.is_embedded:
-            train = self._default_corpus(language)["train"]
-        elif "train" in (files := self._files()):
-            train = read_file(files["train"], self.arguments.streaming)
+            parts = [part.rows for part in self._default_corpus([language])["train"]]
+        elif paths := self.arguments.files().get("train"):
+            parts = [read_file(path, [language], self.arguments.streaming) for path in paths]
         else:
             raise ValueError("--tokenizer_langs works with the default corpus and local files only.")
-        for number, row in enumerate(train):
-            texts = row.get("translation", row)
-            if number == 0 and language not in texts:
-                raise ValueError(f"--tokenizer_langs {language}: the data has {', '.join(texts)}.")
-            if number == TOKENIZER_TRAINING_ROWS:
-                break
-            if texts[language]:
-                yield texts[language]
-                yield f"{language}:"  # as the prompt will name it
+        languages: dict[str, None] = {}
+        for rows in parts:
+            first = next(iter(rows))
+            languages |= dict.fromkeys(first.get("translation", first))
+            for number, row in enumerate(rows):
+                text = row.get("translation", row).get(language)
+                if number == TOKENIZER_TRAINING_ROWS:
+                    break
+                if text:
+                    yield self.prepared(text, language)
+                    yield f"{language}:"  # as the prompt will name it
+        if language not in languages:
+            raise ValueError(f"--tokenizer_langs {language}: the data has {', '.join(languages)}.")
 
     # -- features --
 
-    def _augmented(self, rows: Dataset | IterableDataset, augmenter: Augmenter) -> Dataset | IterableDataset:
+    def _augmented(self, rows: Rows) -> Rows:
         """Every training row, followed by its copies with a changed source."""
 
         def extend(batch: dict[str, list[str]]) -> dict[str, list[str]]:
-            pairs = [
-                (text, target)
-                for source, target in zip(batch["source"], batch["target"], strict=True)
-                for text in (source, *augmenter(source))
-            ]
-            return {
-                "prompt": [self.prompt(source) for source, _ in pairs],
-                "source": [source for source, _ in pairs],
-                "target": [target for _, target in pairs],
-            }
+            return self._columns(
+                [
+                    (text, target, *languages)
+                    for source, target, *languages in zip(*(batch[name] for name in COLUMNS[1:]), strict=True)
+                    for text in (source, *self.augmenters[languages[0]](source))
+                ]
+            )
 
         extended = rows.map(extend, batched=True, **progress(rows, "augment"))
         if isinstance(rows, Dataset):
-            print(f"augmented {len(rows):,} training rows by {len(extended) - len(rows):,}: {augmenter}")
+            added = len(extended) - len(rows)
+            print(f"augmented {len(rows):,} training rows by {added:,}: {self._augmentation()}")
         return extended
+
+    def _augmentation(self) -> str:
+        return str(self.augmenters[self.arguments.source_lang])
 
     def encode_prompts(self, prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         end = tokenizer.eos_token_id
@@ -415,17 +440,15 @@ class Translation(Task):
         encoded = tokenizer(list(targets), add_special_tokens=False)
         return [[*ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]
 
-    def features(
-        self, rows: Dataset | IterableDataset, tokenizer: PreTrainedTokenizerBase, is_training: bool
-    ) -> Dataset | IterableDataset:
+    def features(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, is_training: bool) -> Rows:
         """Token ids of prompt + target + end, with the loss on the target only.
 
         Gives `input_ids`, `labels`, `length`; for evaluation also `prompt_ids`. For training, rows over the length
         limits are left out; before that, the copies that --augment asks for are added.
         """
         arguments = self.arguments
-        if is_training and self.augmenter:
-            rows = self._augmented(rows, self.augmenter)
+        if is_training and self.augmenters:
+            rows = self._augmented(rows)
 
         def encode(batch: dict[str, list[str]]) -> dict[str, list]:
             prompts = self.encode_prompts(batch["prompt"], tokenizer)
@@ -445,8 +468,8 @@ class Translation(Task):
             }
             return features if is_training else features | {"prompt_ids": [prompt for prompt, _ in pairs]}
 
-        remove = ["prompt", "source", "target"]
-        features = rows.map(encode, batched=True, remove_columns=remove, **progress(rows, "tokenize"))
+        columns = list(rows.column_names or COLUMNS)
+        features = rows.map(encode, batched=True, remove_columns=columns, **progress(rows, "tokenize"))
         if isinstance(rows, Dataset) and len(features) < len(rows):
             print(
                 f"left out {len(rows) - len(features):,} of {len(rows):,} training rows over --max_source_length "
@@ -468,39 +491,78 @@ class Translation(Task):
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            stop_strings=self.arguments.stop_text,
         )
+
+    def decode(self, outputs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+        stop = self.arguments.stop_text
+        texts = super().decode(outputs, tokenizer)
+        return [text.partition(stop)[0].strip() for text in texts] if stop else texts
 
     # -- scores and reports --
 
     def score(self, predictions: list[str], rows: list[dict[str, Any]]) -> dict[str, Any]:
-        return self.metrics.compute(predictions=predictions, references=[row["target"] for row in rows])
+        """Scores of the pair; of several pairs, each one's under `NAME_en-de` and their mean under NAME."""
+        by_pair = {}
+        for pair in self.arguments.pairs:
+            numbers = [number for number, row in enumerate(rows) if languages_of(row) == pair]
+            if numbers:
+                by_pair["-".join(pair)] = self.metrics[pair[1]].compute(
+                    predictions=[predictions[number] for number in numbers],
+                    references=[rows[number]["target"] for number in numbers],
+                )
+        if len(self.arguments.pairs) == 1:
+            return next(iter(by_pair.values()))
+        scores: dict[str, Any] = {}
+        for name, value in next(iter(by_pair.values())).items():
+            of_pairs = {f"{name}_{pair}": found[name] for pair, found in by_pair.items()}
+            if isinstance(value, str):
+                base = name.removesuffix("_signature")
+                of_pairs = {f"{base}_{pair}_signature": found[name] for pair, found in by_pair.items()}
+                scores |= {name: f"mean over {', '.join(by_pair)}"} | of_pairs
+            else:
+                scores |= {name: sum(of_pairs.values()) / len(of_pairs)} | of_pairs
+        return scores
 
-    def baseline(self, train: Dataset | IterableDataset | None, rows: list[dict[str, Any]]) -> list[str] | None:
+    def baseline(self, train: Rows | None, rows: list[dict[str, Any]]) -> list[str] | None:
         if not self.arguments.nearest_pair_baseline or not isinstance(train, Dataset):
             return None
-        return nearest_pair_baseline(train["source"], train["target"], [row["source"] for row in rows])
-
-    def _local_name(self) -> str:
-        """The names of local data without their folders, which are nobody else's business."""
-        arguments = self.arguments
-        paths = (arguments.data_dir, arguments.train_file, arguments.validation_file, arguments.test_file)
-        return ", ".join(Path(path).name for path in paths if path)
+        nearest = [""] * len(rows)
+        for pair in self.arguments.pairs:
+            known = self._of_pair(train, pair)
+            numbers = [number for number, row in enumerate(rows) if languages_of(row) == pair]
+            if numbers and len(known):
+                sources = [rows[number]["source"] for number in numbers]
+                found = nearest_pair_baseline(known["source"], known["target"], sources)
+                for number, text in zip(numbers, found, strict=True):
+                    nearest[number] = text
+        return nearest
 
     def card_data(self) -> dict[str, Any]:
         arguments = self.arguments
+        metrics = {"bleu": ("sacrebleu", "BLEU"), "bleu_tokenized": ("bleu", "tokenised BLEU"),
+                   "chrf2": ("chrf", "chrF2"), "exact_match": ("exact_match", "exact match")}  # fmt: skip
+        if len(arguments.pairs) > 1:
+            of_pairs = {
+                f"{name}_{'-'.join(pair)}": (metric, f"{label} {'-'.join(pair)}")
+                for pair in arguments.pairs
+                for name, (metric, label) in metrics.items()
+            }
+            metrics = {name: (metric, f"{label}, mean") for name, (metric, label) in metrics.items()} | of_pairs
         return {
-            "language": [arguments.source_lang, arguments.target_lang],
+            "language": arguments.languages,
             "pipeline_tag": "translation",
             "datasets": [arguments.dataset_name] if arguments.dataset_name else [],
-            "metrics": {"bleu": ("sacrebleu", "BLEU"), "chrf2": ("chrf", "chrF2"),
-                        "exact_match": ("exact_match", "exact match")},
-            "dataset_name": arguments.dataset_name or self._local_name() or "CLDR phrases (embedded)",
+            "metrics": metrics,
+            "dataset_name": arguments.data_name or "CLDR phrases (embedded)",
             "baseline": "nearest training pair",
-            "title": f"{arguments.source_lang} to {arguments.target_lang} translation",
-            "prompt": self.prompt("Hello."),
+            "title": " and ".join(f"{source} to {target}" for source, target in arguments.pairs) + " translation",
+            "prompt": self.prompt(self.prepared("Hello.", arguments.pairs[0][0]), *arguments.pairs[0]),
             "data": self.description,
             "preprocessing": f"prompt {arguments.prompt_template!r}, loss on the target only, at most "
             f"{arguments.max_source_length} prompt and {arguments.max_target_length} target tokens"
-            + (f"; in training {self.augmenter}" if self.augmenter else ""),
+            + (f"; in training {self._augmentation()}" if self.augmenters else "")
+            + (f"; {self.back_translation}" if self.back_translation else "")
+            + "".join(f"; {signature(language)}" for language in arguments.languages if self.is_prepared),
             "settings": {"task": self.name} | {name: getattr(arguments, name) for name in MODEL_SETTINGS},
-        }  # fmt: skip
+        }

@@ -125,7 +125,9 @@ def test_only_sources_of_training_rows_are_changed(streaming, capsys):
     arguments = TranslationArguments(target_lang="de", augment=["swap=0.3"], augment_copies=2)
     task = Translation(arguments, seed=0)
     target = "eins zwei drei vier fünf"
-    rows = Dataset.from_list([{"prompt": task.prompt(SENTENCE), "source": SENTENCE, "target": target}])
+    languages = {"source_lang": "en", "target_lang": "de"}
+    prompt = task.prompt(SENTENCE, **languages)
+    rows = Dataset.from_list([{"prompt": prompt, "source": SENTENCE, "target": target, **languages}])
     tokenizer = train_tokenizer([SENTENCE, target], 400)
     given = IterableDataset.from_generator(lambda: iter(rows)) if streaming else rows
     texts = [

@@ -46,7 +46,7 @@ def counts(checks):
 def check(tmp_path, capsys):
     """Run the command with `--data_checks` on files of the given pairs; gives exit code, report and outputs."""
 
-    def run(mode, **splits):
+    def run(mode, more=(), **splits):
         files = {f"{split}_file": write_jsonl(tmp_path / f"{split}.jsonl", pairs) for split, pairs in splits.items()}
         settings = TINY | files | {"output_dir": tmp_path / "out", "data_checks": mode, "max_steps": 1}
         settings |= {
@@ -57,6 +57,7 @@ def check(tmp_path, capsys):
         }
         for path in files.values():
             path.write_text(path.read_text().replace('"de"', '"zh"'))
+        settings["train_file"] = [files["train_file"], *more]
         code = guarded(["translation", *flags(settings)])
         path = tmp_path / "out" / "data_report.json"
         return code, json.loads(path.read_text()) if path.is_file() else None, capsys.readouterr(), tmp_path / "out"
@@ -80,6 +81,15 @@ def test_planted_faults_are_counted_exactly(check):
         assert f"| {CHECKS[name]} | {count} | " in card
         assert any(f"{count}  {CHECKS[name]}" in line for line in printed.out.splitlines())
     assert f"| {CHECKS['pairs_in_train']} | - | 1 | 2 |" in card
+
+
+def test_files_are_checked_together(check, tmp_path):
+    other = write_jsonl(tmp_path / "other.jsonl", [CLEAN[1], ("New.", "新。")])
+    other.write_text(other.read_text().replace('"de"', '"zh"'))
+    code, report, _, _ = check("report", train=CLEAN[:2], test=[("New.", "新。")], more=[other])
+    assert code == 0
+    assert counts(report["train"]) == {"duplicate_pairs": 1}
+    assert counts(report["test"]) == {"pairs_in_train": 1}
 
 
 def test_refuse_ends_with_one_line_before_training(check):

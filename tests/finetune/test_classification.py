@@ -27,8 +27,9 @@ from finetune_deepseek.classification import (
     Regression,
     SingleLabel,
 )
+from finetune_deepseek.loading import load_model
 from finetune_deepseek.metrics import LabelSetF1, RegressionErrors
-from finetune_deepseek.run import load_model, run_stages
+from finetune_deepseek.run import run_stages
 from modeling_deepseek import DeepSeekForCausalLM
 
 from .conftest import TINY, flags
@@ -67,6 +68,7 @@ def predictions(folder):
 def task(rows, is_training=True, saved=None, where="train", **settings):
     """A task with its rows read and its labels known."""
     made = Classification(ClassificationArguments(train_file="unread", **settings), seed=0)
+    made.where = {where: where}
     splits = {where: made._read_rows(Dataset.from_list([{"text": t, "label": y} for t, y in rows]), where)}
     return made, splits, made.config_fields(splits, saved or {})
 
@@ -382,8 +384,8 @@ def test_bad_data_is_one_line(rows, settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "Name data in one of three ways"),
-        ({"dataset_name": "x", "train_file": "y"}, "Name data in one of three ways"),
+        ({}, "Name data by --dataset_name"),
+        ({"dataset_name": "x", "train_file": "y"}, "three ways to name data; use one"),
         ({"train_file": "x", "max_length": 0}, "--max_length 0"),
         ({"train_file": "x", "most_frequent_labels": 1}, "--most_frequent_labels 1"),
         ({"train_file": "x", "label_separator": ";", "problem_type": "regression"}, "--problem_type is regression"),

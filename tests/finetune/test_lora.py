@@ -3,7 +3,8 @@
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
-from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from peft.tuners.lora import LoraLayer
+from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import modeling_deepseek  # noqa: F401
 from configuration_deepseek.presets import preset
@@ -16,7 +17,13 @@ ATTACHED = {
     "tiny_moe": {"attention": 12, "dense": 3, "shared": 6, "experts": 4, "router": 2, "embeddings": 1, "head": 1},
     "tiny_v2_lite": {"attention": 12, "dense": 3, "shared": 6, "experts": 4, "router": 2, "embeddings": 1, "head": 1},
     "tiny_v3": {"attention": 15, "dense": 3, "shared": 6, "experts": 4, "router": 2, "embeddings": 1, "head": 1},
+    "tiny_v32": {
+        **{"attention": 15, "dense": 3, "shared": 6, "experts": 4, "router": 2, "indexer": 9},
+        **{"embeddings": 1, "head": 1},
+    },
 }
+# Its two prediction layers have 5 projections, eh_proj, 3 of the shared expert, 2 expert tensors and a router each.
+ATTACHED["tiny_v3_mtp"] = ATTACHED["tiny_v3"] | {"mtp": 24}
 
 
 def make_model(name="tiny_v3", **overrides):
@@ -54,8 +61,9 @@ def test_all_means_every_group_that_the_model_has(name):
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_a_group_attaches_to_its_weights_only(group):
-    model = apply_lora(make_model(), lora(lora_target=[group]))
-    assert counts(model) == {group: ATTACHED["tiny_v3"][group]}
+    name = "tiny_v32" if group == "indexer" else "tiny_v3_mtp"
+    model = apply_lora(make_model(name), lora(lora_target=[group]))
+    assert counts(model) == {group: ATTACHED[name][group]}
 
 
 def test_default_is_attention_and_feed_forward():
@@ -63,20 +71,21 @@ def test_default_is_attention_and_feed_forward():
     assert set(counts(apply_lora(make_model("tiny_llm"), lora()))) == {"attention", "dense"}
 
 
-@pytest.mark.parametrize("group", [*GROUPS, "all"])
+@pytest.mark.parametrize("group", [*(word for word in GROUPS if word != "mtp"), "all"])
 def test_adapter_reloads_merges_and_switches_off(group, tmp_path):
-    base = logits(make_model())
-    model = randomize(apply_lora(make_model(), lora(lora_target=[group])))
+    name = "tiny_v32" if group == "indexer" else "tiny_v3"
+    base = logits(make_model(name))
+    model = randomize(apply_lora(make_model(name), lora(lora_target=[group])))
     adapted = logits(model)
     assert (adapted - base).abs().max() > 1e-3
     with model.disable_adapter():
         assert torch.equal(logits(model), base)
 
-    make_model().save_pretrained(tmp_path / "base")
+    make_model(name).save_pretrained(tmp_path / "base")
     model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
     model.save_pretrained(tmp_path / "adapter")
     for reloaded in (
-        PeftModel.from_pretrained(make_model(), tmp_path / "adapter"),
+        PeftModel.from_pretrained(make_model(name), tmp_path / "adapter"),
         AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter"),
         AutoModelForCausalLM.from_pretrained(tmp_path / "adapter"),
     ):
@@ -129,6 +138,19 @@ def test_tied_embeddings_are_left_out_or_refused():
     for group in ("embeddings", "head"):
         with pytest.raises(ValueError, match="ties its head to its embeddings"):
             apply_lora(make_model(**tied), lora(lora_target=[group]))
+
+
+def test_pefts_own_targets_for_a_native_model():
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = apply_lora(LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes)), lora(lora_target=["peft"]))
+    targets = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    assert targets == {"q_proj", "v_proj"}
+    with pytest.raises(
+        ValueError, match="--lora_target peft: PEFT has no targets for model_type 'deepseek'; name gro"
+    ):
+        apply_lora(make_model(), lora(lora_target=["peft"]))
+    with pytest.raises(ValueError, match="peft leaves the choice to PEFT; use it alone"):
+        apply_lora(make_model(), lora(lora_target=["peft", "dense"]))
 
 
 def test_rewritten_targets_of_native_models_are_an_error():

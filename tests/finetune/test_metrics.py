@@ -1,6 +1,10 @@
 """The metrics equal sacrebleu and scikit-learn, combine, stay off the disk and the network, and refuse bad input."""
 
+import gzip
+import json
+import os
 import socket
+from pathlib import Path
 
 import evaluate
 import numpy as np
@@ -15,9 +19,11 @@ from finetune_deepseek.metrics import (
     ExactMatch,
     MacroF1,
     SacreBleu,
+    TokenizedBleu,
     bleu_tokenizer,
     translation_metrics,
 )
+from finetune_deepseek.moses import moses_lower
 
 ENGLISH = (["the cat sat on a mat", "a dog barked!", ""], ["the cat sat on the mat", "a dog barked!", "silence"])
 CHINESE = (["2026年1月5日星期一", "5公里以外"], ["2026年1月5日星期二", "5公里以外"])
@@ -148,3 +154,41 @@ def test_nothing_is_written_and_nothing_fetched(tmp_path, monkeypatch):
     assert score(translation_metrics("de"), ["5 km"], ["5 km"])["exact_match"] == 1
     assert score(Accuracy(), *CLASSES)["accuracy"] > 0
     assert not list(work.iterdir())
+
+
+def test_tokenized_bleu_is_that_of_prepared_text():
+    references = ['Der "Schnell-Zug" fährt, oder?', "Ein großes Haus.", "Das war's &  mehr…"]
+    predictions = ["der „schnell-zug“ fährt oder ?", "ein GROSSES haus .", "das war's & mehr..."]
+    prepared = [
+        "der &quot; schnell-zug &quot; fährt , oder ?",
+        "ein großes haus .",
+        "das war &apos; s &amp; mehr ...",
+    ]
+    found = score(TokenizedBleu("de"), predictions, references)
+    lines = ["der &quot; schnell-zug &quot; fährt oder ?", "ein grosses haus .", prepared[2]]
+    expected = sacrebleu.BLEU(tokenize="none", force=True).corpus_score(lines, [prepared])
+    assert found["bleu_tokenized"] == expected.score
+    assert 0 < expected.score < 100
+    assert expected.ref_len == sum(len(line.split()) for line in prepared)
+    assert "tok:none" in found["bleu_tokenized_signature"]
+    assert "lowercase, normalize-punctuation, tokenizer -l de by sacremoses" in found["bleu_tokenized_signature"]
+    assert score(TokenizedBleu("de", is_prepared=True), lines, prepared)["bleu_tokenized"] == expected.score
+
+
+@pytest.mark.parametrize(("language", "tokens"), [("de", 12103), ("en", 12968)])
+def test_prepared_references_are_the_published_files(language, tokens):
+    folder = Path(os.environ.get("DEEPSEEK_HF_DATA", "")) / "multi30k_en_de"
+    if not (folder / "test_2016_flickr.jsonl.gz").is_file():
+        pytest.skip("DEEPSEEK_HF_DATA names no folder with multi30k_en_de")
+    with gzip.open(folder / "test_2016_flickr.jsonl.gz", "rt", encoding="utf-8") as file:
+        ours = [moses_lower(language)(json.loads(line)["translation"][language]) for line in file]
+    with gzip.open(folder / f"test_2016_flickr.lc.norm.tok.{language}.gz", "rt", encoding="utf-8") as file:
+        published = file.read().splitlines()
+    assert ours == published and len(ours) == 1000
+    assert sum(len(line.split()) for line in ours) == tokens
+
+
+def test_moses_is_for_languages_with_spaces():
+    with pytest.raises(ValueError, match="languages with spaces between words, not 'zh-CN'"):
+        moses_lower("zh-CN")
+    assert moses_lower("de_AT")("Ja.") == "ja ."

@@ -39,6 +39,16 @@ def test_any_config_of_transformers(finetune, data, tmp_path):
     finetune(output_dir=tmp_path / "out", **(ONE_STEP | data | settings))
     saved = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (saved["model_type"], saved["num_hidden_layers"]) == ("llama", 1)
+    # Its checkpoint is read by our class, or with --native by transformers', to the same end.
+    settings = {"preset": None, "vocab_size": None, "model_name_or_path": tmp_path / "out", **data}
+    settings |= {"do_train": True, "do_eval": True, "max_steps": 1}
+    ours = finetune(output_dir=tmp_path / "ours", **settings)
+    native = finetune(output_dir=tmp_path / "native", native=True, **settings)
+    types = [json.loads((tmp_path / name / "config.json").read_text())["model_type"] for name in ("ours", "native")]
+    assert types == ["deepseek", "llama"]
+    assert ours["eval_loss"] == pytest.approx(native["eval_loss"], rel=1e-4)
+    with pytest.raises(ValueError, match="--native needs --model_name_or_path"):
+        finetune(output_dir=tmp_path / "o", native=True, **data)
 
 
 def edit_config(folder, **changes):

@@ -9,8 +9,8 @@ from huggingface_hub import ModelCard
 
 from finetune_deepseek.__main__ import guarded
 from finetune_deepseek.callbacks import plot_losses
+from finetune_deepseek.files import replaced_folder, write_text
 from finetune_deepseek.model_card import SLOT, TEMPLATE, fill
-from finetune_deepseek.run import replaced_folder, write_text
 
 from .conftest import TINY, flags
 

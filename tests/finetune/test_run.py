@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV2Config, DeepseekV2ForCausalLM
 
 from finetune_deepseek import run as run_module
-from finetune_deepseek.run import CausalCollator
+from finetune_deepseek.task import CausalCollator
 
 from .conftest import PAIRS, write_jsonl
 

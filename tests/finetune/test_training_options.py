@@ -10,20 +10,23 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from finetune_deepseek import run as run_module
+from configuration_deepseek import preset
 from finetune_deepseek.__main__ import guarded
-from finetune_deepseek.arguments import parse_command
+from finetune_deepseek.arguments import ModelArguments, parse_command
 from finetune_deepseek.callbacks import plot_metrics
 from finetune_deepseek.freezing import freeze_weights
+from finetune_deepseek.loading import with_dropout
 from finetune_deepseek.lora import GROUPS, OTHER, group_of
 from finetune_deepseek.optimization import smoothing_term, target_losses
 from finetune_deepseek.run import Run
 from finetune_deepseek.translation import Translation
+from modeling_deepseek import DeepSeekForCausalLM
 
 from .conftest import PAIRS, TINY, flags, write_jsonl
 
 # One step without warm-up and clipping, by the plainest optimizer: the change of a weight is -rate * gradient.
 SGD = {"optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": 0.1, "max_steps": 1, "max_grad_norm": 0}
+PRESENT = [word for word in GROUPS if word not in ("indexer", "mtp")]  # what the tiny model has
 STILL = {**SGD, "learning_rate": 1e-30, "do_train": True}
 
 
@@ -226,13 +229,14 @@ def test_label_smoothing_equals_torchs():
     shifted = logits[:, :-1].reshape(-1, 13), labels[:, 1:].reshape(-1)
     expected = F.cross_entropy(*shifted, label_smoothing=0.2)
     sums, counts = target_losses(logits, labels)
-    found = sums.sum() / counts.sum() + 0.2 * smoothing_term(logits, labels)
+    packed = logits[:, :-1][labels[:, 1:] != -100], labels[:, 1:][labels[:, 1:] != -100]
+    found = sums.sum() / counts.sum() + 0.2 * smoothing_term(*packed)
     assert counts.tolist() == [2, 6, 0]
     torch.testing.assert_close(found, expected)
     gradients = [torch.autograd.grad(loss, logits)[0] for loss in (found, expected)]
     torch.testing.assert_close(*gradients)
-    by_number = smoothing_term(logits, labels, num_targets=16)
-    torch.testing.assert_close(by_number, smoothing_term(logits, labels) / 2)
+    by_number = smoothing_term(*packed, num_targets=16)
+    torch.testing.assert_close(by_number, smoothing_term(*packed) / 2)
 
 
 def test_dropout_is_set_on_built_and_loaded_models(start, continued, finetune, tmp_path):
@@ -436,7 +440,7 @@ def test_lora_is_named_among_the_trained_weights(continued, capsys):
         ({"hidden_dropout": 1}, "--hidden_dropout 1: it must be at least 0 and less than 1"),
         ({"attention_dropout": -0.5}, "--attention_dropout -0.5: it must be at least 0 and less than 1"),
         ({"freeze": "embedding"}, "--freeze embedding: no such group (did you mean 'embeddings'?)"),
-        ({"freeze": list(GROUPS), "train_last_n_layers": 99}, "--train_last_n_layers 99: the model has 3 layers"),
+        ({"freeze": PRESENT, "train_last_n_layers": 99}, "--train_last_n_layers 99: the model has 3 layers"),
         ({"train_last_n_layers": -1}, "--train_last_n_layers -1: it must be 0 or more"),
         ({"freeze": "head", "use_peft": True}, "--freeze can't be used with --use_peft"),
         ({"train_last_n_layers": 1, "use_peft": True}, "--train_last_n_layers can't be used with --use_peft"),
@@ -449,10 +453,25 @@ def test_bad_values_are_one_line(settings, message, data, tmp_path, capsys):
     assert error.startswith("deepseek-hf: error: ") and message in error
 
 
+@pytest.mark.parametrize(
+    ("settings", "frozen"),
+    [({"freeze": ["mtp"]}, {"3", "4"}), ({"train_last_n_layers": 1}, {"0", "1"}), ({"freeze": ["attention"]}, set())],
+)
+def test_prediction_layers_are_a_group_of_their_own(settings, frozen, tmp_path):
+    model = DeepSeekForCausalLM(preset("tiny_v3_mtp"))
+    freeze_weights(model, frozen_arguments(tmp_path, **settings))
+    layers = {name.split(".")[2]: [] for name, _ in model.named_parameters() if ".layers." in name}
+    for name, parameter in model.named_parameters():
+        if ".layers." in name:
+            layers[name.split(".")[2]].append(not parameter.requires_grad)
+    assert {layer for layer, states in layers.items() if all(states)} == frozen
+    assert not any(layers["2"]) or settings == {"freeze": ["attention"]}
+
+
 def test_groups_and_dropouts_that_the_model_lacks(tmp_path):
     with pytest.raises(ValueError, match="--freeze router: the model has no such weights; it has attention, dense, e"):
         freeze_weights(tiny_llama(), frozen_arguments(tmp_path, freeze="router"))
-    arguments = run_module.ModelArguments(preset="x", hidden_dropout=0.1)
+    arguments = ModelArguments(preset="x", hidden_dropout=0.1)
     with pytest.raises(ValueError, match="--hidden_dropout: a model of model_type 'llama' has none"):
-        run_module.with_dropout(LlamaConfig(), arguments)
+        with_dropout(LlamaConfig(), arguments)
     assert OTHER not in GROUPS

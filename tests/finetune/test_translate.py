@@ -68,6 +68,30 @@ def test_standard_input_to_standard_output(models, main):
     assert main("translate", models / "model", stdin=b"\n\n")[:2] == (0, "\n\n")
 
 
+def test_a_translation_ends_before_the_stop_text(models, main, tmp_path):
+    """For models that go on after a translation, as a few-shot prompt makes them do."""
+    rows = write_jsonl(tmp_path / "rows.jsonl", PAIRS)
+    out = tmp_path / "out"
+    argv = ("predict", "translation", models / "model", "--test_file", rows, "--output_dir", out, "--stop_text", "ei")
+    assert main(*argv, "--use_cpu", "true")[0] == 0
+    found = [json.loads(line)["prediction"] for line in (out / "generated_predictions.jsonl").read_text().splitlines()]
+    assert found == ["", "zw", "dr"]
+
+
+def test_beam_options_reach_the_search(models, main, monkeypatch):
+    seen = []
+
+    def look(lines, model, tokenizer, task, generation_config, batch_size, report):
+        seen.append(generation_config)
+        return list(lines)
+
+    monkeypatch.setattr("finetune_deepseek.translate.translate_lines", look)
+    argv = ("--num_beams", 4, "--length_penalty", 0.6, "--max_target_length", 9)
+    assert main("translate", models / "model", *argv, stdin=b"one\n")[0] == 0
+    (found,) = seen
+    assert (found.num_beams, found.length_penalty, found.max_new_tokens, found.do_sample) == (4, 0.6, 9, False)
+
+
 def test_an_adapter_translates_its_own_pair(models, main):
     code, out, _ = main("translate", models / "adapter", stdin=text(TARGETS).encode())
     assert (code, out) == (0, text(SOURCES))
@@ -78,7 +102,15 @@ def test_an_adapter_translates_its_own_pair(models, main):
 def test_card_has_what_the_model_depends_on(models):
     settings = run_settings(str(models / "model"), "main", "translation")
     assert settings == {
-        **{"source_lang": "en", "target_lang": "de", "max_source_length": 128, "max_target_length": 24},
+        **{
+            "source_lang": "en",
+            "target_lang": ["de"],
+            "both_directions": False,
+            "preprocess": "none",
+            "stop_text": None,
+            "max_source_length": 128,
+            "max_target_length": 24,
+        },
         "prompt_template": TEMPLATE.replace("\\n", "\n"),
     }
     with pytest.raises(ValueError, match="made for translation, not for other; name another model"):
@@ -91,6 +123,12 @@ def test_card_has_what_the_model_depends_on(models):
         (None, {}, "no card says which languages it translates; give --source_lang, --target_lang"),
         ("language: [en, de]", {"source_lang": "en", "target_lang": "fr"}, "--target_lang fr: by its card, .* en, de"),
         ("language: [en, de]", {"source_lang": "de"}, "give --source_lang, --target_lang"),
+        (
+            "deepseek_hf: {source_lang: en, target_lang: de}",
+            {"target_lang": "fr"},
+            "--target_lang fr: .* en to de;",
+        ),
+        ("deepseek_hf: {source_lang: en, target_lang: [de, zh]}", {}, "is for en to de, en to zh; choose by"),
         ("language: [en", {}, "README.md: the metadata can't be read"),
         ("deepseek_hf: {task: other}", {}, "made for other, not for translation"),
     ],
@@ -108,7 +146,7 @@ def test_a_model_without_our_card_takes_flags(tmp_path):
         make_task(str(tmp_path), TranslateArguments(source_lang="en", target_lang="de"))
     (tmp_path / "README.md").unlink()
     task = make_task(str(tmp_path), TranslateArguments(source_lang="en", target_lang="de", max_target_length=7))
-    assert (task.prompt("one"), task.arguments.max_target_length) == ("de: one\n", 7)
+    assert (task.prompt("one", "en", "de"), task.arguments.max_target_length) == ("de: one\n", 7)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,10 @@ import pytest
 from datasets import Dataset
 
 from finetune_deepseek.__main__ import guarded
-from finetune_deepseek.run import IGNORED_LABEL
-from finetune_deepseek.translation import Translation, TranslationArguments, find_files
+from finetune_deepseek.data import find_files
+from finetune_deepseek.optimization import IGNORED_LABEL
+from finetune_deepseek.translate import translate
+from finetune_deepseek.translation import Translation, TranslationArguments
 from tokenization_deepseek import train_tokenizer
 
 from .conftest import PAIRS, TINY, flags, write_jsonl
@@ -83,6 +85,8 @@ def test_rows_without_text_are_left_out_and_counted(tmp_path, capsys):
         file.write('{"translation": {"en": "six"}}\n')
     assert pairs(load(train_file=str(path))["train"]) == PAIRS
     assert "left out 3 of 6 rows without text in one of the languages" in capsys.readouterr().out
+    assert sorted(pairs(load(train_file=str(path), streaming=True)["train"])) == sorted(PAIRS)
+    assert "a stream, so its faults aren't counted; rows without text or too long are left" in capsys.readouterr().out
 
 
 BAD_FILES = {
@@ -123,10 +127,39 @@ def test_bad_files_are_one_line(name, streaming, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_bad_bytes_are_one_line(tmp_path):
-    (tmp_path / "latin.jsonl").write_bytes('{"translation": {"en": "a", "de": "Vögel"}}\n'.encode("latin-1"))
-    with pytest.raises(ValueError, match="latin.jsonl: can't be read as UTF-8 text"):
-        load(train_file=str(tmp_path / "latin.jsonl"))
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["mixed.jsonl", "mixed.json", "mixed.csv", "mixed.jsonl.gz"])
+def test_mixed_encodings_are_one_line_that_names_the_line(name, streaming, tmp_path):
+    lines = ["en,de"] if name == "mixed.csv" else []
+    for source, target in PAIRS:
+        lines.append(
+            f"{source},{target}"
+            if name == "mixed.csv"
+            else json.dumps({"translation": {"en": source, "de": target}}, ensure_ascii=False)
+        )
+    content = b"".join(line.encode("utf-8" if "three" in line else "latin-1") + b"\n" for line in lines)
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    bad = 3 if name == "mixed.csv" else 2  # the row with an umlaut
+    with pytest.raises(ValueError, match=f"{name}, line {bad}: can't be read as UTF-8 text .byte 0xf6") as error:
+        load(train_file=str(tmp_path / name), streaming=streaming)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_other_encodings_of_a_whole_file(name, tmp_path):
+    rows = ["en,de", "a,b"] if name == "rows.csv" else ['{"translation": {"en": "a", "de": "b"}}']
+    (tmp_path / name).write_text("\n".join(rows), encoding="utf-8-sig")
+    assert pairs(load(train_file=str(tmp_path / name))["train"]) == [("a", "b")]
+    (tmp_path / name).write_text("\n".join(rows), encoding="utf-16")
+    with pytest.raises(ValueError, match=f"{name}, line 1: can't be read as UTF-8 text"):
+        load(train_file=str(tmp_path / name))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_csv_cells_are_text(streaming, tmp_path):
+    cells = [("NA", "null"), ("007", "1.50"), ("None", "nan"), ("true", "N/A")]
+    (tmp_path / "rows.csv").write_text("en,de\n" + "".join(f"{s},{t}\n" for s, t in cells))
+    assert sorted(pairs(load(train_file=str(tmp_path / "rows.csv"), streaming=streaming)["train"])) == sorted(cells)
 
 
 def test_truncated_gzip_is_one_line(tmp_path):
@@ -207,7 +240,35 @@ def test_tokenizer_sees_further_languages(tmp_path):
 
 
 def test_prompt_template():
-    assert task(prompt_template=r"{source_lang}>{target_lang}\n{source} =").prompt(" a ") == "en>de\na ="
+    assert task(prompt_template=r"{source_lang}>{target_lang}\n{source} =").prompt(" a ", "en", "de") == "en>de\na ="
+
+
+def test_moses_text_in_and_out(finetune, tmp_path):
+    pairs_in_case = [("One, two.", 'Eins "zwei"!'), ("Three-Four", "Drei-Vier")]
+    path = str(write_jsonl(tmp_path / "rows.jsonl", pairs_in_case))
+    prepared = [("one , two .", "eins &quot; zwei &quot; !"), ("three-four", "drei-vier")]
+    moses = task(train_file=path, preprocess="moses_lower")
+    rows = moses.load_splits()["train"]
+    assert pairs(rows) == prepared
+    assert rows[0]["prompt"] == "de: one , two .\n"
+    settings = {"train_file": path, "test_file": path, "max_steps": 40, "preprocess": "moses_lower"}
+    results = finetune(output_dir=tmp_path / "out", **settings)
+    assert results["test_exact_match"] == 1.0
+    assert "test_bleu" not in results and results["test_bleu_tokenized"] == results["baseline_bleu_tokenized"]
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert "preprocess: moses_lower" in card and "tokenised BLEU" in card and "tokenizer -l de by sacremoses" in card
+    lines, output = tmp_path / "in.txt", tmp_path / "out.txt"
+    lines.write_text("One, two.\n")
+    translate([str(tmp_path / "out"), f"--input={lines}", f"--output={output}"])
+    assert output.read_text() == prepared[0][1] + "\n"
+
+    beside = task(tokenized_bleu=True).score(
+        ["eins , zwei"], [{"source_lang": "en", "target_lang": "de", "target": "Eins, zwei"}]
+    )
+    assert {"bleu", "bleu_tokenized"} <= set(beside) and beside["exact_match"] == 0
+    for settings in ({"tokenized_bleu": True}, {"preprocess": "moses_lower"}):
+        with pytest.raises(ValueError, match="languages with spaces between words, not 'zh'"):
+            task(target_lang="zh", **settings)
 
 
 @pytest.mark.slow

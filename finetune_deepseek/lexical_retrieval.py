@@ -1,0 +1,101 @@
+"""Passages found by their words: BM25, TF-IDF, and the fusion of several rankings.
+
+Words are runs of letters and digits in lower case; Chinese and Japanese, which have no spaces, count by character.
+"""
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.stats import rankdata
+from sklearn.feature_extraction.text import TfidfVectorizer
+
+CHARACTERS = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+TERM = re.compile(rf"[{CHARACTERS}]|[^\W{CHARACTERS}]+")
+CHARACTER = re.compile(rf"[{CHARACTERS}]")
+FUSION_CONSTANT = 60
+
+
+def terms(text: str) -> list[str]:
+    """'BM25 检索' -> ['bm25', '检', '索']."""
+    return TERM.findall(text.lower())
+
+
+def tfidf_terms(text: str) -> list[str]:
+    """Words (characters) and pairs of neighbours."""
+    found = terms(text)
+    return found + [f"{first} {second}" for first, second in zip(found, found[1:], strict=False)]
+
+
+def bm25_terms(text: str) -> list[str]:
+    """Words; for text by character also pairs of neighbouring characters, which are most of its words."""
+    found = terms(text)
+    pairs = zip(found, found[1:], strict=False)
+    return found + [a + b for a, b in pairs if CHARACTER.fullmatch(a) and CHARACTER.fullmatch(b)]
+
+
+def tfidf_scores(queries: Sequence[str], passages: Sequence[str]) -> np.ndarray:
+    """Cosines [Q, P] of TF-IDF vectors, with logarithmic term counts."""
+    vectorizer = TfidfVectorizer(analyzer=tfidf_terms, sublinear_tf=True)
+    vectors = vectorizer.fit_transform(passages)
+    return (vectorizer.transform(queries) @ vectors.T).toarray()
+
+
+def has_bm25() -> bool:
+    """Whether bm25s is installed."""
+    try:
+        import bm25s  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+class BM25:
+    """Okapi BM25 as Lucene counts it (k1 = 1.5, b = 0.75), by bm25s."""
+
+    def __init__(self, passages: Sequence[str]) -> None:
+        """Raises:
+        ValueError: if bm25s isn't installed.
+        """
+        if not has_bm25():
+            raise ValueError('BM25 needs the package bm25s: pip install "deepseek-hf[retrieval]".')
+        import bm25s
+
+        self.num_passages = len(passages)
+        tokens = [bm25_terms(passage) for passage in passages]
+        self.index = bm25s.BM25(method="lucene") if any(tokens) else None  # bm25s refuses an empty vocabulary
+        if self.index is not None:
+            self.index.index(tokens, show_progress=False)
+
+    def scores(self, query: str) -> np.ndarray:
+        """[P], 0 for passages that share no word."""
+        known = bm25_terms(query)
+        if self.index is None or not known:
+            return np.zeros(self.num_passages, dtype=np.float32)
+        return np.asarray(self.index.get_scores(known))
+
+
+def fused_scores(rankings: Sequence[np.ndarray]) -> np.ndarray:
+    """Reciprocal rank fusion (Cormack et al., SIGIR 2009): the sum over rankings of 1 / (60 + rank).
+
+    Args:
+        rankings: scores [..., P] of the same passages, each on its own scale. Equal scores share the worst of their
+            ranks, so passages that a ranking knows nothing about gain nothing over each other.
+    """
+    ranks = [rankdata(-scores, method="max", axis=-1) for scores in rankings]
+    return np.sum([1 / (FUSION_CONSTANT + rank) for rank in ranks], axis=0)
+
+
+def ranks_of(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Rank of each query's passage, from 1, ties against it: [Q, P], [Q] -> [Q]."""
+    own = np.take_along_axis(scores, targets[:, None], axis=1)
+    return (scores >= own).sum(axis=1)
+
+
+def retrieval_scores(ranks: np.ndarray) -> dict[str, float]:
+    """Share of queries whose passage is first, is among the first ten, and the mean of 1 / rank."""
+    return {
+        "r@1": float((ranks <= 1).mean()),
+        "r@10": float((ranks <= 10).mean()),
+        "mrr": float((1 / ranks).mean()),
+    }

@@ -1,0 +1,110 @@
+"""Muon for the matrices inside the layers, AdamW for the rest.
+
+Muon (Jordan et al. 2024) steps along the nearest semi-orthogonal matrix to the momentum, found by Newton-Schulz
+iterations; scaled by 0.2 sqrt(longer side) its step is of AdamW's size, so that one learning rate and weight decay
+serve both (arXiv 2502.16982, section 2.2).
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic whose iterates take singular values of 0..1 to about 1
+
+
+def orthogonalized(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """[..., m, n] -> the same singular vectors with all singular values near 1 (0.7 to 1.2), in bfloat16."""
+    x = matrices.bfloat16()
+    is_tall = x.shape[-2] > x.shape[-1]
+    if is_tall:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    a, b, c = COEFFICIENTS
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if is_tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """One optimizer to Trainer; the groups with `muon` true are stepped here, the others by AdamW.
+
+    Args:
+        groups: parameter groups, each with `muon`; stacks of matrices [E, m, n] (experts) are stepped one by one.
+        lr, weight_decay: for all groups that don't name their own.
+        betas, eps: AdamW's.
+        momentum: Muon's, in Nesterov's form.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "muon": False})
+        rest = [group for group in self.param_groups if not group["muon"]]
+        self.adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay) if rest else None
+        self._share_state()
+
+    def _share_state(self) -> None:
+        if self.adamw:
+            self.adamw.param_groups = [group for group in self.param_groups if not group["muon"]]
+            self.adamw.state = self.state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._share_state()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if group["muon"]:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self._step_matrix(parameter, parameter.grad, group)
+        if self.adamw:
+            self.adamw.step()
+        return loss
+
+    def _step_matrix(self, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(gradient)
+        state["momentum"].lerp_(gradient, 1 - group["momentum"])
+        direction = orthogonalized(gradient.lerp(state["momentum"], group["momentum"]))
+        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        parameter.add_(direction.to(parameter.dtype), alpha=-group["lr"] * 0.2 * max(parameter.shape[-2:]) ** 0.5)
+
+
+def muon_groups(model: nn.Module, decayed: Iterable[str], weight_decay: float) -> list[dict[str, Any]]:
+    """The trained parameters in groups: matrices inside the model by Muon; embeddings, head, vectors by AdamW.
+
+    Args:
+        decayed: names of the parameters that weight decay takes hold of.
+    """
+    outside = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) or module is getattr(model, "get_output_embeddings", lambda: None)()
+        for parameter in module.parameters()
+    }
+    decayed = set(decayed)
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_inside = parameter.ndim >= 2 and id(parameter) not in outside
+            groups.setdefault((is_inside, name in decayed), []).append(parameter)
+    return [
+        {"params": parameters, "muon": muon, "weight_decay": weight_decay if has_decay else 0.0}
+        for (muon, has_decay), parameters in groups.items()
+    ]

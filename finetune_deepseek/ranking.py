@@ -1,0 +1,91 @@
+"""Scores of full rankings: ranks, hit rate, NDCG, MRR, and how sure they are.
+
+Letters: B users, V items with the padding, S longest list of seen items.
+"""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+CUTOFFS = (5, 10, 20)
+RESAMPLES = 2000
+
+
+def target_ranks(
+    scores: torch.Tensor, targets: torch.Tensor, seen: torch.Tensor, padding_idx: int = 0
+) -> torch.Tensor:
+    """[B] ranks from 1 of the targets among all items that the user hasn't seen; ties count against the target.
+
+    Args:
+        scores: [B, V].
+        targets: [B]; the padding stands for an item that isn't in the catalogue, which ranks behind all others.
+        seen: [B, S] items to leave out, filled up with the padding. The target itself is never left out.
+    """
+    own = scores.gather(1, targets[:, None])
+    better = (scores >= own) | scores.isnan()
+    better.scatter_(1, seen, False)
+    better[:, padding_idx] = False
+    better.scatter_(1, targets[:, None], False)
+    # A score that is no number may not win by comparing false.
+    lost = (targets == padding_idx) | own[:, 0].isnan()
+    return torch.where(lost, scores.shape[1], 1 + better.sum(1))
+
+
+def per_user(ranks: np.ndarray) -> dict[str, np.ndarray]:
+    """What each user adds to each score: hr@k, ndcg@k (one relevant item: 1 / log2(rank + 1)) and mrr, each [B]."""
+    ranks = np.asarray(ranks, dtype=np.float64)
+    scores = {}
+    for k in CUTOFFS:
+        scores[f"hr@{k}"] = (ranks <= k).astype(np.float64)
+        scores[f"ndcg@{k}"] = np.where(ranks <= k, 1 / np.log2(ranks + 1), 0.0)
+    return scores | {"mrr": 1 / ranks}
+
+
+def ranking_scores(ranks: np.ndarray) -> dict[str, float]:
+    """The means over users."""
+    return {name: float(values.mean()) for name, values in per_user(ranks).items()}
+
+
+def bootstrap_interval(values: np.ndarray, seed: int = 0, level: float = 0.95) -> tuple[float, float]:
+    """The percentile interval of the mean over users drawn again with replacement (Efron, 1979)."""
+    rng = np.random.default_rng(seed)
+    # Only how often each value is drawn matters, and there are few different values.
+    different, counts = np.unique(values, return_counts=True)
+    means = rng.multinomial(len(values), counts / len(values), size=RESAMPLES) @ different / len(values)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def paired_p_value(ours: np.ndarray, theirs: np.ndarray, seed: int = 0) -> float:
+    """Two-sided p of a randomisation test for a difference of means: each user's sign flipped at random."""
+    differences = ours - theirs
+    differences = differences[differences != 0]
+    if not len(differences):
+        return 1.0
+    rng = np.random.default_rng(seed)
+    observed, extreme = abs(differences.sum()) - 1e-9, 0
+    for _ in range(20):
+        signs = rng.integers(0, 2, size=(RESAMPLES // 20, len(differences)), dtype=np.int8) * 2 - 1
+        extreme += int((np.abs(signs @ differences) >= observed).sum())
+    return (extreme + 1) / (RESAMPLES + 1)
+
+
+def comparison(
+    ours: np.ndarray, theirs: dict[str, np.ndarray], names: Iterable[str] = ("hr@10", "ndcg@10")
+) -> dict[str, float]:
+    """Scores of others' ranks [B] of the same users, and by how much ours are above, with interval and p.
+
+    Keys are like `popularity_hr@10`, `above_popularity_hr@10` and `..._low`, `..._high`, `..._p`.
+    """
+    results: dict[str, float] = {}
+    own = per_user(ours)
+    for other, ranks in theirs.items():
+        scores = per_user(ranks)
+        results |= {f"{other}_{name}": float(values.mean()) for name, values in scores.items()}
+        for name in names:
+            key, difference = f"above_{other}_{name}", own[name] - scores[name]
+            results[key] = float(difference.mean())
+            results[f"{key}_low"], results[f"{key}_high"] = bootstrap_interval(difference)
+            results[f"{key}_p"] = paired_p_value(own[name], scores[name])
+    return results

@@ -1,0 +1,346 @@
+"""`deepseek-hf recommend`: histories in, the best next items out, by a model of the recommendation task.
+
+Histories are JSON (one list of item ids, or {user: list}), or any file that training reads: interactions, or a list of
+items per user, for a whole user base. Python: `load(folder)`, then `Recommender.recommend`.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
+
+from modeling_deepseek import AutoModelForRecommendation
+
+from . import model_card
+from .arguments import parse_verb
+from .interactions import as_text, clean, in_order, read_columns, read_interactions, sequences, split_file_rows
+from .loading import named_source
+from .recommendation import PADDING, Recommendation
+
+EXAMPLES = """examples:
+  deepseek-hf recommend runs/movies --history items.json --k 10
+      items.json: ["318", "858"], or {"ann": ["318"], "bob": ["50", "858"]}
+  deepseek-hf recommend runs/movies --history ratings.csv --user_column userId --item_column movieId \\
+      --output recommended.parquet
+      the whole user base, as rows of user, rank, item and score"""
+SCHEMA = pa.schema([("user", pa.string()), ("rank", pa.int32()), ("item", pa.string()), ("score", pa.float32())])
+
+
+@dataclass
+class RecommendArguments:
+    """For whom, out of what, and where to."""
+
+    history: str = field(
+        default="", metadata={"help": "File of histories: .json, .jsonl, .csv or .parquet, also .gz."}
+    )
+    k: int = field(default=10, metadata={"help": "Items per user."})
+    exclude_seen: bool = field(default=True, metadata={"help": "Leave out the items of the history."})
+    filter: str | None = field(
+        default=None, metadata={"help": "JSON list, or text with one item per line: the only items to choose from."}
+    )
+    explain: Literal["none", "integrated_gradients", "attention"] = field(
+        default="none", metadata={"help": "Show how much each item of the history carried the first recommendation."}
+    )
+    output: str | None = field(
+        default=None, metadata={"help": "Parquet file for a whole user base; without it, lines on standard output."}
+    )
+    user_column: str = field(default="user_id", metadata={"help": "Column of the user."})
+    item_column: str = field(default="item_id", metadata={"help": "Column of the item."})
+    timestamp_column: str = field(
+        default="timestamp", metadata={"help": "Column of the time; none: the file's order."}
+    )
+    history_column: str = field(default="items", metadata={"help": "Column of a list of items per user."})
+    batch_size: int = field(default=256, metadata={"help": "Users that are scored at once."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
+
+    def __post_init__(self) -> None:
+        if not self.history:
+            raise ValueError("--history is missing: name a file of histories.")
+        for name in ("k", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: it must be 1 or more.")
+        if self.output and self.explain != "none":
+            raise ValueError("--explain prints on standard output; leave out --output.")
+        if self.output and not Path(self.output).parent.is_dir():
+            raise ValueError(f"--output {self.output}: there is no such folder to write to.")
+
+
+class Recommender:
+    """A model with its catalogue: item ids in and out.
+
+    Args:
+        model: of an architecture with `recommend`, see `DeepSeekForRecommendation`.
+        catalogue: its items as tokens.
+    """
+
+    def __init__(self, model: Any, catalogue: PreTrainedTokenizerFast) -> None:
+        self.model = model.eval()
+        self.numbers = catalogue.get_vocab()
+        self.items = cast(list[str], catalogue.convert_ids_to_tokens(list(range(len(catalogue)))))
+
+    def number(self, items: Iterable[Any]) -> tuple[list[int], int]:
+        """Numbers of the known items, and how many are unknown."""
+        texts = as_text(items)
+        known = [self.numbers[text] for text in texts if text in self.numbers]
+        return known, len(texts) - len(known)
+
+    def recommend(
+        self,
+        history: Sequence[Any] | Sequence[Sequence[Any]],
+        k: int = 10,
+        exclude_seen: bool = True,
+        filter: Iterable[Any] | None = None,
+    ) -> list[Any]:
+        """The k best items as (id, score), best first, for one history of item ids or a list for several.
+
+        Raises:
+            ValueError: if a history holds no known item, or nothing is left to recommend.
+        """
+        is_one = not history or not isinstance(history[0], (list, tuple))
+        histories = [history] if is_one else history
+        numbered = []
+        for row, items in enumerate(histories):
+            known, unknown = self.number(cast(Sequence[Any], items))
+            if not known:
+                raise ValueError(f"history {row} has {unknown} items, none of which the model knows")
+            numbered.append(known)
+        found, scores = self.model.recommend(numbered, k, exclude_seen, self.allowed(filter))
+        rows = [
+            [(self.items[item], score) for item, score in zip(items, best, strict=True) if item != PADDING]
+            for items, best in zip(found.tolist(), scores.tolist(), strict=True)
+        ]
+        return rows[0] if is_one else rows
+
+    def allowed(self, items: Iterable[Any] | None) -> list[int] | None:
+        """Numbers of a filter's items.
+
+        Raises:
+            ValueError: if none of them is in the catalogue.
+        """
+        if items is None:
+            return None
+        known, unknown = self.number(items)
+        if not known:
+            raise ValueError(f"the filter leaves nothing: none of its {unknown} items is in the model's catalogue")
+        return known
+
+    def explain(
+        self, history: Sequence[Any], item: str, method: str = "integrated_gradients", steps: int = 32
+    ) -> list[tuple[str, float]]:
+        """How much each known item of the history that the model reads carried the score of `item`.
+
+        Args:
+            method: `integrated_gradients` (Sundararajan et al., arXiv 1703.01365): the shares add up to the score
+                minus that of a history of average items, up to the error of `steps`. `attention`: the last position's
+                attention weights, mean over layers and heads; where the model looked, not why.
+
+        Raises:
+            ValueError: for an unknown item, or a model without such weights.
+        """
+        known, _ = self.number(history)
+        known = known[-self.model.config.max_position_embeddings :]
+        if item not in self.numbers or not known:
+            raise ValueError(f"nothing to explain: {item!r} or the history is not in the model's catalogue")
+        attribute = integrated_gradients if method == "integrated_gradients" else last_attention
+        shares = attribute(self.model, torch.tensor([known], device=self.model.device), self.numbers[item], steps)
+        return [(self.items[number], share) for number, share in zip(known, shares.tolist(), strict=True)]
+
+
+def integrated_gradients(model: Any, history: torch.Tensor, item: int, steps: int = 32) -> torch.Tensor:
+    """[S] shares of a history's items [1, S] in the score of an item, by the midpoint rule.
+
+    From the catalogue's mean embedding: from zero there is no smooth path, for the norms give every vector its length.
+    """
+    table = model.get_input_embeddings()
+    average = table.weight.detach().mean(0)
+    embeddings = table(history).detach()
+    total = torch.zeros_like(embeddings)
+    mask = torch.ones_like(history)
+    for step in range(steps):
+        point = average.lerp(embeddings, (step + 0.5) / steps).requires_grad_()
+        score = model(inputs_embeds=point, attention_mask=mask, use_cache=False).logits[0, item]
+        total += torch.autograd.grad(score, point)[0]
+    return ((embeddings - average) * total / steps).sum(-1)[0]
+
+
+@torch.no_grad()
+def last_attention(model: Any, history: torch.Tensor, item: int, steps: int = 0) -> torch.Tensor:
+    """[S] weights that the last position gives to each of a history [1, S], mean over layers and heads."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # the only one that returns weights
+    try:
+        attentions = model(input_ids=history, output_attentions=True, use_cache=False).attentions
+    finally:
+        model.set_attn_implementation(before)
+    if not attentions:
+        raise ValueError(f"{type(model).__name__} gives no attention weights; use integrated_gradients.")
+    return torch.stack([layer[0, :, -1].mean(0) for layer in attentions]).mean(0)
+
+
+def load(name: str, revision: str = "main") -> Recommender:
+    """The recommender in a folder or on the Hub, on the accelerator if there is one.
+
+    Raises:
+        ValueError: with one line, if there is none.
+    """
+    model_card.run_settings(name, revision, Recommendation.name)
+    with named_source("model", name):
+        catalogue = PreTrainedTokenizerFast.from_pretrained(name, revision=revision)
+        model = AutoModelForRecommendation.from_pretrained(name, revision=revision)
+    if torch.accelerator.is_available():
+        model = model.to(torch.accelerator.current_accelerator())
+    return Recommender(model, catalogue)
+
+
+def read_histories(arguments: RecommendArguments) -> dict[str, list[Any]]:
+    """Histories by user; a single list is that of the user `1`.
+
+    Raises:
+        ValueError: for a file that can't be read as histories.
+    """
+    path = arguments.history
+    if path.endswith(".json"):
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"--history {path}: can't be read ({error.strerror}).") from error
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            content = None  # perhaps lines; the reader below says what is wrong
+        if isinstance(content, dict) and all(isinstance(items, list) for items in content.values()):
+            return {str(user): items for user, items in content.items()}
+        if isinstance(content, list) and not any(isinstance(item, dict) for item in content):
+            return {"1": content}
+    columns = read_columns(path)
+    if arguments.history_column in columns:
+        names = (arguments.user_column, arguments.history_column, "")
+        rows, notes = split_file_rows(columns, names, "train", path)
+        histories = {row["user"]: row["source"] for row in rows}
+    else:
+        names = (arguments.user_column, arguments.item_column, arguments.timestamp_column)
+        frame, notes = clean(read_interactions(columns, names, path), keep_repeats=False, k_core=1)
+        histories = sequences(in_order(frame, "file", 0)[0])
+    for note in notes:
+        print(note, file=sys.stderr)
+    return histories
+
+
+def read_filter(path: str | None) -> list[Any] | None:
+    """Item ids of a JSON list, or of a text's lines.
+
+    Raises:
+        ValueError: if it can't be read, or is empty.
+    """
+    if path is None:
+        return None
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--filter {path}: can't be read ({error}).") from error
+    try:
+        items = (
+            json.loads(text) if text.lstrip().startswith("[") else [line for line in text.splitlines() if line.strip()]
+        )
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--filter {path}, line {error.lineno}: broken JSON: {error.msg}.") from error
+    if not items:
+        raise ValueError(f"--filter {path}: it names no item, so nothing could be recommended.")
+    return list(items)
+
+
+def known_histories(recommender: Recommender, histories: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Those with an item that the model knows; what is left out is counted on standard error.
+
+    Raises:
+        ValueError: if none is left.
+    """
+    counts = {user: recommender.number(items) for user, items in histories.items()}
+    unknown, silent = sum(count for _, count in counts.values()), [u for u, (known, _) in counts.items() if not known]
+    if unknown:
+        print(f"left out {unknown:,} items of histories that are not in the model's catalogue", file=sys.stderr)
+    if silent:
+        print(
+            f"{len(silent):,} of {len(histories):,} users have no known item and get nothing, first {silent[0]!r}",
+            file=sys.stderr,
+        )
+    if len(silent) == len(histories):
+        raise ValueError("No history holds an item that the model knows; are the ids those of its training data?")
+    return {user: items for user, items in histories.items() if counts[user][0]}
+
+
+def batches(
+    recommender: Recommender,
+    histories: dict[str, list[Any]],
+    arguments: RecommendArguments,
+    allowed: list[Any] | None,
+    report: Callable[[int], Any],
+) -> Iterator[list[tuple[str, list[tuple[str, float]]]]]:
+    """Users with their items and scores, batch by batch in the histories' order."""
+    users = list(histories)
+    for start in range(0, len(users), arguments.batch_size):
+        batch = users[start : start + arguments.batch_size]
+        rows = recommender.recommend([list(histories[u]) for u in batch], arguments.k, arguments.exclude_seen, allowed)
+        report(len(batch))
+        yield list(zip(batch, rows, strict=True))
+
+
+def write_parquet(path: str, parts: Iterator[list[tuple[str, list[tuple[str, float]]]]]) -> int:
+    """Write rows of user, rank, item, score as they come, whole or not at all; gives their number."""
+    beside = Path(path).with_name(f".{Path(path).name}.saving")
+    count = 0
+    try:
+        with pq.ParquetWriter(beside, SCHEMA) as writer:
+            for part in parts:
+                rows = [(u, rank, item, score) for u, row in part for rank, (item, score) in enumerate(row, start=1)]
+                columns = list(zip(*rows, strict=True)) or [(), (), (), ()]
+                writer.write_table(pa.table(dict(zip(SCHEMA.names, columns, strict=True)), schema=SCHEMA))
+                count += len(rows)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return count
+
+
+def parse(argv: Sequence[str]) -> tuple[str, RecommendArguments]:
+    """The model and the arguments.
+
+    Raises:
+        ValueError: with one line, for flags that don't fit.
+    """
+    return parse_verb("recommend", RecommendArguments, argv, "MODEL --history FILE [--flag value ...]", EXAMPLES)
+
+
+def recommend(argv: Sequence[str]) -> None:
+    """Do what `deepseek-hf recommend` is followed by.
+
+    Raises:
+        ValueError: with one line, for bad input.
+    """
+    name, arguments = parse(argv)
+    allowed, histories = read_filter(arguments.filter), read_histories(arguments)
+    disable_progress_bar()  # the bar of loading weights; ours counts users
+    recommender = load(name, arguments.model_revision)
+    histories = known_histories(recommender, histories)
+    with tqdm(total=len(histories), desc="recommend", unit="user", file=sys.stderr) as bar:
+        parts = batches(recommender, histories, arguments, allowed, bar.update)
+        if arguments.output:
+            count = write_parquet(arguments.output, parts)
+        else:
+            rows = [row for part in parts for row in part]
+    if arguments.output:
+        print(f"{count:,} recommendations for {len(histories):,} users: {arguments.output}")
+        return
+    for user, items in rows:
+        line: dict[str, Any] = {"user": user, "items": [item for item, _ in items], "scores": [s for _, s in items]}
+        if arguments.explain != "none":
+            shares = recommender.explain(histories[user], items[0][0], arguments.explain)
+            line[arguments.explain] = {"of": items[0][0], "history": dict(sorted(shares, key=lambda pair: -pair[1]))}
+        print(json.dumps(line, ensure_ascii=False))

@@ -1,0 +1,470 @@
+"""Recommendation: the items of a user's history in, a score for every item to come next out.
+
+Data are interactions (user, item, time) that are split here, files of ready histories and targets, MovieLens-100K out
+of RecBole, or the embedded simulated users. The catalogue is a tokenizer with one token per item, in an order made by
+hashing: item numbers say nothing about when an item first appeared. Scores are counted by full ranking: every item but
+those of the history, ties against the target.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+import pandas as pd
+import torch
+from datasets import Dataset, load_dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from modeling_deepseek import AutoModelForRecommendation
+
+from .arguments import ModelArguments
+from .data import SPLITS, find_files
+from .files import write_text
+from .interactions import (
+    SplitRows,
+    as_dataset,
+    by_time,
+    clean,
+    in_order,
+    leave_one_out,
+    ml_100k,
+    read_columns,
+    read_interactions,
+    simulated,
+    split_file_rows,
+)
+from .optimization import IGNORED_LABEL
+from .ranking import bootstrap_interval, comparison, per_user, ranking_scores, target_ranks
+from .recommendation_baselines import baseline_ranks
+from .sasrec import sasrec_config
+from .task import CausalCollator, Rows, Task
+from .trainer import prefixed
+
+PADDING, PADDING_TOKEN = 0, "<padding>"
+SHOWN_ITEMS = 20  # recommendations that are kept per scored user
+RANKS_FILE = "user_ranks.csv"
+# What a trained model depends on: written into its card, and taken from there by evaluate and predict.
+MODEL_SETTINGS = ("max_length",)
+
+
+@dataclass
+class RecommendationArguments:
+    """Which interactions, and how they are split."""
+
+    _argument_group_name = "data"
+    SOURCES = ("interactions_file", "dataset_name", "data_dir", "train_file", "validation_file", "test_file")
+
+    interactions_file: str | None = field(
+        default=None, metadata={"help": "One file of user, item and time: .csv, .json, .jsonl or .parquet, also .gz."}
+    )
+    user_column: str = field(default="user_id", metadata={"help": "Column of the user."})
+    item_column: str = field(default="item_id", metadata={"help": "Column of the item."})
+    timestamp_column: str = field(
+        default="timestamp", metadata={"help": "Column of the time, numbers or dates; none takes the file's order."}
+    )
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "ml-100k (out of RecBole), or interactions on the Hub, in the split train."}
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
+    data_dir: str | None = field(
+        default=None, metadata={"help": "Folder with train, validation and test files of ready histories."}
+    )
+    train_file: str | None = field(default=None, metadata={"help": "A list of items per user (--history_column)."})
+    validation_file: str | None = field(default=None, metadata={"help": "The same, and the item that came next."})
+    test_file: str | None = field(default=None, metadata={"help": "The same as for validation."})
+    history_column: str = field(default="items", metadata={"help": "Column of the list; in csv with spaces between."})
+    target_column: str = field(default="target", metadata={"help": "Column of the item that came next."})
+    split: Literal["leave_one_out", "time"] = field(
+        default="leave_one_out",
+        metadata={"help": "Test is each user's last item and validation the one before, or the time after a cut."},
+    )
+    time_share: float = field(default=0.1, metadata={"help": "Share of the interactions after each cut in time."})
+    tie_rule: Literal["file", "item", "random"] = field(
+        default="file", metadata={"help": "What orders a user's items of equal time; it can change scores by half."}
+    )
+    k_core: int = field(default=1, metadata={"help": "Leave out users and items with fewer interactions, repeatedly."})
+    keep_repeats: bool = field(default=False, metadata={"help": "Keep an item that the user had before."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use this many training users at most."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "The same, for validation."})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "The same, for test."})
+    max_length: int = field(
+        default=50, metadata={"help": "Items of a history that the model reads; training histories are cut into such."}
+    )
+    baselines: bool = field(
+        default=True, metadata={"help": "Score popularity, transitions and item-kNN beside the model (--do_predict)."}
+    )
+    sasrec: bool = field(
+        default=False,
+        metadata={"help": "Train SASRec of the width, depth and heads of the --preset, to compare with."},
+    )
+    compare_with: list[str] | None = field(
+        default=None,
+        metadata={"help": f"Folders of other runs, whose {RANKS_FILE} are compared user by user.", "metavar": "RUN"},
+    )
+
+    def __post_init__(self) -> None:
+        files = any((self.train_file, self.validation_file, self.test_file))
+        if sum((bool(self.interactions_file), bool(self.dataset_name), bool(self.data_dir), files)) > 1:
+            raise ValueError(
+                "--interactions_file, --dataset_name, --data_dir and the --train_file group are ways to name data; "
+                "use one."
+            )
+        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples", "k_core"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} {value}: it must be 1 or more.")
+        if self.max_length < 2:
+            raise ValueError(f"--max_length {self.max_length}: it must be 2 or more.")
+        if not 0 < self.time_share < 0.5:
+            raise ValueError(f"--time_share {self.time_share:g}: it must be above 0 and below 0.5.")
+
+    @property
+    def is_embedded(self) -> bool:
+        return not any(getattr(self, name) for name in self.SOURCES)
+
+
+def find_split_files(folder: str) -> dict[str, str]:
+    """As `find_files`, but a file that bears just the split's name goes before others that begin with it.
+
+    Raises:
+        ValueError: as `find_files`.
+    """
+    exact = {}
+    for path in sorted(Path(folder).iterdir()) if Path(folder).is_dir() else ():
+        if path.name.partition(".")[0] in SPLITS and path.suffix != ".md":
+            exact[path.name.partition(".")[0]] = str(path)
+    return exact if "train" in exact or "test" in exact else find_files(folder)
+
+
+def item_tokenizer(items: set[str], seed: int) -> PreTrainedTokenizerFast:
+    """One token per item: number 0 is the padding, the others follow the hash of seed and id.
+
+    Raises:
+        ValueError: for an empty catalogue, or an item that is named like the padding.
+    """
+    if len(items) < 2:
+        raise ValueError(f"The catalogue has {len(items)} items; recommending needs two or more.")
+    if PADDING_TOKEN in items:
+        raise ValueError(f"An item is named {PADDING_TOKEN}, which stands for no item; rename it.")
+    ordered = sorted(items, key=lambda item: hashlib.blake2b(f"{seed} {item}".encode(), digest_size=8).digest())
+    vocabulary = {token: number for number, token in enumerate([PADDING_TOKEN, *ordered])}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary)), pad_token=PADDING_TOKEN)
+
+
+class RecommendationCollator(CausalCollator):
+    """Pads histories on the right; for evaluation also the items that were seen."""
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = {}
+        batch["input_ids"], batch["attention_mask"] = self._pad([f["input_ids"] for f in features])
+        if "target" in features[0]:
+            batch["seen"], _ = self._pad([f["seen"] for f in features])
+            batch["target"] = torch.tensor([f["target"] for f in features])
+        else:
+            labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED_LABEL)
+            labels[:, 0] = IGNORED_LABEL  # nothing stands before it
+            batch["labels"] = labels
+        if "row" in features[0]:
+            batch["row"] = torch.tensor([f["row"] for f in features])
+        return batch
+
+
+class Recommendation(Task):
+    """See the module. Rows are `user`, `source` (the history as item ids) and `target`."""
+
+    name = "recommendation"
+    arguments_class = RecommendationArguments
+    auto_class = AutoModelForRecommendation
+    tokenizer_class = PreTrainedTokenizerFast
+    peft_task_type = "FEATURE_EXTRACTION"
+    recipe = Path(__file__).parent / "examples" / "recommendation.yaml"
+    examples = """examples:
+  deepseek-hf finetune recommendation
+      the built-in recipe on simulated users: SASRec first, then a small model that is compared with it
+  deepseek-hf finetune recommendation --preset tiny_llm --interactions_file ratings.csv --user_column userId \\
+      --item_column movieId --k_core 5 --output_dir runs/movies
+      a small model on your interactions
+  deepseek-hf finetune recommendation --preset tiny_llm --dataset_name ml-100k --tie_rule random --output_dir runs/ml
+      MovieLens-100K, once `pip download recbole==1.2.1 --no-deps` has brought it here"""
+
+    def __init__(self, arguments: RecommendationArguments, seed: int) -> None:
+        self.arguments = arguments
+        self.seed = seed
+        self.notes: list[str] = []  # on the data, for the screen and the card
+        self.table = ""
+        self.numbers: dict[str, int] = {}  # item id -> number, known with the tokenizer
+        self.others: dict[str, pd.Series] = {}
+        for folder in arguments.compare_with or []:
+            self.others[Path(folder).name] = read_ranks(folder)
+
+    def _note(self, *lines: str) -> None:
+        self.notes += lines
+        for line in lines:
+            print(line)
+
+    # -- rows --
+
+    def load_splits(self) -> dict[str, Rows]:
+        arguments = self.arguments
+        if arguments.data_dir or arguments.train_file or arguments.validation_file or arguments.test_file:
+            splits = self._read_split_files()
+        else:
+            splits = self._split_interactions()
+        limits = (arguments.max_train_samples, arguments.max_eval_samples, arguments.max_predict_samples)
+        limited = {name: splits[name][:limit] for name, limit in zip(SPLITS, limits, strict=True) if splits.get(name)}
+        known = {item for row in limited.get("train", []) for item in row["source"]}
+        for name in ("validation", "test"):
+            if known and name in limited and (new := sum(row["target"] not in known for row in limited[name])):
+                self._note(f"{name}: {new:,} of {len(limited[name]):,} targets are in no training history; they count")
+        return {name: as_dataset(rows) for name, rows in limited.items()}
+
+    def _read_split_files(self) -> SplitRows:
+        arguments = self.arguments
+        files = find_split_files(arguments.data_dir) if arguments.data_dir else {
+            split: path for split in SPLITS if (path := getattr(arguments, f"{split}_file"))
+        }  # fmt: skip
+        names = (arguments.user_column, arguments.history_column, arguments.target_column)
+        splits = {}
+        for split, path in files.items():
+            splits[split], notes = split_file_rows(read_columns(path), names, split, path)
+            if not splits[split]:
+                raise ValueError(f"{path}: no row has a history{' and a target' * (split != 'train')}.")
+            self._note(*notes)
+        return splits
+
+    def _split_interactions(self) -> SplitRows:
+        arguments = self.arguments
+        frame, notes = clean(self._read_interactions(), arguments.keep_repeats, arguments.k_core)
+        self._note(*notes)
+        frame, notes = in_order(frame, arguments.tie_rule, self.seed)
+        self._note(*notes)
+        self._note(
+            f"{frame['user'].nunique():,} users, {frame['item'].nunique():,} items, {len(frame):,} interactions"
+        )
+        splits, notes = (
+            leave_one_out(frame) if arguments.split == "leave_one_out" else by_time(frame, arguments.time_share)
+        )
+        self._note(*notes)
+        if not splits["test"]:
+            raise ValueError(
+                "No user has enough interactions to be scored; three each are needed, or another --split."
+            )
+        return splits
+
+    def _read_interactions(self) -> pd.DataFrame:
+        arguments = self.arguments
+        if arguments.is_embedded:
+            self._note("simulated users over CLDR's territories: they show the code path, not how people behave")
+            return simulated()
+        names = (arguments.user_column, arguments.item_column, arguments.timestamp_column)
+        if arguments.interactions_file:
+            path = arguments.interactions_file
+            return read_interactions(read_columns(path), names, path)
+        name = cast(str, arguments.dataset_name)
+        if name == "ml-100k":
+            return ml_100k()
+        try:
+            dataset = load_dataset(name, arguments.dataset_config_name, split="train")
+        except Exception as error:  # the Hub client, datasets and pyarrow each raise classes of their own
+            raise ValueError(f"--dataset_name {name}: {' '.join(str(error).split())}") from error
+        return read_interactions(dataset.to_dict(), names, f"{name}, split train")
+
+    # -- catalogue and model --
+
+    def tokenizer_texts(self, splits: dict[str, Rows]) -> Iterator[str]:
+        for rows in splits.values():
+            for history in rows["source"]:
+                yield from history
+            yield from (target for target in rows["target"] if target is not None)
+
+    def new_tokenizer(self, arguments: ModelArguments, splits: dict[str, Rows]) -> PreTrainedTokenizerBase:
+        """The items of all splits: one that is new in a scored split is ranked too, as it would be in use."""
+        return item_tokenizer(set(self.tokenizer_texts(splits)), self.seed)
+
+    def config_fields(self, splits: dict[str, Rows], saved: dict[str, Any]) -> dict[str, Any]:
+        return {} if saved else {"max_position_embeddings": self.arguments.max_length}
+
+    def model_config(self, config: Any) -> Any:
+        return sasrec_config(config) if self.arguments.sasrec else config
+
+    # -- features --
+
+    def features(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, is_training: bool) -> Rows:
+        """Item numbers; training histories in windows of --max_length + 1, which overlap by one item, so that every
+        item but a history's first is learned once in each epoch. For evaluation also `seen` and `target`.
+
+        Raises:
+            ValueError: if nothing can be learned, or no history holds an item of the catalogue.
+        """
+        self.numbers = tokenizer.get_vocab()
+        limit, unknown = self.arguments.max_length, 0
+        features: dict[str, list[Any]] = {"input_ids": [], "length": []}
+        if not is_training:
+            features |= {"seen": [], "target": []}
+        columns = (rows["user"], rows["source"], rows["target"])
+        for user, history, next_item in zip(*columns, strict=True):
+            numbers = [self.numbers[item] for item in history if item in self.numbers]
+            unknown += len(history) - len(numbers)
+            if is_training:
+                windows = [numbers[max(0, end - limit - 1) : end] for end in range(len(numbers), 1, -limit)]
+            else:
+                if not numbers:
+                    raise ValueError(f"User {user}: no item of this history is in the model's catalogue.")
+                windows = [numbers[-limit:]]
+                target = self.numbers.get(next_item, PADDING)
+                # A repeated target stays among what can be recommended.
+                features["seen"].append([number for number in numbers if number != target] or [PADDING])
+                features["target"].append(target)
+            features["input_ids"] += windows
+        features["length"] = [len(window) - is_training for window in features["input_ids"]]
+        if unknown:
+            self._note(f"left out {unknown:,} items of histories that are not in the model's catalogue")
+        if not is_training and (missing := features["target"].count(PADDING)):
+            self._note(f"{missing:,} of {len(rows):,} targets are not in the model's catalogue; they rank last")
+        if not features["input_ids"]:
+            raise ValueError("No training history has two items, so there is nothing to learn.")
+        return Dataset.from_dict(features)
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> RecommendationCollator:
+        return RecommendationCollator(PADDING)
+
+    def loss_function(self, label_smoothing: float) -> Callable[..., torch.Tensor] | None:
+        if label_smoothing:
+            raise ValueError("--label_smoothing_factor: the losses over items have none; leave it out.")
+        return None
+
+    # -- scores and reports --
+
+    def predict_batch(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Mean cross entropy over all items, and [B, 1 + items]: the target's rank and the best unseen items."""
+        scores = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.float()
+        targets, seen = inputs["target"], inputs["seen"]
+        scores[:, PADDING] = float("-inf")
+        loss = torch.nn.functional.cross_entropy(scores, targets, ignore_index=PADDING)
+        ranks = target_ranks(scores, targets, seen, PADDING)
+        best = scores.scatter(1, seen, float("-inf")).topk(min(SHOWN_ITEMS, scores.shape[1] - 1))
+        items = best.indices.masked_fill(best.values == float("-inf"), PADDING)
+        return loss, torch.cat((ranks[:, None], items), dim=1)
+
+    def decode(self, outputs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+        tokens = np.array(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))), dtype=object)
+        return [
+            {"rank": int(row[0]), "items": tokens[row[1:][row[1:] > PADDING]].tolist()} for row in outputs.astype(int)
+        ]
+
+    def score(self, predictions: list[Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return ranking_scores(np.array([prediction["rank"] for prediction in predictions])) | {
+            "ranking_signature": f"full ranking of {len(self.numbers) - 1:,} items, history excluded, ties against us"
+        }
+
+    def _baselines(self, train: Rows | None, rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+        """Ranks of the same targets by each baseline, if there are training rows."""
+        if not self.arguments.baselines or not isinstance(train, Dataset):
+            return {}
+
+        def numbered(histories: Any) -> list[list[int]]:
+            return [[self.numbers[item] for item in history if item in self.numbers] for history in histories]
+
+        histories = [history for history in numbered(train["source"]) if history]
+        targets = [self.numbers.get(row["target"], PADDING) for row in rows]
+        return baseline_ranks(histories, numbered(row["source"] for row in rows), targets, len(self.numbers))
+
+    def report(
+        self, predictions: list[Any], rows: list[dict[str, Any]], train: Rows | None, folder: Path
+    ) -> dict[str, Any]:
+        """Intervals over users, the baselines and other runs with paired tests; ranks per user go into a file.
+
+        Raises:
+            ValueError: if another run has scored other users.
+        """
+        ranks = np.array([prediction["rank"] for prediction in predictions])
+        users = [row["user"] for row in rows]
+        others = self._baselines(train, rows)
+        for name, column in self.others.items():
+            if set(users) - set(column.index):
+                raise ValueError(f"--compare_with {name}: that run has scored other users; give both the same data.")
+            others[name] = column[users].to_numpy()
+        results: dict[str, Any] = {}
+        for name in ("hr@10", "ndcg@10"):
+            results[f"test_{name}_low"], results[f"test_{name}_high"] = bootstrap_interval(per_user(ranks)[name])
+        results |= comparison(ranks, others)
+        if "popularity" in others:
+            results |= prefixed("baseline", ranking_scores(others["popularity"]))  # the card's second column
+        frame = pd.DataFrame({"user": users, "target": [row["target"] for row in rows], "rank": ranks} | others)
+        write_text(folder / RANKS_FILE, frame.to_csv(index=False))
+        self.table = scores_table(ranks, others, results)
+        print(f"\n{self.table}\n")
+        return results
+
+    def card_data(self) -> dict[str, Any]:
+        arguments = self.arguments
+        paths = (arguments.interactions_file, arguments.data_dir, arguments.train_file, arguments.test_file)
+        local = ", ".join(Path(path).name for path in paths if path)
+        source = "CLDR territories, simulated users" if arguments.is_embedded else arguments.dataset_name or local
+        return {
+            "language": None,
+            "pipeline_tag": "other",
+            "datasets": [arguments.dataset_name] if arguments.dataset_name and "/" in arguments.dataset_name else [],
+            "metrics": {name: (name, name.upper()) for name in ranking_scores(np.ones(1))},
+            "dataset_name": source,
+            "baseline": "popularity",
+            "title": "recommendation",
+            "code": CARD_CODE if not arguments.sasrec else "",
+            "prompt": "",
+            "prediction": "the items of the highest scores",
+            "data": "\n".join(f"- {note}" for note in self.notes) + f"\n\n{self.table}",
+            "preprocessing": f"at most {arguments.max_length} items of a history; items numbered by a hash",
+            "settings": {"task": self.name} | {name: getattr(arguments, name) for name in MODEL_SETTINGS},
+        }
+
+
+CARD_CODE = """from modeling_deepseek import AutoModelForRecommendation
+from transformers import PreTrainedTokenizerFast
+
+catalogue = PreTrainedTokenizerFast.from_pretrained("{name}")
+model = AutoModelForRecommendation.from_pretrained("{name}")
+history = [5, 3, 8]  # numbers of items, oldest first, as catalogue.convert_tokens_to_ids gives them
+items, scores = model.recommend(history, k=10)
+print(catalogue.convert_ids_to_tokens(items.tolist()))"""
+
+
+def read_ranks(folder: str) -> pd.Series:
+    """Ranks by user of another run.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    path = Path(folder) / RANKS_FILE
+    try:
+        frame = pd.read_csv(path, dtype={"user": str})
+        return frame.set_index("user")["rank"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"--compare_with {folder}: no {RANKS_FILE} of a scored run there ({error}).") from error
+
+
+def scores_table(ranks: np.ndarray, others: dict[str, np.ndarray], results: dict[str, Any]) -> str:
+    """Markdown: HR@10 and NDCG@10 of the model and all others, and how far the model is above them."""
+    names = ("hr@10", "ndcg@10")
+    lines = [
+        "| | HR@10 | NDCG@10 | model above, HR@10 [95 %] | p | model above, NDCG@10 [95 %] | p |",
+        "|---|---|---|---|---|---|---|",
+        "| model | "
+        + " | ".join(
+            f"{per_user(ranks)[n].mean():.4f} [{results[f'test_{n}_low']:.4f}, {results[f'test_{n}_high']:.4f}]"
+            for n in names
+        )
+        + " | - | - | - | - |",
+    ]
+    for other in others:
+        cells = [f"{results[f'{other}_{name}']:.4f}" for name in names]
+        for name in names:
+            key = f"above_{other}_{name}"
+            cells += [f"{results[key]:+.4f} [{results[f'{key}_low']:+.4f}, {results[f'{key}_high']:+.4f}]"]
+            cells += [f"{results[f'{key}_p']:.4f}"]
+        lines.append(f"| {other} | {' | '.join(cells)} |")
+    return "\n".join(lines)

@@ -1,0 +1,146 @@
+"""What a task is to the training path: rows, features, a collator, scores."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar, TypeAlias
+
+import numpy as np
+import torch
+from datasets import Dataset, IterableDataset
+from torch.utils.data import Sampler
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+
+from tokenization_deepseek import train_tokenizer
+
+from .arguments import ModelArguments
+from .checks import Report
+from .optimization import IGNORED_LABEL
+
+Rows: TypeAlias = Dataset | IterableDataset
+
+
+class Task(ABC):
+    """What a task supplies. A subclass sets the class variables and is entered in `TASKS`."""
+
+    name: ClassVar[str]
+    arguments_class: ClassVar[type]  # the dataclass of its data flags
+    recipe: ClassVar[Path | None] = None  # YAML file to run when neither a model nor data is named
+    examples: ClassVar[str] = ""  # the end of --help
+    auto_class: Any = AutoModelForCausalLM
+    tokenizer_class: ClassVar[Any] = None  # that of its saved models, None for the model's own
+    peft_task_type: str = "CAUSAL_LM"
+
+    def __init__(self, arguments: Any, seed: int) -> None:
+        self.arguments = arguments
+        self.seed = seed
+
+    @abstractmethod
+    def load_splits(self) -> dict[str, Rows]:
+        """Rows by split: some of train, validation, test. Only train may be a stream.
+
+        A row has `source` and `target`, which are shown beside the prediction, and what else the task needs.
+        """
+
+    @abstractmethod
+    def tokenizer_texts(self, splits: dict[str, Rows]) -> Iterator[str]:
+        """Texts to train a tokenizer on."""
+
+    def new_tokenizer(self, arguments: ModelArguments, splits: dict[str, Rows]) -> PreTrainedTokenizerBase:
+        """The tokenizer of a model with random weights."""
+        tokenizer = train_tokenizer(self.tokenizer_texts(splits), arguments.vocab_size, arguments.tokenizer_generation)
+        print(f"trained a tokenizer of {len(tokenizer):,} tokens")
+        return tokenizer
+
+    def model_config(self, config: Any) -> Any:
+        """The config of a model with random weights, made of what was asked for."""
+        return config
+
+    def config_fields(self, splits: dict[str, Rows], saved: dict[str, Any]) -> dict[str, Any]:
+        """Fields of the model's config that the data decide, such as its labels. Called before `features`.
+
+        `saved` is the config.json of the model or adapter that is loaded, empty for random weights.
+        """
+        return {}
+
+    @abstractmethod
+    def features(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, is_training: bool) -> Rows:
+        """Model inputs with a `length` in tokens; for evaluation one per row in the rows' order."""
+
+    @abstractmethod
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        """What makes a batch of features."""
+
+    def sampler(self, features: Dataset) -> Sampler[int] | None:
+        """The order of the training features, None for that of --train_sampling_strategy."""
+        return None
+
+    def loss_function(self, label_smoothing: float) -> Callable[..., torch.Tensor] | None:
+        """Trainer's `compute_loss_func`, None for the model's own loss."""
+        return None
+
+    def generation_config(self, tokenizer: PreTrainedTokenizerBase, num_beams: int) -> GenerationConfig | None:
+        """How to generate at evaluation, None to predict from the model's logits."""
+        return None
+
+    def predict_batch(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor] | None:
+        """Loss and outputs [B, ...] of an evaluation batch; None takes them from `generate` or the model's logits."""
+        return None
+
+    def decode(self, outputs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+        """One prediction per row, as `score` and JSON take it, from generated tokens [B, T] or from logits."""
+        ids = np.where(outputs == IGNORED_LABEL, tokenizer.pad_token_id, outputs)
+        return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    @abstractmethod
+    def score(self, predictions: list[Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Scores (numbers) and their signatures (texts) of one prediction per row."""
+
+    def check_splits(self, splits: dict[str, Rows], tokenizer: PreTrainedTokenizerBase) -> Report:
+        """Faults in the data by split, see checks.py."""
+        return {}
+
+    def baseline(self, train: Rows | None, rows: list[dict[str, Any]]) -> list[Any] | None:
+        """Predictions of a trivial method to compare with, None for no comparison."""
+        return None
+
+    def report(
+        self, predictions: list[Any], rows: list[dict[str, Any]], train: Rows | None, folder: Path
+    ) -> dict[str, Any]:
+        """Further results of the test split; files of its own go into the folder."""
+        return {}
+
+    @abstractmethod
+    def card_data(self) -> dict[str, Any]:
+        """What the model card says about the task and its data; see model_card.py."""
+
+
+class CausalCollator:
+    """Pads a batch for a causal model: full rows on the right, generation prompts (if any) on the left."""
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = {}
+        if "input_ids" in features[0]:
+            batch["input_ids"], batch["attention_mask"] = self._pad([f["input_ids"] for f in features])
+            labels, _ = self._pad([f["labels"] for f in features])
+            batch["labels"] = labels.masked_fill(batch["attention_mask"] == 0, IGNORED_LABEL)
+        if "prompt_ids" in features[0]:
+            prompts = [f["prompt_ids"] for f in features]
+            batch["prompt_ids"], batch["prompt_mask"] = self._pad(prompts, left=True)
+        if "row" in features[0]:
+            batch["row"] = torch.tensor([f["row"] for f in features])
+        return batch
+
+    def _pad(self, rows: list[list[int]], left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and attention mask, both [B, T] with the longest row's T."""
+        width = max(map(len, rows))
+        ids = torch.full((len(rows), width), self.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for index, row in enumerate(rows):
+            place = slice(width - len(row), width) if left else slice(len(row))
+            ids[index, place] = torch.tensor(row, dtype=ids.dtype)
+            mask[index, place] = 1
+        return ids, mask
