@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 READMES = ("README.md", "README.zh-CN.md")
 PAIRS = [("one", "eins"), ("two", "zwei"), ("three", "drei")]
+VERBS = ("evaluate", "predict", "translate", "export", "inspect")
 # What makes a run of the README's commands small; appended, so it wins.
 SMALL = ["--max_steps", "1", "--vocab_size", "300", "--per_device_train_batch_size", "2", "--max_target_length", "8"]
 
@@ -73,8 +74,8 @@ def test_translation_commands_run(tmp_path):
         (tmp_path / name).write_text("\n".join(map(json.dumps, rows)))
     shown = [command for command in commands("README.md") if "--train_file" in command or "--help" in command]
     assert len(shown) == 3
-    verbs = [command for command in commands("README.md") if command[1] in ("evaluate", "predict", "translate")]
-    assert len(verbs) == 3
+    verbs = [command for command in commands("README.md") if command[1] in VERBS]
+    assert len(verbs) == 8
     (tmp_path / "english.txt").write_text("one\n\ntwo\n")
     for command in shown + verbs:
         assert command[0] == "deepseek-hf"
@@ -84,6 +85,8 @@ def test_translation_commands_run(tmp_path):
     assert (tmp_path / "runs/en-de-lora/adapter_model.safetensors").is_file()
     assert (tmp_path / "runs/en-de-dev/eval_results.json").is_file()
     assert (tmp_path / "runs/predict-en-de-lora/generated_predictions.jsonl").is_file()
+    for name in ("native/config.json", "merged/config.json", "en-de.gguf", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "exported" / name).is_file()
     assert (tmp_path / "german.txt").read_text(encoding="utf-8").count("\n") == 3
 
 

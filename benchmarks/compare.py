@@ -1,0 +1,216 @@
+"""Runs of `deepseek-hf finetune` side by side, as a YAML file describes them, and their table in docs/results.md.
+
+    python benchmarks/compare.py benchmarks/multi30k_20_minutes.yaml --data ../shared/data --output runs/results
+
+For each system the flag under `choose` is tried with each of its values, and the best by the validation score named
+there is kept; then every seed is run with every system in turn (A B A B). What is found in --output, or in
+docs/results/NAME.json from earlier calls, isn't repeated; table and JSON are written at the end. A value `{data}` in a
+flag stands for --data, `{runs}` for this table's folder in --output, `{here}` for the folder of the YAML file.
+`include` names a table whose keys this one adds to or replaces, and `prepare` has runs that come first, whose folders
+are `{runs}/NAME`.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import yaml
+
+RESULTS = Path(__file__).parents[1] / "docs" / "results.md"
+PACKAGES = ("torch", "transformers", "peft", "datasets", "sacrebleu")
+KEPT = "_by_scores.json"
+
+
+def flags(settings: dict[str, Any], places: dict[str, str]) -> list[str]:
+    """Settings as flags, without those that are null; the words in braces filled in."""
+    words: list[str] = []
+    for name, value in settings.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        words += [f"--{name}", *(fill(str(value), places) for value in values)]
+    return words
+
+
+def fill(text: str, places: dict[str, str]) -> str:
+    for name, place in places.items():
+        text = text.replace("{" + name + "}", place)
+    return text
+
+
+def run(task: str, settings: dict[str, Any], folder: Path, places: dict[str, str]) -> dict[str, Any]:
+    """The results of one run; those on disk if it was done before."""
+    results = folder / "all_results.json"
+    if not results.is_file():
+        words = flags({**settings, "output_dir": str(folder), "overwrite_output_dir": True}, places)
+        folder.mkdir(parents=True, exist_ok=True)
+        print(time.strftime("%H:%M"), shlex.join(words), flush=True)
+        with open(f"{folder}.log", "w") as log:
+            threads = str(settings.get("cpu_threads", ""))
+            environment = os.environ | ({"OMP_NUM_THREADS": threads} if threads else {})
+            command = [sys.executable, "-m", "finetune_deepseek", "finetune", task, *words]
+            subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=environment)
+    return json.loads(results.read_text())
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """A table's YAML file, on top of the one that it includes. A key with null is left out."""
+    table = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if "include" in table:
+        table = merged(read_table(path.with_name(table.pop("include"))), table)
+    return table
+
+
+def merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Two mappings as one, `common` key by key."""
+    both = below | above
+    if "common" in below and "common" in above:
+        both["common"] = below["common"] | above["common"]
+    return {key: value for key, value in both.items() if value is not None}
+
+
+def systems_of(table: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {name: {**table["common"], **settings} for name, settings in table["systems"].items()}
+
+
+def choose(
+    table: dict[str, Any], folder: Path, places: dict[str, str], only: str | None, known: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """For each system the settings with the best value of the chosen flag, and what was tried under `KEPT`.
+
+    Args:
+        known: choices of earlier calls, which stay.
+    """
+    chosen = {}
+    for name, settings in systems_of(table).items():
+        if only not in (None, name):
+            continue
+        if name in known:
+            settings = {**settings, **known[name]}
+        elif "choose" in table:
+            flag, metric = table["choose"]["flag"], table["choose"]["metric"]
+            tried = {}
+            for value in table["choose"]["values"]:
+                trial = {**settings, **table["choose"]["settings"], flag: value}
+                tried[value] = run(table["task"], trial, folder / f"{name}_{flag}_{value}", places)[metric]
+            best = (min if table["choose"]["lower_is_better"] else max)(tried, key=tried.__getitem__)
+            settings = {**settings, flag: best, KEPT: tried}
+        chosen[name] = settings
+    return chosen
+
+
+def protocol(table: dict[str, Any], chosen: dict[str, dict[str, Any]], example: dict[str, Any]) -> list[str]:
+    """The lines below the table."""
+    versions = ", ".join(f"{name} {importlib.metadata.version(name).partition('+')[0]}" for name in PACKAGES)
+    lines = [
+        f"Machine: {os.cpu_count()} cores, {platform.machine()}, {cpu_name()}; {table.get('machine', '')}",
+        f"Versions: Python {platform.python_version()}, {versions}. Date: {time.strftime('%Y-%m-%d')}.",
+        f"Data: {table['source']} Hash of the test rows: {example.get('test_data_hash', '?')}.",
+    ]
+    for key in sorted(example):
+        if key.startswith("test_") and key.endswith("signature"):
+            lines.append(f"Signature of {key.removeprefix('test_').removesuffix('_signature')}: `{example[key]}`.")
+    for name, settings in chosen.items():
+        if KEPT in settings:
+            tried = ", ".join(f"{float(value):g}: {score:.3f}" for value, score in settings[KEPT].items())
+            flag, metric = table["choose"]["flag"], table["choose"]["metric"]
+            lines.append(f"{name}: --{flag} {settings[flag]:g} of three, by {metric} ({tried}).")
+    return [f"- {line.strip().rstrip(';')}" for line in lines]
+
+
+def cpu_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+
+
+def number(value: Any) -> str:
+    if not isinstance(value, float):
+        return f"{value:,}" if isinstance(value, int) else str(value)
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"
+
+
+def write_table(
+    table: dict[str, Any], path: Path, chosen: dict[str, dict[str, Any]], rows: dict[tuple[str, int], Any]
+):
+    """Put the section of this table into docs/results.md, between its own markers."""
+    columns = table["columns"]
+    lines = [f"## {table['title']}", table["text"].strip(), "", f"| system | seed | {' | '.join(columns.values())} |",
+             "|---" * (2 + len(columns)) + "|"]  # fmt: skip
+    for (name, seed), results in rows.items():
+        lines.append(f"| {name} | {seed} | {' | '.join(number(results.get(key, '')) for key in columns)} |")
+    for name in chosen:
+        own = [results for (system, _), results in rows.items() if system == name]
+        if len(own) > 1:
+            values = [[results[key] for results in own] for key in columns]
+            cells = [number(v[0]) if len(set(v)) == 1 else f"{number(mean(v))} ± {number(stdev(v))}" for v in values]
+            lines.append(f"| {name} | mean ± s.d. | {' | '.join(cells)} |")
+    open_runs = [f"{name} {seed}" for seed in table["seeds"] for name in chosen if (name, seed) not in rows]
+    if open_runs:
+        lines += ["", f"Not run yet: {', '.join(open_runs)}."]
+    command = f"python benchmarks/compare.py {path} --data DATA --output runs/results"
+    lines += ["", f"Command: `{command}`", *protocol(table, chosen, next(iter(rows.values())))]
+    begin, end = f"<!-- {table['name']} -->", f"<!-- end of {table['name']} -->"
+    text = RESULTS.read_text(encoding="utf-8") if RESULTS.is_file() else "# Results\n"
+    section = "\n".join([begin, *lines, end])
+    if begin in text:
+        text = text[: text.index(begin)] + section + text[text.index(end) + len(end) :]
+    else:
+        text = text.rstrip("\n") + "\n\n" + section + "\n"
+    write_whole(RESULTS, text)
+
+
+def write_whole(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.writing")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", type=Path, help="YAML file of a comparison")
+    parser.add_argument("--data", required=True, help="folder of the data sets")
+    parser.add_argument("--output", type=Path, required=True, help="folder for models, logs and results")
+    parser.add_argument("--system", help="run this system only, to use another core for the others")
+    parser.add_argument("--seeds", type=int, nargs="*", help="run these seeds only")
+    arguments = parser.parse_args()
+    table = read_table(arguments.table)
+    folder = arguments.output / table["name"]
+    here = str(arguments.table.parent)
+    places = {"data": arguments.data, "runs": str(folder), "here": here}
+    for name, settings in table.get("prepare", {}).items():
+        run(table["task"], settings, folder / name, places)
+    record = RESULTS.with_name("results") / f"{table['name']}.json"
+    known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {"chosen": {}, "rows": {}}
+    chosen = choose(table, folder, places, arguments.system, known["chosen"])
+    for seed in table["seeds"] if arguments.seeds is None else arguments.seeds:
+        for name, settings in chosen.items():
+            if f"{name} {seed}" not in known["rows"]:
+                settings = {flag: value for flag, value in settings.items() if flag != KEPT}
+                run(table["task"], {**settings, "seed": seed}, folder / f"{name}_seed_{seed}", places)
+    rows = {}
+    for seed in table["seeds"]:
+        for name in table["systems"]:
+            results = folder / f"{name}_seed_{seed}" / "all_results.json"
+            if results.is_file():
+                known["rows"][f"{name} {seed}"] = json.loads(results.read_text())
+            if f"{name} {seed}" in known["rows"]:
+                rows[name, seed] = known["rows"][f"{name} {seed}"]
+    if rows and arguments.system is None:
+        tried = {name: {flag: settings[flag] for flag in (table["choose"]["flag"], KEPT)}
+                 for name, settings in chosen.items() if KEPT in settings}  # fmt: skip
+        record.parent.mkdir(exist_ok=True)
+        write_whole(record, json.dumps({"chosen": tried, "rows": known["rows"]}, indent=1, sort_keys=True) + "\n")
+        write_table(table, arguments.table, chosen, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,116 @@
+"""The commands of docs/recipes run, one after the other, and both languages show the same ones."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_readme import ROOT, blocks, commands
+
+from finetune_deepseek import __main__ as command
+
+RECIPES = ("docs/recipes.md", "docs/recipes.zh-CN.md")
+EXAMPLES = sorted(path.name for path in (ROOT / "finetune_deepseek" / "examples").glob("*.yaml"))
+ROWS = [{"en": "one", "de": "eins"}, {"en": "two", "de": "zwei"}, {"en": "three", "de": "drei"}]
+CHINESE = [{"en": "one", "zh": "一"}, {"en": "two", "zh": "二"}, {"en": "three", "zh": "三"}]
+READING = [
+    {"id": name, "context": "Ann is in Rome.", "question": f"Where is {name}?", "answers": answers}
+    for name, answers in (
+        ("Ann", {"text": ["Rome"], "answer_start": [10]}),
+        ("A.", {"text": ["Rome"], "answer_start": [10]}),
+    )
+]
+POEMS = [{"text": "red fox", "author": "b"}, {"text": "blue bird", "author": "a"}, {"text": "red", "author": "b"}]
+QUESTIONS = [{"query": "what is red", "passage": "a fox"}, {"query": "what is blue", "passage": "the sky"}]
+# Appended, so it wins.
+QUIET = ["--use_cpu", "True", "--disable_tqdm", "True"]
+SMALL = [
+    *QUIET,
+    "--max_steps",
+    "1",
+    *("--eval_strategy", "steps", "--save_strategy", "steps", "--save_total_limit", "1"),
+]
+SHORT = ["--max_target_length", "8", "--generation_num_beams", "2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with the data that the recipes name."""
+    folder = tmp_path_factory.mktemp("recipes")
+    (folder / "finetune_deepseek").symlink_to(ROOT / "finetune_deepseek")
+    data = {
+        "en_de": ROWS,
+        "domain": ROWS,
+        "en_zh": CHINESE,
+        "poems": POEMS,
+        "reading": READING,
+        "questions": QUESTIONS,
+    }
+    for name, rows in data.items():
+        (folder / "data" / name).mkdir(parents=True)
+        for split in ("train", "validation", "test"):
+            lines = [
+                json.dumps(
+                    row if name in ("poems", "reading", "questions") else {"translation": row}, ensure_ascii=False
+                )
+                for row in rows
+            ]
+            (folder / "data" / name / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    ratings = [f"{user},{(user + step) % 5},{step}" for user in range(8) for step in range(4)]
+    (folder / "data" / "ratings.csv").write_text("\n".join(["userId,movieId,timestamp", *ratings]))
+    (folder / "data" / "german.txt").write_text("eins\nzwei\n")
+    (folder / "english.txt").write_text("one\n\ntwo\n")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield folder
+    torch.set_num_threads(threads)
+
+
+def small(verb: str, task: str, *rest: str) -> list[str]:
+    if verb != "finetune":
+        return [] if verb in ("translate", "recommend") else QUIET
+    random_weights = [] if "--model_name_or_path" in rest else ["--vocab_size", "300"]
+    return [*SMALL, *random_weights, *(SHORT if task == "translation" else [])]
+
+
+def test_both_languages_show_the_same_code():
+    english, chinese = ((commands(name), [*blocks(name, "json"), *blocks(name, "python")]) for name in RECIPES)
+    assert english == chinese
+    assert {argv[1] for argv in english[0]} == {"finetune", "evaluate", "predict", "translate", "recommend"}
+
+
+def test_every_example_is_a_recipe_and_every_flag_is_there():
+    text = (ROOT / RECIPES[0]).read_text("utf-8")
+    assert sorted(set(re.findall(r"examples/(\w+\.yaml)", text))) == EXAMPLES
+    for name in RECIPES:
+        assert f"]({Path(name).name})" in (ROOT / RECIPES[RECIPES[0] == name]).read_text("utf-8")
+        assert f"({name})" in (ROOT / Path(name).name.replace("recipes", "README")).read_text("utf-8")
+
+
+def test_recipes_run_in_order(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    for argv in commands(RECIPES[0]):
+        assert argv[0] == "deepseek-hf"
+        monkeypatch.setattr(sys, "argv", [*argv, *small(*argv[1:])])
+        assert command.main() == 0, f"{argv}\n{capsys.readouterr().err[-2000:]}"
+    results = json.loads((folder / "runs/en-de-zh/all_results.json").read_text())
+    assert {f"test_chrf2_{pair}" for pair in ("en-de", "en-zh", "de-en", "zh-en")} <= set(results)
+    assert "test_bleu_tokenized" in json.loads((folder / "runs/en-de-moses/all_results.json").read_text())
+    assert "test_bleu_tokenized" in json.loads((folder / "runs/predict-en-de/all_results.json").read_text())
+    assert json.loads((folder / "runs/en-de-more/all_results.json").read_text())["train_samples"] >= 3
+    assert (folder / "runs/en-de-lora/adapter_model.safetensors").is_file()
+    assert "eval_chrf2" in json.loads((folder / "runs/evaluate-en-de/all_results.json").read_text())
+    movies = json.loads((folder / "runs/movies/all_results.json").read_text())
+    assert {"above_sasrec_hr@10", "popularity_ndcg@10"} <= set(movies)
+    retriever = json.loads((folder / "runs/retriever/all_results.json").read_text())
+    assert {"test_mrr", "tfidf_mrr", "fused_mrr"} <= set(retriever)
+    (folder / "notes").mkdir()
+    (folder / "notes/where.txt").write_text("It is there.")
+    for code in blocks(RECIPES[0], "python"):
+        exec(code, {})
+    assert "where.txt:1 It is there." in capsys.readouterr().out
+    assert (folder / "recommended.parquet").is_file()
+    assert (folder / "german.txt").read_text("utf-8").count("\n") == 3
+    assert (folder / "chinese.txt").read_text("utf-8").count("\n") == 3
