@@ -192,9 +192,13 @@ class Run:
         self.results["parameters_trainable_share"] = trainable / self.results["parameters_total"]
         line = f"trained: {self.results['parameters_trainable_share']:.1%}"
         if isinstance(self.features.get("train"), Dataset):
-            mean_length = float(np.mean(self.features["train"]["length"]))
-            rows_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-            line += f", {rows_per_step} rows or about {rows_per_step * mean_length:,.0f} tokens per step"
+            batches_per_step = self.args.gradient_accumulation_steps * self.args.world_size
+            if self.args.tokens_per_batch:
+                line += f", up to {batches_per_step * self.args.tokens_per_batch:,} tokens per step"
+            else:
+                rows = self.args.train_batch_size * batches_per_step
+                mean_length = float(np.mean(self.features["train"]["length"]))
+                line += f", {rows} rows or about {rows * mean_length:,.0f} tokens per step"
         is_adamw = "adamw" in self.args.optim
         memory = f"about {memory_mb(self.model, 2 if is_adamw else 0):,.0f} MB for weights and gradients"
         print(f"{line}, {memory}{' and AdamW' if is_adamw else ''}, without activations")
@@ -247,6 +251,10 @@ class Run:
             for old in self.folder.glob("checkpoint-*"):
                 shutil.rmtree(old)
         metrics = self.trainer.train(resume_from_checkpoint=self.checkpoint).metrics
+        train = self.features["train"]
+        if isinstance(train, Dataset) and self.checkpoint is None:
+            tokens = metrics["epoch"] * sum(train["length"])  # without padding
+            metrics["train_tokens_per_second"] = round(tokens / metrics["train_runtime"], 1)
         if self.args.average_checkpoints:
             average_checkpoints(self.model, self.folder, self.args.average_checkpoints)
         self.trainer.save_model()

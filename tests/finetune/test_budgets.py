@@ -52,10 +52,12 @@ def test_a_row_over_the_budget_is_a_batch_of_its_own():
         TokenBatchSampler([9, 2], 100, 0, world_size=2)
 
 
-def test_a_run_by_tokens_resumes_where_it_stopped(finetune, tmp_path):
+def test_a_run_by_tokens_resumes_where_it_stopped(finetune, tmp_path, capsys):
     path = str(write_jsonl(tmp_path / "rows.jsonl", SENTENCES))
     settings = {"train_file": path, "do_train": True, "tokens_per_batch": 60, "max_steps": 8, "save_steps": 3}
-    finetune(output_dir=tmp_path / "whole", save_total_limit=5, **settings)
+    results = finetune(output_dir=tmp_path / "whole", save_total_limit=5, **settings)
+    assert "up to 60 tokens per step" in capsys.readouterr().out
+    assert 0 < results["train_tokens_per_second"] * results["train_runtime"] <= 8 * 60
     finetune(output_dir=tmp_path / "again", resume_from_checkpoint=tmp_path / "whole" / "checkpoint-3", **settings)
     whole, again = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "again"))
     assert all(torch.equal(whole[name], again[name]) for name in whole)
