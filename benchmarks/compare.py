@@ -6,8 +6,7 @@ For each system the flag under `choose` is tried with each of its values, and th
 there is kept; then every seed is run with every system in turn (A B A B). What is found in --output, or in
 docs/results/NAME.json from earlier calls, isn't repeated; table and JSON are written at the end. A value `{data}` in a
 flag stands for --data, `{runs}` for this table's folder in --output, `{here}` for the folder of the YAML file.
-`include` names a table whose keys this one adds to or replaces, and `prepare` has runs that come first, whose folders
-are `{runs}/NAME`.
+`include` names a table whose keys this one adds to or replaces.
 """
 
 import argparse
@@ -186,8 +185,6 @@ def main() -> None:
     folder = arguments.output / table["name"]
     here = str(arguments.table.parent)
     places = {"data": arguments.data, "runs": str(folder), "here": here}
-    for name, settings in table.get("prepare", {}).items():
-        run(table["task"], settings, folder / name, places)
     record = RESULTS.with_name("results") / f"{table['name']}.json"
     known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {"chosen": {}, "rows": {}}
     chosen = choose(table, folder, places, arguments.system, known["chosen"])
