@@ -24,7 +24,7 @@ from transformers.trainer_utils import SchedulerType
 
 from modeling_deepseek import DeepSeekForCausalLM
 
-from .arguments import MUON, TrainingArguments
+from .arguments import MUON, TrainingArguments, nearest_match
 from .batches import TokenBatchSampler
 from .callbacks import TimeLimitCallback
 from .files import replaced_folder
@@ -174,6 +174,16 @@ class FinetuneTrainer(Seq2SeqTrainer):
         if self.args.l1 and "loss" in logs:
             logs["l1_penalty"] = self.args.l1 * l1_norm(self._regularized_weights())
         super().log(logs, start_time)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        name = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
+        known = [key.removeprefix("eval_") for key, value in metrics.items() if isinstance(value, float)]
+        if f"eval_{name}" not in metrics:
+            raise ValueError(
+                f"--metric_for_best_model {name}: evaluation gives no such number{nearest_match(name, known)}; there is "
+                f"{', '.join(sorted(known))}."
+            )
+        return super()._determine_best_metric(metrics, trial)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.tokens_per_batch:

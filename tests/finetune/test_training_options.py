@@ -419,6 +419,10 @@ def test_lora_is_named_among_the_trained_weights(continued, capsys):
         continued("more", model_name_or_path=folder, freeze="head")
 
 
+BY_SCORE = {"metric_for_best_model": "bleuu", "eval_strategy": "steps", "save_strategy": "steps", "do_train": True}
+BY_SCORE |= {"eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -442,6 +446,7 @@ def test_lora_is_named_among_the_trained_weights(continued, capsys):
         ({"freeze": "embedding"}, "--freeze embedding: no such group (did you mean 'embeddings'?)"),
         ({"freeze": PRESENT, "train_last_n_layers": 99}, "--train_last_n_layers 99: the model has 3 layers"),
         ({"train_last_n_layers": -1}, "--train_last_n_layers -1: it must be 0 or more"),
+        (BY_SCORE, "--metric_for_best_model bleuu: evaluation gives no such number (did you mean 'bleu'?); there is "),
         ({"freeze": "head", "use_peft": True}, "--freeze can't be used with --use_peft"),
         ({"train_last_n_layers": 1, "use_peft": True}, "--train_last_n_layers can't be used with --use_peft"),
     ],
