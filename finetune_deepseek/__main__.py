@@ -21,6 +21,7 @@ USAGE = f"""usage: deepseek-hf finetune TASK [config.yaml] [--flag value ...]
        deepseek-hf evaluate TASK MODEL [config.yaml] [--flag value ...]
        deepseek-hf predict TASK MODEL [config.yaml] [--flag value ...]
        deepseek-hf translate MODEL [--input FILE] [--output FILE] [--flag value ...]
+       deepseek-hf answer [MODEL] --knowledge PATH [--flag value ...] "QUESTION" ...
        deepseek-hf recommend MODEL --history FILE [--output FILE] [--flag value ...]
        deepseek-hf export SRC DST --to native|bundle|gguf [--merge-adapter DIR] [--flag value ...]
        deepseek-hf inspect SRC
@@ -31,6 +32,7 @@ tasks: {", ".join(TASKS)}
   evaluate    score a saved model on the validation split; its languages and prompt come from its card
   predict     the same on the test split, and write every prediction
   translate   translate the lines of a file or of standard input
+  answer      answer questions from a folder or file of texts
   recommend   the best next items for the histories in a file
   export      write a checkpoint in the form that others read; deepseek-hf export --help
   inspect     say what a checkpoint is, from its headers alone
@@ -115,6 +117,13 @@ def translate(argv: Sequence[str]) -> None:
     translate(argv)
 
 
+def answer(argv: Sequence[str]) -> None:
+    """Answer questions from a knowledge base."""
+    from .answer import answer
+
+    answer(argv)
+
+
 def recommend(argv: Sequence[str]) -> None:
     """Recommend items."""
     from .recommend import recommend
@@ -141,11 +150,12 @@ VERBS = {
     "evaluate": evaluate,
     "predict": predict,
     "translate": translate,
+    "answer": answer,
     "recommend": recommend,
     "export": export,
     "inspect": inspect,
 }
-OWN_HELP = ("translate", "recommend", "export", "inspect")  # verbs that say themselves what they take
+OWN_HELP = ("translate", "answer", "recommend", "export", "inspect")  # verbs that say themselves what they take
 
 
 def guarded(argv: Sequence[str], verb: str = "finetune") -> int:

@@ -431,12 +431,18 @@ class VerbParser(HfArgumentParser):
 
 
 def parse_verb(
-    verb: str, arguments_class: type[Arguments], argv: Sequence[str], usage: str, examples: str
+    verb: str,
+    arguments_class: type[Arguments],
+    argv: Sequence[str],
+    usage: str,
+    examples: str,
+    words: str | None = None,
 ) -> tuple[str, Arguments]:
     """The model and the arguments that follow `deepseek-hf VERB`.
 
     Args:
         usage: what follows the verb, for --help; examples: the end of --help.
+        words: the field that takes the words which are no flags, for a verb that has such.
 
     Raises:
         ValueError: with one line, for flags that don't fit.
@@ -457,9 +463,12 @@ def parse_verb(
     arguments, rest = parser.parse_args_into_dataclasses(
         list(argv[1:]), return_remaining_strings=True, look_for_args_file=False
     )
-    if rest:
-        near = nearest_match(rest[0].partition("=")[0], parser._option_string_actions)
-        raise ValueError(f"unexpected argument {rest[0]!r}{near}; see {parser.prog} --help.")
+    unknown = [word for word in rest if words is None or word.startswith("--")]
+    if unknown:
+        near = nearest_match(unknown[0].partition("=")[0], parser._option_string_actions)
+        raise ValueError(f"unexpected argument {unknown[0]!r}{near}; see {parser.prog} --help.")
+    if words:
+        setattr(arguments, words, rest)
     return argv[0], arguments
 
 

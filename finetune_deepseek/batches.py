@@ -1,9 +1,16 @@
-"""Batches of rows of like length that hold about so many tokens each."""
+"""Batches of rows of like length, by their number or by tokens."""
 
 from collections.abc import Iterator, Sequence
 
 import torch
 from transformers.trainer_pt_utils import BatchRebalanceSampler
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Indices in batches of like lengths, the longest first: a batch that doesn't fit shows at once."""
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
 
 
 class TokenBatchSampler(BatchRebalanceSampler):

@@ -3,7 +3,9 @@
 Words are runs of letters and digits in lower case; Chinese and Japanese, which have no spaces, count by character.
 """
 
+import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -63,6 +65,7 @@ class BM25:
 
         self.num_passages = len(passages)
         tokens = [bm25_terms(passage) for passage in passages]
+        self.counts = Counter(term for words in tokens for term in set(words))  # passages that have a term
         self.index = bm25s.BM25(method="lucene") if any(tokens) else None  # bm25s refuses an empty vocabulary
         if self.index is not None:
             self.index.index(tokens, show_progress=False)
@@ -73,6 +76,18 @@ class BM25:
         if self.index is None or not known:
             return np.zeros(self.num_passages, dtype=np.float32)
         return np.asarray(self.index.get_scores(known))
+
+    def share_found(self, query: str, passage: str) -> float:
+        """From 0 to 1: the share of the query's terms that are in a passage, weighed by inverse document frequency.
+
+        A term that no passage has weighs most, so that a question about something else finds little.
+        """
+        asked, known = set(bm25_terms(query)), set(bm25_terms(passage))
+        weights = {
+            term: math.log1p((self.num_passages - self.counts[term] + 0.5) / (self.counts[term] + 0.5))
+            for term in asked
+        }
+        return sum(weights[term] for term in asked & known) / sum(weights.values()) if asked else 0.0
 
 
 def fused_scores(rankings: Sequence[np.ndarray]) -> np.ndarray:

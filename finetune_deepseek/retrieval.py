@@ -11,6 +11,7 @@ An index is a folder: `index.json` (what it was made of, and by which model), `p
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -52,9 +53,15 @@ class Passage:
 
 @dataclass(frozen=True)
 class FoundPassage(Passage):
-    """`score` is BM25's, the product of the vectors, or the sum of reciprocal ranks, by the way of searching."""
+    """A passage, and why it was found.
+
+    `score` is BM25's, the product of the vectors, or the sum of reciprocal ranks, by the way of searching. `evidence`
+    is from 0 to 1: by words the share of the question's words that the passage has (`BM25.share_found`), by vectors
+    their cosine, not below 0, and by both the mean of the two.
+    """
 
     score: float
+    evidence: float
 
 
 @dataclass(frozen=True)
@@ -254,7 +261,7 @@ class PassageIndex:
                     kept += [None] * len(found)
             except (ValueError, OSError) as error:
                 unreadable += 1
-                print(f"left out {name}: {' '.join(str(error).split())}")
+                print(f"left out {name}: {' '.join(str(error).split())}", file=sys.stderr)
                 continue
             contents[name] = {"sha256": content_hash, "passages": len(found)}
             all_passages += found
@@ -263,7 +270,8 @@ class PassageIndex:
         new = [place for place, before in enumerate(kept) if before is None]
         print(
             f"{len(all_passages):,} passages of {len(contents):,} files ({len(new):,} new; "
-            f"{unreadable:,} files left out)"
+            f"{unreadable:,} files left out)",
+            file=sys.stderr,
         )
         vectors = None
         if retriever:
@@ -318,12 +326,17 @@ class PassageIndex:
             scores = fused_scores([vectors, words])
         else:
             scores = words if words is not None else vectors  # type: ignore[assignment]
-        best = np.argsort(-scores, kind="stable")[:k]
-        return [
-            FoundPassage(self.passages[place].text, self.passages[place].source, float(scores[place]))
-            for place in best
-            if mode != "bm25" or scores[place] > 0
-        ]
+        found = []
+        for place in np.argsort(-scores, kind="stable")[:k]:
+            if mode == "bm25" and scores[place] <= 0:
+                break
+            passage, parts = self.passages[place], []
+            if words is not None:
+                parts.append(self.bm25.share_found(question, passage.text))
+            if vectors is not None:
+                parts.append(min(1.0, max(0.0, float(vectors[place]))))
+            found.append(FoundPassage(passage.text, passage.source, float(scores[place]), float(np.mean(parts))))
+        return found
 
     def _similarities(self, question: str) -> np.ndarray:
         assert self.retriever is not None and self.embeddings is not None

@@ -180,8 +180,8 @@ class FinetuneTrainer(Seq2SeqTrainer):
         known = [key.removeprefix("eval_") for key, value in metrics.items() if isinstance(value, float)]
         if f"eval_{name}" not in metrics:
             raise ValueError(
-                f"--metric_for_best_model {name}: evaluation gives no such number{nearest_match(name, known)}; there is "
-                f"{', '.join(sorted(known))}."
+                f"--metric_for_best_model {name}: evaluation gives no such number{nearest_match(name, known)}; there "
+                f"is {', '.join(sorted(known))}."
             )
         return super()._determine_best_metric(metrics, trial)
 

@@ -5,7 +5,7 @@ was in training.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from . import model_card
 from .arguments import ModelArguments, parse_verb
+from .batches import batches_by_length
 from .files import write_text
 from .loading import load_model, load_tokenizer
 from .translation import MODEL_SETTINGS, LanguagePair, Translation, TranslationArguments
@@ -152,13 +153,6 @@ def language_pair(name: str, arguments: TranslateArguments, settings: dict[str, 
     if not fitting:
         raise ValueError(f"{flags}: by its card, {name} is for {for_pairs}; name another model.")
     raise ValueError(f"{name} is for {for_pairs}; choose by --source_lang and --target_lang.")
-
-
-def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches of like lengths, the longest first: a batch that doesn't fit shows at once."""
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
 
 
 def check_lengths(lengths: dict[int, int], task: Translation, max_positions: int | None) -> None:

@@ -107,7 +107,7 @@ def test_only_what_changed_is_read_and_encoded_again(knowledge, tmp_path, tokeni
     capsys.readouterr()
     index = PassageIndex.open(tmp_path / "index", knowledge, retriever)
     assert encoded == [["Green grass.", "A blue fox."]]
-    assert "3 passages of 3 files (2 new; 0 files left out)" in capsys.readouterr().out
+    assert "3 passages of 3 files (2 new; 0 files left out)" in capsys.readouterr().err
     fresh = PassageIndex.open(tmp_path / "fresh", knowledge, retriever)
     assert index.passages == fresh.passages
     torch.testing.assert_close(index.embeddings, fresh.embeddings, rtol=1e-4, atol=1e-5)
@@ -143,7 +143,8 @@ def test_files_that_cant_be_read_are_a_line_each(knowledge, tmp_path, capsys):
     (knowledge / "table.csv").write_text("a,b\n1,2\n")
     (knowledge / ".hidden.txt").write_text("secret")
     index = PassageIndex.open(tmp_path / "index", knowledge)
-    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    err = capsys.readouterr().err
+    lines = [line for line in err.splitlines() if line.startswith("left out") or "files left out" in line]
     assert [line.partition(":")[0] for line in lines[:-1]] == [
         f"left out {name}" for name in ("broken.jsonl", "empty.txt", "latin.txt", "picture.png", "table.csv")
     ]

@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from finetune_deepseek import __main__ as command
+from finetune_deepseek.batches import batches_by_length
 from finetune_deepseek.model_card import run_settings
-from finetune_deepseek.translate import TranslateArguments, batches_by_length, make_task, parse
+from finetune_deepseek.translate import TranslateArguments, make_task, parse
 
 from .conftest import PAIRS, TINY, flags, write_jsonl
 
