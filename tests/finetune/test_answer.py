@@ -30,7 +30,7 @@ def readers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readers")
     for mode in ("extractive", "generative"):
         (folder / mode).mkdir()
-        learn(folder / mode, answer_mode=mode, max_steps=60 if mode == "extractive" else 160)
+        learn(folder / mode, answer_mode=mode, max_answer_length=12)
     return folder
 
 
