@@ -62,6 +62,8 @@ def folder(tmp_path_factory):
     (folder / "data" / "ratings.csv").write_text("\n".join(["userId,movieId,timestamp", *ratings]))
     (folder / "data" / "german.txt").write_text("eins\nzwei\n")
     (folder / "english.txt").write_text("one\n\ntwo\n")
+    (folder / "notes").mkdir()
+    (folder / "notes/where.txt").write_text("It is there.")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield folder
@@ -70,7 +72,7 @@ def folder(tmp_path_factory):
 
 def small(verb: str, task: str, *rest: str) -> list[str]:
     if verb != "finetune":
-        return [] if verb in ("translate", "recommend") else QUIET
+        return [] if verb in ("translate", "recommend", "answer") else QUIET
     random_weights = [] if "--model_name_or_path" in rest else ["--vocab_size", "300"]
     return [*SMALL, *random_weights, *(SHORT if task == "translation" else [])]
 
@@ -78,7 +80,7 @@ def small(verb: str, task: str, *rest: str) -> list[str]:
 def test_both_languages_show_the_same_code():
     english, chinese = ((commands(name), [*blocks(name, "json"), *blocks(name, "python")]) for name in RECIPES)
     assert english == chinese
-    assert {argv[1] for argv in english[0]} == {"finetune", "evaluate", "predict", "translate", "recommend"}
+    assert {argv[1] for argv in english[0]} == {"finetune", "evaluate", "predict", "translate", "recommend", "answer"}
 
 
 def test_every_example_is_a_recipe_and_every_flag_is_there():
@@ -106,8 +108,6 @@ def test_recipes_run_in_order(folder, monkeypatch, capsys):
     assert {"above_sasrec_hr@10", "popularity_ndcg@10"} <= set(movies)
     retriever = json.loads((folder / "runs/retriever/all_results.json").read_text())
     assert {"test_mrr", "tfidf_mrr", "fused_mrr"} <= set(retriever)
-    (folder / "notes").mkdir()
-    (folder / "notes/where.txt").write_text("It is there.")
     for code in blocks(RECIPES[0], "python"):
         exec(code, {})
     assert "where.txt:1 It is there." in capsys.readouterr().out
