@@ -46,9 +46,15 @@ EXAMPLES = """examples:
   deepseek-hf answer runs/question_answering --knowledge notes --retriever runs/embedding --mode fused \\
       --reranker runs/reranker "Where does Ann live?"
 
-A reranker is trained by `deepseek-hf finetune classification` on rows with the `text` QUESTION, a line's end, PASSAGE,
-and the `label` no or yes."""
+A reranker is trained on rows of question, passage and label (no, yes):
+  deepseek-hf finetune classification --preset tiny_v3 --data_dir pairs --text_column question \\
+      --text_pair_column passage --output_dir runs/reranker"""
 NONE = "no answer"
+OTHER_HEADS = {  # what a model of another kind is for
+    "SequenceClassification": " (a classifier goes to --reranker, or deepseek-hf predict classification)",
+    "Embedding": " (an embedding model goes to --retriever)",
+    "Recommendation": " (a recommender goes to deepseek-hf recommend)",
+}
 AROUND = 60  # characters shown on each side of an answer
 
 
@@ -151,8 +157,9 @@ class Reader:
         if not settings:
             is_span_head = any("QuestionAnswering" in head for head in heads)
             if heads and not is_span_head and not any("CausalLM" in head for head in heads):
+                use = next((advice for part, advice in OTHER_HEADS.items() if part in heads[0]), "")
                 raise ValueError(
-                    f"{name} is a {heads[0]}, which answers no questions; name a question answering model."
+                    f"{name} is a {heads[0]}, which answers no questions; name a question answering model{use}."
                 )
             settings["answer_mode"] = "extractive" if is_span_head else "generative"
         task = QuestionAnswering(QuestionAnsweringArguments(**settings), seed=0)

@@ -25,6 +25,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from .data import DataArguments, check_columns, joined, named, open_splits, progress, utf8_text
 from .metrics import Accuracy, LabelSetF1, MacroF1, RegressionErrors
+from .reranker import pair_text
 from .task import CausalCollator, Rows, Task
 
 # Letters: B batch, N labels.
@@ -38,6 +39,10 @@ class ClassificationArguments(DataArguments):
     """Which texts, and what to predict for them."""
 
     text_column: str = field(default="text", metadata={"help": "Column of the text."})
+    text_pair_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of a second text, read behind the first: question and passage for a reranker."},
+    )
     label_column: str = field(default="label", metadata={"help": "Column of the label, the labels or the number."})
     problem_type: Literal["auto", "single_label_classification", "multi_label_classification", "regression"] = field(
         default="auto",
@@ -349,7 +354,7 @@ class Classification(Task):
 
     def load_splits(self) -> dict[str, Rows]:
         splits: dict[str, Rows] = {}
-        for split, parts in open_splits(self.arguments, [self.arguments.text_column]).items():
+        for split, parts in open_splits(self.arguments, self._text_columns()).items():
             self.where[split] = named(parts)
             rows = []
             for part in parts:
@@ -360,6 +365,10 @@ class Classification(Task):
             self._keep_most_frequent(splits, self.arguments.most_frequent_labels)
         return splits
 
+    def _text_columns(self) -> list[str]:
+        pair = self.arguments.text_pair_column
+        return [self.arguments.text_column, *([pair] if pair else [])]
+
     def _read_rows(self, dataset: Dataset, where: str) -> Dataset:
         """Rows of text and target; rows without one of them are left out, and counted aloud.
 
@@ -369,17 +378,21 @@ class Classification(Task):
         columns = dataset.column_names
         if not len(dataset):
             raise ValueError(f"{where}: no rows.")
-        text_column, label_column = self.arguments.text_column, self.arguments.label_column
-        check_columns(where, columns, {"text_column": text_column, "label_column": label_column})
+        text_columns, label_column = self._text_columns(), self.arguments.label_column
+        flags = ("text_column", "text_pair_column")
+        wanted = dict(zip(flags, text_columns, strict=False))
+        check_columns(where, columns, wanted | {"label_column": label_column})
         feature = dataset.features[label_column]
         if not hasattr(self, "problem_class"):
             self.problem_class = self._choose_problem(feature)
         names = getattr(feature, "feature", feature)
         name = names.int2str if isinstance(names, ClassLabel) else None
         rows: dict[str, list[Any]] = {"source": [], "target": []}
-        for number, (text, value) in enumerate(zip(dataset[text_column], dataset[label_column], strict=True), start=1):
-            if text is not None and not isinstance(text, str):
-                raise ValueError(f"{where}, row {number}: {text_column!r} is {str(text)[:40]!r}, not a text.")
+        cells = zip(*(dataset[column] for column in text_columns), dataset[label_column], strict=True)
+        for number, (*texts, value) in enumerate(cells, start=1):
+            for column, text in zip(text_columns, texts, strict=True):
+                if text is not None and not isinstance(text, str):
+                    raise ValueError(f"{where}, row {number}: {column!r} is {str(text)[:40]!r}, not a text.")
             if name is not None and value is not None:
                 # The Hub's unlabelled test splits say -1.
                 value = (
@@ -389,12 +402,13 @@ class Classification(Task):
                 target = self.problem_class.read(value, self.arguments.label_separator)
             except ValueError as error:
                 raise ValueError(f"{where}, row {number}, {label_column!r}: {error}.") from None
-            if text and text.strip() and target is not None:
-                rows["source"].append(text.strip())
+            if all(text and text.strip() for text in texts) and target is not None:
+                rows["source"].append(pair_text(*texts) if len(texts) == 2 else texts[0].strip())
                 rows["target"].append(target)
         count = len(rows["source"])
         if not count:
-            raise ValueError(f"{where}: no row has both a {text_column!r} and a {label_column!r}.")
+            names = " and a ".join(map(repr, [*text_columns, label_column]))
+            raise ValueError(f"{where}: no row has {'both ' if len(texts) == 1 else ''}a {names}.")
         if count < len(dataset):
             print(f"{where}: left out {len(dataset) - count:,} of {len(dataset):,} rows without text or label")
         return Dataset.from_dict(rows)
@@ -559,6 +573,7 @@ class Classification(Task):
             "usage": f"print(model(**inputs).logits)  # for: {', '.join(problem.labels)}",
             "prediction": problem.prediction,
             "data": f"Predicted: {', '.join(problem.labels)}",
-            "preprocessing": f"{arguments.label_column!r} from {arguments.text_column!r}, at most "
+            "preprocessing": f"{arguments.label_column!r} from "
+            f"{' and '.join(map(repr, self._text_columns()))}, at most "
             f"{arguments.max_length} tokens{balance[arguments.balance]}",
         }

@@ -1,8 +1,8 @@
 """A reranker: one score for a question and a passage together, by a classifier that reads both.
 
-It is trained by the classification task, on rows whose text is `pair_text(question, passage)` and whose label says
-whether the passage answers the question: two labels of which the second in order means yes (0 and 1, no and yes), or
-a number from 0 to 1.
+It is trained by the classification task with `--text_column question --text_pair_column passage`, which makes one text
+of the two by `pair_text`. The label says whether the passage answers the question: two labels of which the second in
+order means yes (0 and 1, no and yes), or a number from 0 to 1.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from .loading import is_deepseek, named_source
 
 def pair_text(question: str, passage: str) -> str:
     """What a reranker reads, in training and after it."""
-    return f"{question}\n{passage}"
+    return f"{question.strip()}\n{passage.strip()}"
 
 
 @dataclass(frozen=True)

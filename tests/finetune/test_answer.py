@@ -14,7 +14,7 @@ from finetune_deepseek.answer import Reader, SentenceReader, answer_questions
 from finetune_deepseek.lexical_retrieval import BM25
 from finetune_deepseek.reranker import Reranker, pair_text
 from finetune_deepseek.retrieval import PassageIndex, Retriever
-from modeling_deepseek import DeepSeekForEmbedding, DeepSeekForSequenceClassification
+from modeling_deepseek import DeepSeekForEmbedding, DeepSeekForRecommendation, DeepSeekForSequenceClassification
 from tokenization_deepseek import train_tokenizer
 
 from .test_question_answering import PASSAGES, ROWS, learn
@@ -185,13 +185,19 @@ def test_bad_input_is_one_line(knowledge, main, argv, message):
     assert (code, out) == (2, "") and error.startswith("deepseek-hf: error: ") and message in error
 
 
-def test_another_model_is_no_reader(knowledge, tokenizer, main, tmp_path):
-    DeepSeekForSequenceClassification(preset("tiny_llm", vocab_size=len(tokenizer))).save_pretrained(
-        tmp_path / "model"
-    )
+@pytest.mark.parametrize(
+    ("kind", "use"),
+    [
+        (DeepSeekForSequenceClassification, "goes to --reranker"),
+        (DeepSeekForEmbedding, "goes to --retriever"),
+        (DeepSeekForRecommendation, "goes to deepseek-hf recommend"),
+    ],
+)
+def test_another_model_is_no_reader(knowledge, tokenizer, main, tmp_path, kind, use):
+    kind(preset("tiny_llm", vocab_size=len(tokenizer), pad_token_id=0)).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     code, _, err = main(tmp_path / "model", "--knowledge", knowledge, "Where?")
-    assert code == 2 and "is a DeepSeekForSequenceClassification, which answers no questions" in err
+    assert code == 2 and f"is a {kind.__name__}, which answers no questions" in err and use in err
 
 
 def test_a_reader_gives_the_same_alone_and_in_batches(readers):

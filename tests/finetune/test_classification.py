@@ -29,6 +29,7 @@ from finetune_deepseek.classification import (
 )
 from finetune_deepseek.loading import load_model
 from finetune_deepseek.metrics import LabelSetF1, RegressionErrors
+from finetune_deepseek.reranker import pair_text
 from finetune_deepseek.run import run_stages
 from modeling_deepseek import DeepSeekForCausalLM
 
@@ -430,3 +431,17 @@ def test_authors_of_song_ci(tmp_path):
     assert results["test_samples"] == 312 and results["train_samples"] == 5735
     assert results["baseline_accuracy"] > 0.55
     assert results["test_accuracy"] > 0.3 and results["test_macro_f1"] > 0.25
+
+
+def test_two_texts_are_read_as_a_reranker_reads_them(tmp_path, capsys):
+    rows = [(" Where? ", "In Rome.", 1), ("在哪里？", "海是蓝色的。", 0), ("Who?", "", 1), (None, "x", 0)]
+    lines = [json.dumps({"question": a, "passage": b, "label": c}) for a, b, c in rows]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    columns = {"data_dir": str(tmp_path), "text_column": "question", "text_pair_column": "passage"}
+    (read,) = Classification(ClassificationArguments(**columns), seed=0).load_splits().values()
+    assert read["source"] == [pair_text("Where?", "In Rome."), pair_text("在哪里？", "海是蓝色的。")]
+    assert read["source"][0] == "Where?\nIn Rome."
+    assert "left out 2 of 4 rows without text or label" in capsys.readouterr().out
+    columns["text_pair_column"] = "pasage"
+    with pytest.raises(ValueError, match=r"no column 'pasage'.*Set --text_pair_column \(did you mean 'passage'\?\)"):
+        Classification(ClassificationArguments(**columns), seed=0).load_splits()
