@@ -407,8 +407,8 @@ class Classification(Task):
                 rows["target"].append(target)
         count = len(rows["source"])
         if not count:
-            names = " and a ".join(map(repr, [*text_columns, label_column]))
-            raise ValueError(f"{where}: no row has {'both ' if len(texts) == 1 else ''}a {names}.")
+            missing = " and a ".join(map(repr, [*text_columns, label_column]))
+            raise ValueError(f"{where}: no row has {'both ' if len(text_columns) == 1 else ''}a {missing}.")
         if count < len(dataset):
             print(f"{where}: left out {len(dataset) - count:,} of {len(dataset):,} rows without text or label")
         return Dataset.from_dict(rows)
