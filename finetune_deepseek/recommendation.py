@@ -152,7 +152,12 @@ def item_tokenizer(items: set[str], seed: int) -> PreTrainedTokenizerFast:
     if PADDING_TOKEN in items:
         raise ValueError(f"An item is named {PADDING_TOKEN}, which stands for no item; rename it.")
     ordered = sorted(items, key=lambda item: hashlib.blake2b(f"{seed} {item}".encode(), digest_size=8).digest())
-    vocabulary = {token: number for number, token in enumerate([PADDING_TOKEN, *ordered])}
+    return catalogue_tokenizer(ordered)
+
+
+def catalogue_tokenizer(items: list[str]) -> PreTrainedTokenizerFast:
+    """One token per item, numbered from 1 in the order given; 0 is the padding."""
+    vocabulary = {token: number for number, token in enumerate([PADDING_TOKEN, *items])}
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary)), pad_token=PADDING_TOKEN)
 
 

@@ -63,6 +63,14 @@ class Task(ABC):
         """
         return {}
 
+    def prepare_model(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Change the model as the data want it. Called before `features`, and before an adapter is attached."""
+        return
+
+    def save_beside(self, folder: Path) -> None:
+        """Write what a saved model needs beside its weights and tokenizer, into its folder."""
+        return
+
     @abstractmethod
     def features(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, is_training: bool) -> Rows:
         """Model inputs with a `length` in tokens; for evaluation one per row in the rows' order."""
