@@ -16,18 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from modeling_deepseek import AutoModelForRecommendation
 
 from .data import SPLITS
-from .encoding import token_ids
 from .mind import TEXT_FIELDS, read_behaviors, read_news
 from .ranking import bootstrap_interval, impression_scores
-from .recommendation import PADDING, catalogue_tokenizer
+from .recommendation import TEXT_CARD_CODE
 from .task import CausalCollator, Rows, Task
+from .text_catalogue import PADDING, TextCatalogue
 
-CATALOGUE_FOLDER = "catalogue"  # of a saved model: a tokenizer with one token per item, beside that of the words
 METRICS = {"auc": "AUC", "mrr": "MRR", "ndcg@5": "nDCG@5", "ndcg@10": "nDCG@10"}
 # What a trained model depends on: written into its card, and taken from there by evaluate and predict.
 MODEL_SETTINGS = ("text_fields", "max_history")
@@ -116,8 +115,7 @@ class NewsRecommendation(Task):
         self.arguments = arguments
         self.seed = seed
         self.notes: list[str] = []
-        self.texts: dict[str, str] = {}  # news id -> text, of all splits
-        self.numbers: dict[str, int] = {}  # news id -> number, known with the model
+        self.catalogue = TextCatalogue({})  # the news of all splits
         self.learned: set[str] = set()  # news that training has shown
         self.left_out = 0
 
@@ -136,12 +134,12 @@ class NewsRecommendation(Task):
         for split, folder in folders.items():
             news[split], notes = read_news(folder, arguments.text_fields)
             self._note(*notes)
-            self.texts = news[split] | self.texts
+            self.catalogue.texts = news[split] | self.catalogue.texts
         splits: dict[str, Rows] = {}
         for split, limit in zip(SPLITS, limits, strict=True):
             if split not in folders:
                 continue
-            rows, notes = read_behaviors(folders[split], self.texts)
+            rows, notes = read_behaviors(folders[split], self.catalogue.texts)
             self._note(*notes)
             rows = rows[:limit]
             splits[split] = Dataset.from_dict({name: [row[name] for row in rows] for name in rows[0]})
@@ -154,33 +152,19 @@ class NewsRecommendation(Task):
     # -- model --
 
     def tokenizer_texts(self, splits: dict[str, Rows]) -> Iterator[str]:
-        yield from self.texts.values()
+        yield from self.catalogue.texts.values()
 
     def config_fields(self, splits: dict[str, Rows], saved: dict[str, Any]) -> dict[str, Any]:
-        if saved.get("num_items"):
-            return {}
-        fields = {"num_items": 1, "item_text_length": self.arguments.max_text_length}
+        fields = self.catalogue.config_fields(saved, self.arguments.max_text_length)
         if not saved:
             fields["max_position_embeddings"] = max(self.arguments.max_history, self.arguments.max_text_length)
         return fields
 
     def prepare_model(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Give the model the news that it lacks."""
-        if model.config.num_items > 1:
-            catalogue = PreTrainedTokenizerFast.from_pretrained(model.name_or_path, subfolder=CATALOGUE_FOLDER)
-            self.numbers = catalogue.get_vocab()
-        else:
-            self.numbers = dict(catalogue_tokenizer([]).get_vocab())
-        new = [one for one in self.texts if one not in self.numbers]
-        if not new:
-            return
-        rows, cut = token_ids(tokenizer, [self.texts[one] for one in new], "", model.config.item_text_length)
-        self.numbers |= dict(zip(new, model.add_items(rows).tolist(), strict=True))
-        self._note(f"{len(new):,} news were added to the catalogue, {cut:,} of them cut to the model's text length")
+        self._note(self.catalogue.prepare(model, tokenizer))
 
     def save_beside(self, folder: Path) -> None:
-        ordered = sorted(self.numbers, key=self.numbers.__getitem__)
-        catalogue_tokenizer(ordered[1:]).save_pretrained(str(folder / CATALOGUE_FOLDER))
+        self.catalogue.save(folder)
 
     # -- features --
 
@@ -193,10 +177,10 @@ class NewsRecommendation(Task):
         features: dict[str, list[Any]] = {"input_ids": [], "length": [], "candidates": []}
         if is_training:
             features["click"] = []
-        useless = 0
+        useless, numbers = 0, self.catalogue.numbers
         for row in rows:
-            history = [self.numbers[one] for one in row["source"]][-self.arguments.max_history :] or [PADDING]
-            shown = [self.numbers.get(one, PADDING) for one in row["candidates"]]
+            history = [numbers[one] for one in row["source"]][-self.arguments.max_history :] or [PADDING]
+            shown = [numbers.get(one, PADDING) for one in row["candidates"]]
             pairs = list(zip(shown, row["clicked"], strict=True))
             clicks = [one for one, click in pairs if click and one != PADDING] if is_training else [None]
             if is_training:
@@ -297,18 +281,10 @@ class NewsRecommendation(Task):
             "dataset_name": ", ".join(Path(folder).name for folder in folders),
             "baseline": "clicks in training",
             "title": "news recommendation",
-            "code": CARD_CODE,
+            "code": TEXT_CARD_CODE,
             "prompt": "",
             "prediction": "the scores of an impression's candidates",
             "data": "\n".join(f"- {note}" for note in self.notes),
             "preprocessing": read,
             "settings": {"task": self.name} | {name: getattr(arguments, name) for name in MODEL_SETTINGS},
         }
-
-
-CARD_CODE = """from finetune_deepseek.recommend import load
-
-recommender = load("{name}")
-recommender.add_items({{"today 1": "A title that nobody has clicked yet"}})
-history = ["N1", "N2"]  # ids of news, oldest first
-print(recommender.recommend(history, k=10))"""

@@ -27,8 +27,9 @@ from .encoding import token_ids
 from .files import replaced_folder
 from .interactions import as_text, clean, in_order, read_columns, read_interactions, sequences, split_file_rows
 from .loading import named_source
-from .news_recommendation import CATALOGUE_FOLDER, NewsRecommendation
-from .recommendation import PADDING, Recommendation, catalogue_tokenizer
+from .news_recommendation import NewsRecommendation
+from .recommendation import Recommendation
+from .text_catalogue import CATALOGUE_FOLDER, PADDING, catalogue_tokenizer
 
 EXAMPLES = """examples:
   deepseek-hf recommend runs/movies --history items.json --k 10

@@ -28,7 +28,7 @@ class Task(ABC):
     recipe: ClassVar[Path | None] = None  # YAML file to run when neither a model nor data is named
     examples: ClassVar[str] = ""  # the end of --help
     auto_class: Any = AutoModelForCausalLM
-    tokenizer_class: ClassVar[Any] = None  # that of its saved models, None for the model's own
+    tokenizer_class: Any = None  # that of its saved models, None for the model's own
     peft_task_type: str = "CAUSAL_LM"
 
     def __init__(self, arguments: Any, seed: int) -> None:

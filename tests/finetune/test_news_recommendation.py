@@ -81,7 +81,7 @@ def test_a_saved_model_scores_the_same(learned, tmp_path):
         model_name_or_path=folder / "out", test_dir=more, do_predict=True, do_train=False,
         output_dir=tmp_path / "more_out", use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
-    assert "30 news were added to the catalogue" in (tmp_path / "more_out" / "README.md").read_text()
+    assert "30 items were added to the catalogue" in (tmp_path / "more_out" / "README.md").read_text()
     assert extended["test_auc"] > 0.7
 
 
