@@ -102,6 +102,11 @@ class DeepSeekConfig(PreTrainedConfig):
         num_item_negatives: items drawn per batch for the sampled losses.
         gbce_calibration: t of gBCE, from 0 (plain binary cross entropy) to 1.
         tie_item_embeddings: score items by the embeddings that they are read by.
+        num_items: rows of a catalogue of items that are described by text, of which the vocabulary are the tokens; the
+            padding is row 0, and 1 is an empty catalogue, to be filled by `add_items`. `None`: the items are the
+            vocabulary. How a text becomes a vector says `pooling`.
+        item_text_length: tokens of an item's text, at most.
+        item_id_embeddings: add to each text's vector one that is learned for the item.
     Embedding (DeepSeekForEmbedding)
         pooling: how tokens' states become one vector: "mean", "last_token", or "latent" (NV-Embed, arXiv 2405.17428),
             which has `num_pooling_latents` learned vectors and `num_pooling_heads` heads.
@@ -209,6 +214,9 @@ class DeepSeekConfig(PreTrainedConfig):
     num_item_negatives: int = 512
     gbce_calibration: float = 0.75
     tie_item_embeddings: bool = True
+    num_items: int | None = None
+    item_text_length: int = 32
+    item_id_embeddings: bool = False
     # embedding
     pooling: str = "mean"
     num_pooling_latents: int = 512
@@ -492,6 +500,20 @@ class DeepSeekConfig(PreTrainedConfig):
             _require_word("item_loss", self.item_loss, ITEM_LOSSES)
         _require(self.num_item_negatives > 0, f"num_item_negatives={self.num_item_negatives} must be positive")
         _require(0 <= self.gbce_calibration <= 1, f"gbce_calibration={self.gbce_calibration} must be between 0 and 1")
+        if self.num_items is None:
+            return
+        for name in ("num_items", "item_text_length"):
+            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
+        _require(
+            self.tie_item_embeddings,
+            f"num_items={self.num_items} clashes with tie_item_embeddings=False: items of text are scored by the "
+            "vectors that they are read by; leave tie_item_embeddings, or unset num_items",
+        )
+        _require(
+            self.pooling != "latent",
+            f"num_items={self.num_items} clashes with pooling='latent', which items of text can't have; set mean or "
+            "last_token",
+        )
 
     def _validate_embedding(self) -> None:
         _require_word("pooling", self.pooling, POOLINGS)

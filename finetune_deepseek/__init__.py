@@ -9,4 +9,5 @@ TASKS = {
     "question_answering": "finetune_deepseek.question_answering:QuestionAnswering",
     "embedding": "finetune_deepseek.embedding:Embedding",
     "recommendation": "finetune_deepseek.recommendation:Recommendation",
+    "news_recommendation": "finetune_deepseek.news_recommendation:NewsRecommendation",
 }

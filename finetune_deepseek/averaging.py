@@ -21,7 +21,8 @@ def average_checkpoints(model: Any, folder: Path, count: int) -> None:
     for path in last:
         weights = type(model).from_pretrained(path, dtype=torch.float32).state_dict()
         for name, tensor in weights.items():
-            sums[name] = sums[name] + tensor if name in sums else tensor
+            is_sum = name in sums and tensor.is_floating_point()  # whole numbers are no weights: the last ones stay
+            sums[name] = sums[name] + tensor if is_sum else tensor
     own = model.state_dict()
     with torch.no_grad():
         for name, total in sums.items():

@@ -79,7 +79,7 @@ TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2, tor
 FLOAT32_WEIGHTS = ("e_score_correction_bias",)  # whatever the type of the rest
 COPIED = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*"),
-    *("additional_chat_templates", "generation_config.json", "LICENSE*"),
+    *("additional_chat_templates", "generation_config.json", "LICENSE*", "catalogue"),
 )
 Report: TypeAlias = Callable[[int, int], Any]
 

@@ -89,3 +89,27 @@ def comparison(
             results[f"{key}_low"], results[f"{key}_high"] = bootstrap_interval(difference)
             results[f"{key}_p"] = paired_p_value(own[name], scores[name])
     return results
+
+
+def impression_scores(scores: np.ndarray, clicked: np.ndarray) -> dict[str, float]:
+    """AUC, MRR and nDCG of one impression's candidates [C], as MIND's evaluation defines them.
+
+    The reciprocal ranks of all clicks are averaged; AUC counts a tie half, elsewhere ties count against the clicks.
+
+    Raises:
+        ValueError: if all or none of the candidates were clicked, where AUC has no value.
+    """
+    is_click = np.asarray(clicked).astype(bool)
+    if is_click.all() or not is_click.any():
+        raise ValueError("an impression is scored by its clicked and its other news; one kind is missing")
+    values = np.where(np.isnan(scores), -np.inf, np.asarray(scores, dtype=np.float64))
+    clicks, others = values[is_click], values[~is_click]
+    above = (clicks[:, None] > others).sum() + 0.5 * (clicks[:, None] == others).sum()
+    order = np.lexsort((is_click, -values))  # best first, of equal ones the clicks last
+    gains = is_click[order].astype(np.float64)
+    ranks = np.arange(1, len(gains) + 1)
+    ideal, discounts = np.sort(gains)[::-1], 1 / np.log2(ranks + 1)
+    found = {"auc": above / (len(clicks) * len(others)), "mrr": (gains / ranks).sum() / gains.sum()}
+    for k in (5, 10):
+        found[f"ndcg@{k}"] = (gains * discounts)[:k].sum() / (ideal * discounts)[:k].sum()
+    return {name: float(value) for name, value in found.items()}

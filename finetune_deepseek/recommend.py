@@ -15,16 +15,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from modeling_deepseek import AutoModelForRecommendation
+from modeling_deepseek.modeling_deepseek import item_numbers
 
 from . import model_card
 from .arguments import parse_verb
+from .encoding import token_ids
+from .files import replaced_folder
 from .interactions import as_text, clean, in_order, read_columns, read_interactions, sequences, split_file_rows
 from .loading import named_source
-from .recommendation import PADDING, Recommendation
+from .news_recommendation import NewsRecommendation
+from .recommendation import Recommendation
+from .text_catalogue import CATALOGUE_FOLDER, PADDING, catalogue_tokenizer
 
 EXAMPLES = """examples:
   deepseek-hf recommend runs/movies --history items.json --k 10
@@ -53,6 +58,9 @@ class RecommendArguments:
     output: str | None = field(
         default=None, metadata={"help": "Parquet file for a whole user base; without it, lines on standard output."}
     )
+    new_items: str | None = field(
+        default=None, metadata={"help": "JSON {id: text} of items to add first, for a model whose items are texts."}
+    )
     user_column: str = field(default="user_id", metadata={"help": "Column of the user."})
     item_column: str = field(default="item_id", metadata={"help": "Column of the item."})
     timestamp_column: str = field(
@@ -80,12 +88,53 @@ class Recommender:
     Args:
         model: of an architecture with `recommend`, see `DeepSeekForRecommendation`.
         catalogue: its items as tokens.
+        tokenizer: of the words, where items are texts.
     """
 
-    def __init__(self, model: Any, catalogue: PreTrainedTokenizerFast) -> None:
+    def __init__(
+        self,
+        model: Any,
+        catalogue: PreTrainedTokenizerFast,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
         self.model = model.eval()
+        self.tokenizer = tokenizer
         self.numbers = catalogue.get_vocab()
         self.items = cast(list[str], catalogue.convert_ids_to_tokens(list(range(len(catalogue)))))
+
+    def add_items(self, texts: dict[Any, str]) -> None:
+        """Encode new items, given as {id: text}, so that they are recommended with the others.
+
+        Raises:
+            ValueError: if the model's items have no text, an id is known already, or a text is empty.
+        """
+        if self.tokenizer is None:
+            raise ValueError("the items of this model are ids without text; it can't take new ones")
+        items = [text for text in as_text(texts) if text is not None]
+        for item, text in zip(items, texts.values(), strict=True):
+            if item in self.numbers:
+                raise ValueError(f"item {item!r} is in the catalogue already")
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(f"new item {item!r} has no text")
+        length = self.model.config.item_text_length
+        rows, cut = token_ids(self.tokenizer, [text.strip() for text in texts.values()], "", length)
+        if cut:
+            print(f"{cut:,} of {len(rows):,} new texts were cut to {length} tokens", file=sys.stderr)
+        self.numbers = self.numbers | dict(zip(items, self.model.add_items(rows).tolist(), strict=True))
+        self.items += items
+
+    def save(self, folder: str | Path) -> None:
+        """Save a model whose items are texts, with its catalogue, for `load`.
+
+        Raises:
+            ValueError: if its items have no text.
+        """
+        if self.tokenizer is None:
+            raise ValueError("the items of this model are ids without text; nothing about it can have changed")
+        with replaced_folder(Path(folder)) as beside:
+            self.model.save_pretrained(beside)
+            self.tokenizer.save_pretrained(beside)
+            catalogue_tokenizer(self.items[1:]).save_pretrained(beside / CATALOGUE_FOLDER)
 
     def number(self, items: Iterable[Any]) -> tuple[list[int], int]:
         """Numbers of the known items, and how many are unknown."""
@@ -146,6 +195,8 @@ class Recommender:
         Raises:
             ValueError: for an unknown item, or a model without such weights.
         """
+        if not hasattr(self.model, "read_items"):
+            raise ValueError(f"{type(self.model).__name__} can't be explained; a DeepSeekForRecommendation can")
         known, _ = self.number(history)
         known = known[-self.model.config.max_position_embeddings :]
         if item not in self.numbers or not known:
@@ -160,9 +211,9 @@ def integrated_gradients(model: Any, history: torch.Tensor, item: int, steps: in
 
     From the catalogue's mean embedding: from zero there is no smooth path, for the norms give every vector its length.
     """
-    table = model.get_input_embeddings()
-    average = table.weight.detach().mean(0)
-    embeddings = table(history).detach()
+    every = torch.arange(item_numbers(model.config)[0], device=history.device)
+    average = model.read_items(every).detach().mean(0)
+    embeddings = model.read_items(history).detach()
     total = torch.zeros_like(embeddings)
     mask = torch.ones_like(history)
     for step in range(steps):
@@ -192,13 +243,18 @@ def load(name: str, revision: str = "main") -> Recommender:
     Raises:
         ValueError: with one line, if there is none.
     """
-    model_card.run_settings(name, revision, Recommendation.name)
+    made_for = dict(model_card.read(name, revision).get("deepseek_hf") or {}).get("task")
+    if made_for != NewsRecommendation.name:
+        model_card.run_settings(name, revision, Recommendation.name)
     with named_source("model", name):
-        catalogue = PreTrainedTokenizerFast.from_pretrained(name, revision=revision)
         model = AutoModelForRecommendation.from_pretrained(name, revision=revision)
+        is_text = getattr(model.config, "num_items", None) is not None
+        where: dict[str, Any] = {"subfolder": CATALOGUE_FOLDER} if is_text else {}
+        catalogue = PreTrainedTokenizerFast.from_pretrained(name, revision=revision, **where)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision) if is_text else None
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
-    return Recommender(model, catalogue)
+    return Recommender(model, catalogue, tokenizer)
 
 
 def read_histories(arguments: RecommendArguments) -> dict[str, list[Any]]:
@@ -254,6 +310,25 @@ def read_filter(path: str | None) -> list[Any] | None:
     if not items:
         raise ValueError(f"--filter {path}: it names no item, so nothing could be recommended.")
     return list(items)
+
+
+def read_new_items(path: str | None) -> dict[str, str]:
+    """Texts by item id out of a JSON file.
+
+    Raises:
+        ValueError: if it can't be read, or holds anything else.
+    """
+    if path is None:
+        return {}
+    try:
+        items = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--new_items {path}: can't be read ({error}).") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--new_items {path}, line {error.lineno}: broken JSON: {error.msg}.") from error
+    if not isinstance(items, dict) or not items:
+        raise ValueError(f'--new_items {path}: expected {{"id": "text", ...}}.')
+    return items
 
 
 def known_histories(recommender: Recommender, histories: dict[str, list[Any]]) -> dict[str, list[Any]]:
@@ -327,7 +402,10 @@ def recommend(argv: Sequence[str]) -> None:
     name, arguments = parse(argv)
     allowed, histories = read_filter(arguments.filter), read_histories(arguments)
     disable_progress_bar()  # the bar of loading weights; ours counts users
+    new_items = read_new_items(arguments.new_items)
     recommender = load(name, arguments.model_revision)
+    if new_items:
+        recommender.add_items(new_items)
     histories = known_histories(recommender, histories)
     with tqdm(total=len(histories), desc="recommend", unit="user", file=sys.stderr) as bar:
         parts = batches(recommender, histories, arguments, allowed, bar.update)

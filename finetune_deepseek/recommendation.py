@@ -16,8 +16,6 @@ import numpy as np
 import pandas as pd
 import torch
 from datasets import Dataset, load_dataset
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from modeling_deepseek import AutoModelForRecommendation
@@ -43,9 +41,9 @@ from .ranking import bootstrap_interval, comparison, per_user, ranking_scores, t
 from .recommendation_baselines import baseline_ranks
 from .sasrec import sasrec_config
 from .task import CausalCollator, Rows, Task
+from .text_catalogue import PADDING, PADDING_TOKEN, TextCatalogue, catalogue_tokenizer, read_items
 from .trainer import prefixed
 
-PADDING, PADDING_TOKEN = 0, "<padding>"
 SHOWN_ITEMS = 20  # recommendations that are kept per scored user
 RANKS_FILE = "user_ranks.csv"
 # What a trained model depends on: written into its card, and taken from there by evaluate and predict.
@@ -67,6 +65,14 @@ class RecommendationArguments:
     timestamp_column: str = field(
         default="timestamp", metadata={"help": "Column of the time, numbers or dates; none takes the file's order."}
     )
+    items_file: str | None = field(
+        default=None,
+        metadata={"help": "File of items and their texts: items are then read as text, and new ones need no click."},
+    )
+    text_columns: list[str] = field(
+        default_factory=lambda: ["title"], metadata={"help": "Its columns that make an item's text, in this order."}
+    )
+    max_text_length: int = field(default=32, metadata={"help": "Tokens of an item's text that a new model reads."})
     dataset_name: str | None = field(
         default=None, metadata={"help": "ml-100k (out of RecBole), or interactions on the Hub, in the split train."}
     )
@@ -114,7 +120,9 @@ class RecommendationArguments:
                 "--interactions_file, --dataset_name, --data_dir and the --train_file group are ways to name data; "
                 "use one."
             )
-        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples", "k_core"):
+        if self.sasrec and self.items_file:
+            raise ValueError("--items_file: SASRec reads no texts; leave out one of it and --sasrec.")
+        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples", "k_core", "max_text_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"--{name} {value}: it must be 1 or more.")
@@ -152,8 +160,7 @@ def item_tokenizer(items: set[str], seed: int) -> PreTrainedTokenizerFast:
     if PADDING_TOKEN in items:
         raise ValueError(f"An item is named {PADDING_TOKEN}, which stands for no item; rename it.")
     ordered = sorted(items, key=lambda item: hashlib.blake2b(f"{seed} {item}".encode(), digest_size=8).digest())
-    vocabulary = {token: number for number, token in enumerate([PADDING_TOKEN, *ordered])}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary)), pad_token=PADDING_TOKEN)
+    return catalogue_tokenizer(ordered)
 
 
 class RecommendationCollator(CausalCollator):
@@ -180,7 +187,7 @@ class Recommendation(Task):
     name = "recommendation"
     arguments_class = RecommendationArguments
     auto_class = AutoModelForRecommendation
-    tokenizer_class = PreTrainedTokenizerFast
+    tokenizer_class: Any = PreTrainedTokenizerFast
     peft_task_type = "FEATURE_EXTRACTION"
     recipe = Path(__file__).parent / "examples" / "recommendation.yaml"
     examples = """examples:
@@ -198,6 +205,9 @@ class Recommendation(Task):
         self.notes: list[str] = []  # on the data, for the screen and the card
         self.table = ""
         self.numbers: dict[str, int] = {}  # item id -> number, known with the tokenizer
+        self.catalogue: TextCatalogue | None = None  # where items are texts
+        if arguments.items_file:
+            self.tokenizer_class = None  # the model's own, of words
         self.others: dict[str, pd.Series] = {}
         for folder in arguments.compare_with or []:
             self.others[Path(folder).name] = read_ranks(folder)
@@ -221,7 +231,21 @@ class Recommendation(Task):
         for name in ("validation", "test"):
             if known and name in limited and (new := sum(row["target"] not in known for row in limited[name])):
                 self._note(f"{name}: {new:,} of {len(limited[name]):,} targets are in no training history; they count")
-        return {name: as_dataset(rows) for name, rows in limited.items()}
+        datasets: dict[str, Rows] = {name: as_dataset(rows) for name, rows in limited.items()}
+        if arguments.items_file:
+            self._read_texts(arguments.items_file, datasets)
+        return datasets
+
+    def _read_texts(self, path: str, splits: dict[str, Rows]) -> None:
+        texts, notes = read_items(path, self.arguments.item_column, self.arguments.text_columns)
+        if PADDING_TOKEN in texts:
+            raise ValueError(f"An item is named {PADDING_TOKEN}, which stands for no item; rename it.")
+        self._note(*notes)
+        bare = sorted(set(self._items(splits)) - texts.keys())
+        if bare:
+            where = Path(path).name
+            self._note(f"{len(bare):,} items of the interactions have no row in {where}; all of them get one vector")
+        self.catalogue = TextCatalogue(texts | dict.fromkeys(bare, ""))
 
     def _read_split_files(self) -> SplitRows:
         arguments = self.arguments
@@ -277,6 +301,9 @@ class Recommendation(Task):
     # -- catalogue and model --
 
     def tokenizer_texts(self, splits: dict[str, Rows]) -> Iterator[str]:
+        yield from self._items(splits) if self.catalogue is None else self.catalogue.texts.values()
+
+    def _items(self, splits: dict[str, Rows]) -> Iterator[str]:
         for rows in splits.values():
             for history in rows["source"]:
                 yield from history
@@ -284,10 +311,25 @@ class Recommendation(Task):
 
     def new_tokenizer(self, arguments: ModelArguments, splits: dict[str, Rows]) -> PreTrainedTokenizerBase:
         """The items of all splits: one that is new in a scored split is ranked too, as it would be in use."""
+        if self.catalogue is not None:
+            return super().new_tokenizer(arguments, splits)
         return item_tokenizer(set(self.tokenizer_texts(splits)), self.seed)
 
     def config_fields(self, splits: dict[str, Rows], saved: dict[str, Any]) -> dict[str, Any]:
-        return {} if saved else {"max_position_embeddings": self.arguments.max_length}
+        if saved.get("num_items") and self.catalogue is None:
+            raise ValueError("The items of this model are texts: name them by --items_file.")
+        fields: dict[str, Any] = {} if saved else {"max_position_embeddings": self.arguments.max_length}
+        if self.catalogue is not None:
+            fields |= self.catalogue.config_fields(saved, self.arguments.max_text_length)
+        return fields
+
+    def prepare_model(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        if self.catalogue is not None:
+            self._note(self.catalogue.prepare(model, tokenizer))
+
+    def save_beside(self, folder: Path) -> None:
+        if self.catalogue is not None:
+            self.catalogue.save(folder)
 
     def model_config(self, config: Any) -> Any:
         return sasrec_config(config) if self.arguments.sasrec else config
@@ -301,7 +343,7 @@ class Recommendation(Task):
         Raises:
             ValueError: if nothing can be learned, or no history holds an item of the catalogue.
         """
-        self.numbers = tokenizer.get_vocab()
+        self.numbers = tokenizer.get_vocab() if self.catalogue is None else self.catalogue.numbers
         limit, unknown = self.arguments.max_length, 0
         features: dict[str, list[Any]] = {"input_ids": [], "length": []}
         if not is_training:
@@ -352,7 +394,7 @@ class Recommendation(Task):
         return loss, torch.cat((ranks[:, None], items), dim=1)
 
     def decode(self, outputs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-        tokens = np.array(tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))), dtype=object)
+        tokens = np.array(sorted(self.numbers, key=self.numbers.__getitem__), dtype=object)
         return [
             {"rank": int(row[0]), "items": tokens[row[1:][row[1:] > PADDING]].tolist()} for row in outputs.astype(int)
         ]
@@ -414,7 +456,7 @@ class Recommendation(Task):
             "dataset_name": source,
             "baseline": "popularity",
             "title": "recommendation",
-            "code": CARD_CODE if not arguments.sasrec else "",
+            "code": "" if arguments.sasrec else CARD_CODE if self.catalogue is None else TEXT_CARD_CODE,
             "prompt": "",
             "prediction": "the items of the highest scores",
             "data": "\n".join(f"- {note}" for note in self.notes) + f"\n\n{self.table}",
@@ -431,6 +473,14 @@ model = AutoModelForRecommendation.from_pretrained("{name}")
 history = [5, 3, 8]  # numbers of items, oldest first, as catalogue.convert_tokens_to_ids gives them
 items, scores = model.recommend(history, k=10)
 print(catalogue.convert_ids_to_tokens(items.tolist()))"""
+
+
+TEXT_CARD_CODE = """from finetune_deepseek.recommend import load
+
+recommender = load("{name}")
+recommender.add_items({{"new": "The text of an item without a click"}})
+history = ["5", "3", "8"]  # ids of items, oldest first
+print(recommender.recommend(history, k=10))"""
 
 
 def read_ranks(folder: str) -> pd.Series:

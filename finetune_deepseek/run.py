@@ -151,6 +151,7 @@ class Run:
         saved = saved_config(path, arguments.model_revision) if path else {}
         fields = self.task.config_fields(self.splits, saved)
         model = load_model(arguments, self.task, self.tokenizer, fields, is_trained=self.args.do_train)
+        self.task.prepare_model(model.get_base_model() if isinstance(model, PeftModel) else model, self.tokenizer)
         if isinstance(model, PeftModel):
             print(f"going on with the adapter in {arguments.model_name_or_path}, whose LoRA settings stay")
         elif lora.use_peft:
@@ -232,6 +233,7 @@ class Run:
             generation_config=self._generation_config(),
             sampler=self.task.sampler(train) if isinstance(train, Dataset) else None,
             card=self._write_card,
+            save_beside=self.task.save_beside,
             is_language_model=self.task.auto_class is AutoModelForCausalLM,
             predict_batch=self.task.predict_batch,
         )

@@ -27,7 +27,7 @@ from .shards import LazyTensor, Tensors
 
 TOKENS = 8
 LARGEST = 1e30  # beyond are numbers that only mark what can't be chosen
-ITEM_TABLES = ("model.embed_tokens", "item_head")
+ITEM_TABLES = ("model.embed_tokens", "item_head", "item_texts")
 Find = Callable[[str], LazyTensor]
 
 
@@ -62,7 +62,10 @@ def spot_logits(whole: PreTrainedModel | PeftModel, tensors: Tensors, adapter: A
             is_table = isinstance(model, DeepSeekForRecommendation) and plain_name(name).startswith(ITEM_TABLES)
             _Loan(name, module, find).hook(model if is_table else module)
     special = {model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id}
-    ids = [7919 * i % model.config.vocab_size for i in range(1, 5 * TOKENS)]
+    vocabulary = model.config.vocab_size
+    if isinstance(model, DeepSeekForRecommendation) and model.config.num_items is not None:
+        vocabulary = model.config.num_items
+    ids = [7919 * i % vocabulary for i in range(1, 5 * TOKENS)]
     ids = [i for i in ids if i not in special][:TOKENS] or [0]
     rows = torch.tensor([ids])
     if isinstance(model, DeepSeekForSequenceClassification) and len(ids) == TOKENS:

@@ -28,7 +28,7 @@ class Task(ABC):
     recipe: ClassVar[Path | None] = None  # YAML file to run when neither a model nor data is named
     examples: ClassVar[str] = ""  # the end of --help
     auto_class: Any = AutoModelForCausalLM
-    tokenizer_class: ClassVar[Any] = None  # that of its saved models, None for the model's own
+    tokenizer_class: Any = None  # that of its saved models, None for the model's own
     peft_task_type: str = "CAUSAL_LM"
 
     def __init__(self, arguments: Any, seed: int) -> None:
@@ -62,6 +62,14 @@ class Task(ABC):
         `saved` is the config.json of the model or adapter that is loaded, empty for random weights.
         """
         return {}
+
+    def prepare_model(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Change the model as the data want it. Called before `features`, and before an adapter is attached."""
+        return
+
+    def save_beside(self, folder: Path) -> None:
+        """Write what a saved model needs beside its weights and tokenizer, into its folder."""
+        return
 
     @abstractmethod
     def features(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, is_training: bool) -> Rows:

@@ -56,6 +56,7 @@ class FinetuneTrainer(Seq2SeqTrainer):
         generation_config: GenerationConfig | None,
         sampler: Sampler[int] | None,
         card: Callable[[Path], None],
+        save_beside: Callable[[Path], None],
         is_language_model: bool,
         predict_batch: Callable[[Any, dict[str, Any]], tuple[torch.Tensor | None, torch.Tensor] | None],
         **kwargs: Any,
@@ -82,7 +83,7 @@ class FinetuneTrainer(Seq2SeqTrainer):
         if self.greedy is not None:
             self.greedy.num_beams, self.greedy.length_penalty = 1, 1.0
         self.sampler = sampler
-        self.card = card
+        self.card, self.save_beside = card, save_beside
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if self.can_skip_prompts and model.training:
@@ -207,6 +208,7 @@ class FinetuneTrainer(Seq2SeqTrainer):
         try:
             with replaced_folder(Path(output_dir or self.args.output_dir or "")) as folder:
                 super()._save(str(folder), state_dict)
+                self.save_beside(folder)
                 if isinstance(self.model, PeftModel) and self.model.active_peft_config.modules_to_save:
                     config.save_pretrained(str(folder))  # the base's doesn't know this head's labels
         finally:

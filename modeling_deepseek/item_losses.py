@@ -72,6 +72,12 @@ def gbce_loss(
     return -(beta * positive + negative.sum(1)).sum() / (len(negatives) + 1)
 
 
+def draw_negatives(count: int, num_items: int, padding_idx: int, device: torch.device) -> torch.Tensor:
+    """[count] of num_items items, uniformly and with replacement, the padding's number left out."""
+    drawn = torch.randint(num_items, (count,), device=device)
+    return drawn + (drawn >= padding_idx)
+
+
 def item_loss(
     name: str,
     hidden_states: torch.Tensor,
@@ -80,13 +86,19 @@ def item_loss(
     padding_idx: int,
     num_negatives: int,
     calibration: float,
+    negatives: torch.Tensor | None = None,
+    num_items: int | None = None,
 ) -> torch.Tensor:
-    """The loss of that name, summed over positions; negatives are drawn uniformly, the padding left out."""
+    """The loss of that name, summed over positions; negatives are drawn uniformly, the padding left out.
+
+    Where the item_embeddings are but a part of the catalogue, `negatives` are those drawn, as rows of that part, and
+    `num_items` is how many items there are without the padding.
+    """
     if name == "softmax":
         return softmax_loss(hidden_states, targets, item_embeddings, padding_idx)
-    num_items = len(item_embeddings) - 1
-    negatives = torch.randint(num_items, (num_negatives,), device=targets.device)
-    negatives = negatives + (negatives >= padding_idx)
+    num_items = len(item_embeddings) - 1 if num_items is None else num_items
+    if negatives is None:
+        negatives = draw_negatives(num_negatives, num_items, padding_idx, targets.device)
     if name == "sampled_softmax":
         expected = math.log(num_negatives / num_items)
         return sampled_softmax_loss(hidden_states, targets, item_embeddings, negatives, expected)

@@ -44,8 +44,9 @@ from .checkpoint_keys import LAYER, differing_copies, register_conversions, shar
 from .configuration_deepseek import HEADS_BY_OWN_AUTO_CLASS, DeepSeekConfig
 from .contrastive import matryoshka_loss, truncated
 from .indexer import DeepSeekIndexer
-from .item_losses import FULL_SOFTMAX_ITEMS, item_loss
+from .item_losses import FULL_SOFTMAX_ITEMS, draw_negatives, item_loss
 from .item_ranking import allowed_items, pad_histories, top_k
+from .item_texts import ITEM_PADDING, NO_TOKEN, DeepSeekItemTexts, PickedItems
 from .layers import DeepSeekMLP, DeepSeekRMSNorm
 from .losses import cross_entropy, labels_ahead
 from .moe import DeepSeekExperts, DeepSeekMoE
@@ -149,6 +150,10 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
         elif isinstance(module, DeepSeekExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, DeepSeekItemTexts):
+            init.constant_(module.tokens, NO_TOKEN)
+            if hasattr(module, "identities"):
+                init.zeros_(module.identities.weight)
 
     # transformers finds out by reading this file's text whether implementations may be chosen; ours are in siblings.
     @classmethod
@@ -795,12 +800,32 @@ class DeepSeekForQuestionAnswering(DeepSeekPreTrainedModel):
         )
 
 
+def item_numbers(config: Any) -> tuple[int, int]:
+    """How many items there are, the padding included, and its number."""
+    if getattr(config, "num_items", None) is not None:
+        return config.num_items, ITEM_PADDING
+    return config.vocab_size, config.pad_token_id
+
+
+def loss_name(config: Any) -> str:
+    """The loss that is asked for, or the whole softmax as far as it is cheap."""
+    if config.item_loss is not None:
+        return config.item_loss
+    is_text = getattr(config, "num_items", None) is not None  # each item of the softmax is a text to be read
+    limit = config.num_item_negatives + 1 if is_text else FULL_SOFTMAX_ITEMS
+    return "softmax" if item_numbers(config)[0] <= limit else "sampled_softmax"
+
+
 class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
     """A history of items in, a score for every item to come next out.
 
     The vocabulary is the catalogue: `config.vocab_size` rows, of which `config.pad_token_id` (0 if it isn't set) is
     no item but padding. A score is the product of the last hidden state with the item's embedding (Kang and McAuley,
     arXiv 1808.09781, equation 6), or with `item_head` where `config.tie_item_embeddings` is false.
+
+    With `config.num_items` the vocabulary are words instead, and items are texts of them, number 0 being the padding:
+    an item's embedding is made of its text by the same trunk (item_texts.py), so that items which `add_items` brings
+    are ranked without a click. An empty history is then one padding, which the mask lets through.
     """
 
     def __init__(self, config: DeepSeekConfig):
@@ -808,18 +833,44 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
             config.pad_token_id = 0
         super().__init__(config)
         self.model = DeepSeekModel(config)
+        if config.num_items is not None:
+            self.item_texts = DeepSeekItemTexts(config)
         if not config.tie_item_embeddings:
             self.item_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     def item_embeddings(self) -> torch.Tensor:
         """[V, D], by which items are scored."""
+        if self.config.num_items is not None:
+            return self.item_texts.table(self.model)
         if not self.config.tie_item_embeddings:
             return self.item_head.weight
         table = self.model.embed_tokens
         if type(table) is nn.Embedding:
             return table.weight
         return table(torch.arange(self.config.vocab_size, device=table.weight.device))  # an adapter has its say
+
+    def read_items(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """What the trunk reads in place of item numbers: [B, S] -> [B, S, D]."""
+        if self.config.num_items is not None:
+            return nn.functional.embedding(input_ids, self.item_embeddings())
+        return self.model.embed_tokens(input_ids)
+
+    def add_items(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Append items to a catalogue of texts (`config.num_items`), given as tokens. Not amid a training: the
+        optimizer would go on with the former rows.
+
+        Returns:
+            Their numbers [N].
+
+        Raises:
+            ValueError: if the items of this model aren't texts, or a text is empty or too long.
+        """
+        if self.config.num_items is None:
+            raise ValueError("the items of this model are ids without text; make it with config.num_items")
+        numbers = self.item_texts.append(texts)
+        self.config.num_items += len(numbers)
+        return numbers
 
     def get_output_embeddings(self) -> nn.Module | None:
         return getattr(self, "item_head", None)
@@ -838,6 +889,7 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        candidates: torch.Tensor | None = None,
         **kwargs,
     ) -> SequenceClassifierOutputWithPast:
         """Arguments as in `DeepSeekModel.forward`, the input_ids [B, S] being item numbers, oldest first, and
@@ -845,18 +897,26 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
         labels: [B, S], usually the input_ids, -100 where there is nothing to learn; shifted here, so that every item
             is learned from those before it. The loss is `config.item_loss`.
         num_items_in_batch: divide the summed loss by this instead of the number of labels.
+        candidates: [B, C] item numbers, filled up with the padding: score these alone. The labels [B] then say which
+            of its candidates each row went on with, and the loss is the cross entropy among them.
 
         Returns:
-            `logits` [B, V]: the scores of all items after the last one of each row, the lowest number for the
-            padding. None while training: a large catalogue's scores would cost more than its sampled loss.
+            `logits` [B, V] or [B, C]: the scores of all items after the last one of each row, the lowest number for
+            the padding. None while training without candidates: a large catalogue's scores would cost more than its
+            sampled loss.
 
         Raises:
             ValueError: for a batch in which nothing tells where a sequence ends.
         """
+        _, padding = item_numbers(self.config)
         if attention_mask is None and input_ids is not None:
-            attention_mask = torch.ne(input_ids, self.config.pad_token_id).long()
+            attention_mask = torch.ne(input_ids, padding).long()
             if past_key_values is not None and past_key_values.get_seq_length():
                 attention_mask = None  # it would have to cover the cached items too
+        picked = None
+        if self.config.num_items is not None and input_ids is not None:
+            picked = self.pick_items(input_ids, candidates, is_learning=self.training and labels is not None)
+            inputs_embeds, input_ids = picked.read(input_ids), None  # the mask says what is padding
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -868,14 +928,22 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
         )
         hidden_states = outputs.last_hidden_state
         loss = logits = None
-        if labels is not None:
-            loss = self.next_item_loss(hidden_states, labels, num_items_in_batch)
-        if labels is None or not self.training:
+        if labels is not None and candidates is None:
+            loss = self.next_item_loss(hidden_states, labels, num_items_in_batch, picked)
+        if labels is None or candidates is not None or not self.training:
             rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
             last = hidden_states[rows, self.last_token(hidden_states, input_ids, attention_mask)]
-            logits = nn.functional.linear(last, self.item_embeddings()).index_fill(
-                1, torch.tensor([self.config.pad_token_id], device=last.device), torch.finfo(last.dtype).min
-            )
+            picked = picked or PickedItems(self.item_embeddings(), None)
+            lowest = torch.finfo(last.dtype).min
+            if candidates is not None:
+                logits = torch.einsum("bd,bcd->bc", last, picked.read(candidates))
+                logits = logits.masked_fill(candidates == padding, lowest)
+            else:
+                logits = nn.functional.linear(last, picked.vectors)
+                logits = logits.index_fill(1, torch.tensor([padding], device=last.device), lowest)
+        if labels is not None and candidates is not None:
+            loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
+            loss = loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
@@ -886,27 +954,46 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
 
     last_token: Any = DeepSeekForSequenceClassification.last_token
 
+    def pick_items(self, input_ids: torch.Tensor, candidates: torch.Tensor | None, is_learning: bool) -> PickedItems:
+        """The vectors that a batch of histories [B, S] of items of text needs: all as they are kept, or to learn from
+        with gradients those of its own items and of the negatives."""
+        if not is_learning:
+            return PickedItems(self.item_embeddings(), None)
+        config = self.config
+        if candidates is not None:
+            return self.item_texts.pick(
+                self.model, torch.cat((input_ids.flatten(), candidates.flatten())), input_ids[:0, 0]
+            )
+        if loss_name(config) == "softmax":
+            negatives = torch.arange(1, config.num_items, device=input_ids.device)
+        else:
+            negatives = draw_negatives(config.num_item_negatives, config.num_items - 1, ITEM_PADDING, input_ids.device)
+        return self.item_texts.pick(self.model, input_ids, negatives)
+
     def next_item_loss(
         self,
         hidden_states: torch.Tensor,
         labels: torch.Tensor,
         num_items_in_batch: torch.Tensor | int | None = None,
+        picked: PickedItems | None = None,
     ) -> torch.Tensor:
-        """Mean loss of the item after each position: hidden states [B, S, D], labels [B, S] (not shifted)."""
+        """Mean loss of the item after each position: hidden states [B, S, D], labels [B, S] (not shifted); of all
+        items, or among those picked."""
         config = self.config
-        name = config.item_loss
-        if name is None:
-            name = "softmax" if config.vocab_size <= FULL_SOFTMAX_ITEMS else "sampled_softmax"
+        num_items, padding = item_numbers(config)
         targets = labels[:, 1:].to(hidden_states.device)
         known = targets != -100
+        picked = picked or PickedItems(self.item_embeddings(), None)
         total = item_loss(
-            name,
+            loss_name(config),
             hidden_states[:, :-1][known],
-            targets[known],
-            self.item_embeddings(),
-            config.pad_token_id,
+            picked.place(targets[known]),
+            picked.vectors,
+            padding,
             config.num_item_negatives,
             config.gbce_calibration,
+            picked.negatives,
+            num_items - 1,
         )
         return total / (known.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
@@ -933,7 +1020,7 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
         Raises:
             ValueError: for an empty history, a number that is no item, or if nothing is left to choose from.
         """
-        padding, num_items = self.config.pad_token_id, self.config.vocab_size
+        num_items, padding = item_numbers(self.config)
         rows: Any
         if torch.is_tensor(history):
             rows = [[item for item in row if item != padding] for row in torch.atleast_2d(history).tolist()]

@@ -10,6 +10,7 @@ import torch
 from test_readme import ROOT, blocks, commands
 
 from finetune_deepseek import __main__ as command
+from tests.finetune.simulated_news import write as write_news
 
 RECIPES = ("docs/recipes.md", "docs/recipes.zh-CN.md")
 EXAMPLES = sorted(path.name for path in (ROOT / "finetune_deepseek" / "examples").glob("*.yaml"))
@@ -60,6 +61,12 @@ def folder(tmp_path_factory):
             (folder / "data" / name / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
     ratings = [f"{user},{(user + step) % 5},{step}" for user in range(8) for step in range(4)]
     (folder / "data" / "ratings.csv").write_text("\n".join(["userId,movieId,timestamp", *ratings]))
+    movies = [f"{number},A film of part {number},comedy" for number in range(5)]
+    (folder / "data" / "movies.csv").write_text("\n".join(["movieId,title,genres", *movies]))
+    (folder / "items.json").write_text('["1", "2"]')
+    (folder / "new.json").write_text('{"today": "A film of part 6"}')
+    write_news(folder / "data" / "MINDsmall_train", 1, 4)
+    write_news(folder / "data" / "MINDsmall_dev", 31, 4)
     (folder / "data" / "german.txt").write_text("eins\nzwei\n")
     (folder / "english.txt").write_text("one\n\ntwo\n")
     (folder / "notes").mkdir()
@@ -73,6 +80,8 @@ def folder(tmp_path_factory):
 def small(verb: str, task: str, *rest: str) -> list[str]:
     if verb != "finetune":
         return [] if verb in ("translate", "recommend", "answer") else QUIET
+    if task == "news_recommendation":  # MIND's small set has no third part to evaluate on
+        return [*QUIET, "--max_steps", "1", "--vocab_size", "300"]
     random_weights = [] if "--model_name_or_path" in rest else ["--vocab_size", "300"]
     return [*SMALL, *random_weights, *(SHORT if task == "translation" else [])]
 
@@ -106,6 +115,9 @@ def test_recipes_run_in_order(folder, monkeypatch, capsys):
     assert "eval_chrf2" in json.loads((folder / "runs/evaluate-en-de/all_results.json").read_text())
     movies = json.loads((folder / "runs/movies/all_results.json").read_text())
     assert {"above_sasrec_hr@10", "popularity_ndcg@10"} <= set(movies)
+    assert "test_hr@10" in json.loads((folder / "runs/movie-texts/all_results.json").read_text())
+    news = [json.loads((folder / f"runs/{name}/all_results.json").read_text()) for name in ("news", "predict-news")]
+    assert news[0]["test_auc"] == pytest.approx(news[1]["test_auc"])
     retriever = json.loads((folder / "runs/retriever/all_results.json").read_text())
     assert {"test_mrr", "tfidf_mrr", "fused_mrr"} <= set(retriever)
     for code in blocks(RECIPES[0], "python"):

@@ -369,3 +369,81 @@ def test_a_history_is_refused_in_python(learned):
         recommender.recommend(["unheard of"])
     rows = recommender.recommend([[item(1)], [item(2)]], k=1)
     assert [row[0][0] for row in rows] == [item(2), item(3)]
+
+
+# -- items of text --
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """The ring again, each item described by a text, and a run that has read them."""
+    folder = tmp_path_factory.mktemp("texts")
+    ring = write_ring(folder / "ring.csv", users=12)
+    rows = [{"item_id": item(n), "title": f"word{n}", "tags": [f"tag{n // 2}", "all"]} for n in range(RING - 1)]
+    rows += [{"item_id": "cold", "title": "word5", "tags": ["tag2", "all"]}, {"item_id": item(1), "title": "again"}]
+    rows += [{"item_id": None, "title": "nobody"}, {"item_id": "mute", "title": None}]
+    (folder / "items.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    results = recommendation(
+        **SMALL | {"learning_rate": 0.005}, interactions_file=ring, items_file=folder / "items.jsonl",
+        text_columns=["title", "tags"], vocab_size=320, max_text_length=12, output_dir=folder / "out", max_steps=50,
+        config_overrides="initializer_range=0.1",
+    )  # fmt: skip
+    return folder, results
+
+
+def test_items_of_text_are_learned_and_a_cold_one_goes_with_its_words(texts):
+    folder, results = texts
+    assert results["test_hr@5"] == 1 and "popularity_hr@10" in results
+    assert "full ranking of 14 items" in results["test_ranking_signature"]  # the cold and the mute one are there too
+    recommender = load(str(folder / "out"))
+    best = [name for name, _ in recommender.recommend([item(3), item(4)], k=3)]
+    assert {item(5), "cold"} <= set(best)
+    recommender.add_items({"new": "word5. tag2, all"})
+    scores = dict(recommender.recommend([item(3), item(4)], k=14))
+    assert scores["new"] == pytest.approx(scores["cold"], rel=1e-4)
+    card = (folder / "out" / "README.md").read_text()
+    for line in (
+        "items.jsonl: 1 rows without an item id were left out",
+        "items.jsonl: 1 rows with the id of a row before were left out",
+        "items.jsonl: 1 items without any text; all of them get one vector",
+        "1 items of the interactions have no row in items.jsonl",
+        "14 items were added to the catalogue, 0 of them cut",
+    ):
+        assert line in card
+
+
+def test_a_model_of_texts_is_scored_again_with_its_texts(texts, tmp_path):
+    folder, results = texts
+    settings = {
+        "model_name_or_path": folder / "out", "interactions_file": folder / "ring.csv", "do_train": False,
+        "do_predict": True, "output_dir": tmp_path / "out", "use_cpu": True, "disable_tqdm": True,
+    }  # fmt: skip
+    again = recommendation(**settings, items_file=folder / "items.jsonl", text_columns=["title", "tags"])
+    assert again["test_ndcg@10"] == pytest.approx(results["test_ndcg@10"])
+    with pytest.raises(ValueError, match="The items of this model are texts: name them by --items_file"):
+        recommendation(**settings | {"output_dir": tmp_path / "other"})
+
+
+@pytest.mark.parametrize(
+    ("content", "settings", "message"),
+    [
+        ('{"item_id": null, "title": "x"}', {}, "items.jsonl: no items"),
+        ('{"item": 1, "title": "x"}', {}, "no column 'item_id'.*Set --item_column"),
+        ('{"item_id": 1, "titel": "x"}', {}, r"no column 'title'.*Set --text_columns \(did you mean"),
+        ('{"item_id": "<padding>", "title": "x"}', {}, "An item is named <padding>"),
+        ('{"item_id": 1, "title": "x"}', {"sasrec": True}, "--items_file: SASRec reads no texts"),
+    ],
+)
+def test_texts_that_cant_be_used_are_one_line(tmp_path, content, settings, message):
+    (tmp_path / "items.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        Recommendation(RecommendationArguments(items_file=str(tmp_path / "items.jsonl"), **settings), 0).load_splits()
+    assert "\n" not in str(error.value)
+
+
+def test_sasrec_says_that_it_cant_be_explained():
+    from finetune_deepseek.sasrec import SASRecConfig
+
+    recommender = Recommender(SASRecForRecommendation(SASRecConfig(vocab_size=3)), item_tokenizer({"a", "b"}, 0))
+    with pytest.raises(ValueError, match="SASRecForRecommendation can't be explained"):
+        recommender.explain(["a"], "b")

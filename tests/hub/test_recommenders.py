@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-PRESETS = ["tiny_llm", "tiny_v3"]
+PRESETS = ["tiny_llm", "tiny_v3", "texts"]  # the last one's items are texts
 HISTORY = [5, 9, 30]
 
 
@@ -20,7 +20,11 @@ def save(folder):
     facts = {}
     for name in PRESETS:
         torch.manual_seed(0)
-        model = DeepSeekForRecommendation(preset(name, pad_token_id=0)).eval()
+        if name == "texts":
+            model = DeepSeekForRecommendation(preset("tiny_v3", pad_token_id=0, num_items=1)).eval()
+            model.add_items([[3 + n, 50 + n % 7] for n in range(40)])
+        else:
+            model = DeepSeekForRecommendation(preset(name, pad_token_id=0)).eval()
         model.save_pretrained(f"{folder}/{name}")
         items, scores = model.recommend(HISTORY, k=5)
         facts[name] = [items.tolist(), scores.tolist()]
@@ -53,6 +57,10 @@ def load(folder, auto_class, trust_remote_code):
             items, scores = model.recommend(HISTORY, k=5)
             facts[name].append([items.tolist(), scores.tolist()])
             model.save_pretrained(f"{folder}/again/{name}")
+            if name == "texts":  # a new item with the words of item 5 has its score
+                new = int(model.add_items([[7, 54]]))
+                scores = model.recommend(HISTORY, k=41, exclude_seen=False, filter=[5, new])[1]
+                assert new == 41 and abs(scores[0] - scores[1]) < 1e-5
     return facts
 
 

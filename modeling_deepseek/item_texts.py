@@ -1,0 +1,128 @@
+"""Items that are described by text: tokens of title and categories through the same trunk, pooled, to one vector.
+
+An item needs no click to be ranked: its vector is made of its words. The catalogue keeps the tokens, never the
+vectors, so that merging, averaging or quantizing a checkpoint leaves nothing behind that belongs to other weights;
+vectors are made at their first use, and again when weights have changed.
+
+Letters: N items asked for, V items with the padding (number 0), T tokens of a text, D width.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .pooling import POOLING_FUNCTIONS
+
+ITEM_PADDING = 0
+NO_TOKEN = -1
+TEXTS_AT_ONCE = 256
+
+
+class PickedItems(NamedTuple):
+    """Vectors [N, D] of the items that a batch needs, where each item's is [V], and the negatives' places [M]."""
+
+    vectors: torch.Tensor
+    places: torch.Tensor | None  # None: those of the items' numbers
+    negatives: torch.Tensor | None = None
+
+    def place(self, items: torch.Tensor) -> torch.Tensor:
+        return items if self.places is None else self.places[items]
+
+    def read(self, items: torch.Tensor) -> torch.Tensor:
+        """Item numbers [...] -> [..., D]."""
+        return F.embedding(self.place(items), self.vectors)
+
+
+class DeepSeekItemTexts(nn.Module):
+    """The catalogue's texts as tokens, and the way from a text to a vector.
+
+    A text's vector is the pooled state of the trunk, projected; with `config.item_id_embeddings` the item's own
+    learned vector is added, which is zero at first and stays so for an item without clicks.
+    """
+
+    tokens: torch.Tensor  # [V, T]
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.pool = POOLING_FUNCTIONS[config.pooling]
+        shape = (config.num_items, config.item_text_length)
+        self.register_buffer("tokens", torch.full(shape, NO_TOKEN, dtype=torch.int32))
+        self.projection = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        if config.item_id_embeddings:
+            self.identities = nn.Embedding(config.num_items, config.hidden_size)
+        self._table: torch.Tensor | None = None
+        self._made_of: Any = None
+
+    def encode(self, trunk: nn.Module, items: torch.Tensor) -> torch.Tensor:
+        """Item numbers [N] -> [N, D]."""
+        tokens = self.tokens[items].long()
+        is_token = tokens != NO_TOKEN
+        is_token[:, 0] = True  # attention over nothing, as of the padding, has no value
+        states = trunk(tokens.clamp(min=0), attention_mask=is_token.long(), use_cache=False).last_hidden_state
+        vectors = self.projection(self.pool(states, is_token))
+        return vectors + self.identities(items) if hasattr(self, "identities") else vectors
+
+    def table(self, trunk: nn.Module) -> torch.Tensor:
+        """[V, D] without gradients; kept until a weight changes.
+
+        A training step forgets them, and other changes are seen by the weights' own counters. These miss what is
+        written through `.data` or by a fused optimizer in evaluation mode, and adapters that are switched off: call
+        `forget` after such.
+        """
+        made_of = self._state(trunk)
+        if self._table is None or made_of != self._made_of:
+            was_training = trunk.training
+            trunk.eval()
+            try:
+                with torch.no_grad():
+                    items = torch.arange(len(self.tokens), device=self.tokens.device)
+                    parts = [self.encode(trunk, part) for part in items.split(TEXTS_AT_ONCE)]
+            finally:
+                trunk.train(was_training)
+            self._table, self._made_of = torch.cat(parts), made_of
+        return self._table
+
+    def forget(self) -> None:
+        """Have the vectors made anew at their next use."""
+        self._table = None
+
+    def _state(self, trunk: nn.Module) -> tuple[Any, ...]:
+        weights = [*trunk.parameters(), *self.parameters()]
+        versions = [(id(weight), 0 if weight.is_inference() else weight._version) for weight in weights]
+        return weights[0].device, weights[0].dtype, len(self.tokens), versions
+
+    def pick(self, trunk: nn.Module, items: torch.Tensor, negatives: torch.Tensor) -> PickedItems:
+        """Vectors with gradients of the items [...] and the negatives [M], each encoded once."""
+        self.forget()
+        padding = torch.tensor([ITEM_PADDING], device=items.device)
+        picked = torch.cat((padding, items.flatten(), negatives)).unique()  # sorted, so the padding comes first
+        places = torch.zeros(len(self.tokens), dtype=torch.long, device=items.device)
+        places[picked] = torch.arange(len(picked), device=items.device)
+        return PickedItems(self.encode(trunk, picked), places, places[negatives])
+
+    @torch.no_grad()
+    def append(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Numbers [N] of new items, given their tokens.
+
+        Raises:
+            ValueError: for a text without tokens, or with more than a row has room for.
+        """
+        known, width = self.tokens.shape
+        rows = torch.full((len(texts), width), NO_TOKEN, dtype=torch.int32)
+        for number, text in enumerate(texts):
+            if not 0 < len(text) <= width:
+                raise ValueError(
+                    f"the text of new item {number} has {len(text)} tokens; it must have 1 to {width}, which is "
+                    "config.item_text_length"
+                )
+            rows[number, : len(text)] = torch.as_tensor(text, dtype=torch.int32)
+        self.tokens = torch.cat((self.tokens, rows.to(self.tokens.device)))
+        if hasattr(self, "identities"):
+            old = self.identities.weight
+            weight = torch.cat((old, old.new_zeros(len(texts), old.shape[1])))
+            self.identities = nn.Embedding.from_pretrained(weight, freeze=not old.requires_grad)
+        self.forget()
+        return torch.arange(known, len(self.tokens))
