@@ -9,4 +9,5 @@ TASKS = {
     "question_answering": "finetune_deepseek.question_answering:QuestionAnswering",
     "embedding": "finetune_deepseek.embedding:Embedding",
     "recommendation": "finetune_deepseek.recommendation:Recommendation",
+    "generative_recommendation": "finetune_deepseek.semantic_ids:GenerativeRecommendation",
 }

@@ -192,6 +192,10 @@ def load(name: str, revision: str = "main") -> Recommender:
     Raises:
         ValueError: with one line, if there is none.
     """
+    if (model_card.read(name, revision).get("deepseek_hf") or {}).get("task") == "generative_recommendation":
+        from .semantic_ids import load_generative  # which needs this module
+
+        return load_generative(name, revision)
     model_card.run_settings(name, revision, Recommendation.name)
     with named_source("model", name):
         catalogue = PreTrainedTokenizerFast.from_pretrained(name, revision=revision)
