@@ -10,4 +10,5 @@ TASKS = {
     "embedding": "finetune_deepseek.embedding:Embedding",
     "recommendation": "finetune_deepseek.recommendation:Recommendation",
     "generative_recommendation": "finetune_deepseek.semantic_ids:GenerativeRecommendation",
+    "prompt_ranking": "finetune_deepseek.prompt_ranking:PromptRanking",
 }
