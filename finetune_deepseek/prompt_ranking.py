@@ -185,7 +185,9 @@ class PromptCollator(CausalCollator):
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         if "prefix_ids" not in features[0]:
             return super().__call__(features)
-        batch = {name: torch.tensor([f[name] for f in features]) for name in ("row", "target") if name in features[0]}
+        batch: dict[str, torch.Tensor] = {
+            name: torch.tensor([f[name] for f in features]) for name in ("row", "target") if name in features[0]
+        }
         batch["prefix_ids"], batch["prefix_mask"] = self._pad([f["prefix_ids"] for f in features], left=True)
         width = max(len(f["suffix_ids"]) for f in features)
         rows = [ids for f in features for ids in (f["suffix_ids"] + [[]] * width)[:width]]
