@@ -10,4 +10,6 @@ TASKS = {
     "embedding": "finetune_deepseek.embedding:Embedding",
     "recommendation": "finetune_deepseek.recommendation:Recommendation",
     "news_recommendation": "finetune_deepseek.news_recommendation:NewsRecommendation",
+    "generative_recommendation": "finetune_deepseek.semantic_ids:GenerativeRecommendation",
+    "prompt_ranking": "finetune_deepseek.prompt_ranking:PromptRanking",
 }

@@ -243,7 +243,11 @@ def load(name: str, revision: str = "main") -> Recommender:
     Raises:
         ValueError: with one line, if there is none.
     """
-    made_for = dict(model_card.read(name, revision).get("deepseek_hf") or {}).get("task")
+    made_for = (model_card.read(name, revision).get("deepseek_hf") or {}).get("task")
+    if made_for == "generative_recommendation":
+        from .semantic_ids import load_generative  # which needs this module
+
+        return load_generative(name, revision)
     if made_for != NewsRecommendation.name:
         model_card.run_settings(name, revision, Recommendation.name)
     with named_source("model", name):

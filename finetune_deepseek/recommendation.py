@@ -336,6 +336,9 @@ class Recommendation(Task):
 
     # -- features --
 
+    def item_numbers(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+        return tokenizer.get_vocab() if self.catalogue is None else self.catalogue.numbers
+
     def features(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, is_training: bool) -> Rows:
         """Item numbers; training histories in windows of --max_length + 1, which overlap by one item, so that every
         item but a history's first is learned once in each epoch. For evaluation also `seen` and `target`.
@@ -343,7 +346,7 @@ class Recommendation(Task):
         Raises:
             ValueError: if nothing can be learned, or no history holds an item of the catalogue.
         """
-        self.numbers = tokenizer.get_vocab() if self.catalogue is None else self.catalogue.numbers
+        self.numbers = self.item_numbers(tokenizer)
         limit, unknown = self.arguments.max_length, 0
         features: dict[str, list[Any]] = {"input_ids": [], "length": []}
         if not is_training:
