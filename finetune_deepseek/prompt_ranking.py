@@ -72,6 +72,8 @@ class PromptRankingArguments(RecommendationArguments):
         for name, least in (("num_candidates", 2), ("examples_per_history", 1), ("negatives", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} {getattr(self, name)}: it must be {least} or more.")
+        if self.items_file:
+            raise ValueError("--items_file: titles for the prompt come in by --titles_file.")
         if self.sasrec:
             raise ValueError("--sasrec: train it by `finetune recommendation`; it ranks all items, not candidates.")
         if self.compare_with:
@@ -259,7 +261,7 @@ class PromptRanking(Recommendation):
     def __init__(self, arguments: PromptRankingArguments, seed: int) -> None:
         super().__init__(arguments, seed)
         self.given: dict[str, list[list[str]]] = {}  # candidates in files, by split
-        self.catalogue: list[str] = []
+        self.every_item: list[str] = []
         self.titles: dict[str, str] = {}
         self.prompt: Prompt  # known with the tokenizer
 
@@ -270,11 +272,11 @@ class PromptRanking(Recommendation):
         items = set(super().tokenizer_texts(splits)) | {
             item for lists in self.given.values() for c in lists for item in c
         }
-        self.catalogue, arguments = sorted(items), self.arguments
+        self.every_item, arguments = sorted(items), self.arguments
         titles: dict[str, str] = {}
         if arguments.titles_file:
             titles = read_titles(arguments.titles_file, arguments.item_column, arguments.title_column)
-        self.titles, untitled = with_titles(self.catalogue, titles)
+        self.titles, untitled = with_titles(self.every_item, titles)
         if untitled and titles:
             self._note(f"{untitled:,} of {len(items):,} items have no title; their ids stand in")
         for split in ("validation", "test"):
@@ -335,7 +337,7 @@ class PromptRanking(Recommendation):
         return lists
 
     def _unseen(self, rng: random.Random, seen: set[str], count: int) -> list[str]:
-        drawn = rng.sample(self.catalogue, min(len(self.catalogue), count + len(seen)))
+        drawn = rng.sample(self.every_item, min(len(self.every_item), count + len(seen)))
         return [item for item in drawn if item not in seen][:count]
 
     # -- model and features --
@@ -434,7 +436,7 @@ class PromptRanking(Recommendation):
         """Ranks of the same targets among the same candidates by each baseline, if there are training rows."""
         if not self.arguments.baselines or not isinstance(train, Dataset):
             return {}
-        numbers = {item: number for number, item in enumerate([PADDING_TOKEN, *self.catalogue])}
+        numbers = {item: number for number, item in enumerate([PADDING_TOKEN, *self.every_item])}
         histories = [[numbers[item] for item in history] for history in train["source"]]
         ranks = {}
         for name, baseline_class in BASELINES.items():
@@ -455,7 +457,7 @@ class PromptRanking(Recommendation):
         return card | {
             "title": "ranking by prompt",
             "pipeline_tag": "text-generation",
-            "prompt": self._text(self.catalogue[:2], self.catalogue[-1]),
+            "prompt": self._text(self.every_item[:2], self.every_item[-1]),
             "prediction": f"candidates by {asked}",
             "preprocessing": f"prompt {arguments.prompt_template!r}, at most {arguments.max_length} titles",
             "settings": {"task": self.name} | {name: getattr(arguments, name) for name in MODEL_SETTINGS},

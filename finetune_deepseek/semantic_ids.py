@@ -69,6 +69,8 @@ class GenerativeRecommendationArguments(RecommendationArguments):
         for name, least in (("num_levels", 1), ("codebook_size", 2), ("num_beams", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} {getattr(self, name)}: it must be {least} or more.")
+        if self.items_file:
+            raise ValueError("--items_file: texts come in by --titles_file and an embedding model as --item_vectors.")
         if self.sasrec:
             raise ValueError("--sasrec: train it by `finetune recommendation`, and name its folder in --compare_with.")
 

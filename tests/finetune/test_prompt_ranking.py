@@ -205,6 +205,7 @@ def test_titles_of_a_file(tmp_path):
         ({"num_candidates": 1}, "--num_candidates 1: it must be 2 or more"),
         ({"negatives": 0}, "--negatives 0"),
         ({"sasrec": True}, "--sasrec: train it"),
+        ({"items_file": "x.csv"}, "--items_file: titles for the prompt come in by --titles_file"),
         ({"candidates_column": "x"}, "--candidates_column is of files of histories"),
         ({"compare_with": ["x"]}, "--compare_with: ranks of other runs"),
     ],

@@ -230,6 +230,7 @@ def test_mtp_takes_part_in_training_only(learned):
         ({"codebook_size": 1}, "--codebook_size 1: it must be 2 or more"),
         ({"num_beams": 0}, "--num_beams 0"),
         ({"sasrec": True}, "--sasrec: train it by `finetune recommendation`"),
+        ({"items_file": "x.csv"}, "--items_file: texts come in by --titles_file"),
         ({"item_vectors": "x.npy"}, "--item_vectors x.npy: add --item_ids_file"),
         (
             {"item_vectors": "x.npy", "item_ids_file": "y"},
