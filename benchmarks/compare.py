@@ -6,7 +6,8 @@ For each system the flag under `choose` is tried with each of its values, and th
 there is kept; then every seed is run with every system in turn (A B A B). What is found in --output, or in
 docs/results/NAME.json from earlier calls, isn't repeated; table and JSON are written at the end. A value `{data}` in a
 flag stands for --data, `{runs}` for this table's folder in --output, `{here}` for the folder of the YAML file.
-`include` names a table whose keys this one adds to or replaces.
+`include` names a table whose keys this one adds to or replaces, and `curve` has scores of the evaluations during
+training, which are printed below the table.
 """
 
 import argparse
@@ -131,6 +132,13 @@ def cpu_name() -> str:
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
 
 
+def curve(state: Path, columns: dict[str, str]) -> list[list[Any]]:
+    """Step, epoch and scores of the evaluations during training."""
+    history = json.loads(state.read_text())["log_history"]
+    keys = ["step", "epoch", *columns]
+    return [[entry[key] for key in keys] for entry in history if all(key in entry for key in keys)]
+
+
 def number(value: Any) -> str:
     if not isinstance(value, float):
         return f"{value:,}" if isinstance(value, int) else str(value)
@@ -152,6 +160,17 @@ def write_table(
             values = [[results[key] for results in own] for key in columns]
             cells = [number(v[0]) if len(set(v)) == 1 else f"{number(mean(v))} ± {number(stdev(v))}" for v in values]
             lines.append(f"| {name} | mean ± s.d. | {' | '.join(cells)} |")
+    for (name, seed), results in rows.items():
+        if "curve" in table:
+            heads = ["step", "epoch", *table["curve"].values()]
+            lines += [
+                "",
+                f"During training ({name}, seed {seed}):",
+                "",
+                f"| {' | '.join(heads)} |",
+                "|---" * len(heads) + "|",
+            ]
+            lines += [f"| {' | '.join(map(number, entry))} |" for entry in results["curve"]]
     open_runs = [f"{name} {seed}" for seed in table["seeds"] for name in chosen if (name, seed) not in rows]
     if open_runs:
         lines += ["", f"Not run yet: {', '.join(open_runs)}."]
@@ -199,6 +218,10 @@ def main() -> None:
             results = folder / f"{name}_seed_{seed}" / "all_results.json"
             if results.is_file():
                 known["rows"][f"{name} {seed}"] = json.loads(results.read_text())
+                if "curve" in table:
+                    known["rows"][f"{name} {seed}"]["curve"] = curve(
+                        results.with_name("trainer_state.json"), table["curve"]
+                    )
             if f"{name} {seed}" in known["rows"]:
                 rows[name, seed] = known["rows"][f"{name} {seed}"]
     if rows and arguments.system is None:
