@@ -13,6 +13,7 @@ from sklearn.decomposition import TruncatedSVD
 from .interactions import as_text
 from .loading import saved_config
 from .recommend import load
+from .recommendation import PADDING
 from .retrieval import Retriever
 
 NEIGHBOURHOOD = 3  # items that are this near each other in a history count as neighbours
@@ -47,9 +48,8 @@ def read_item_vectors(source: str, ids_file: str | None, titles: dict[str, str])
         raise ValueError(
             f"--item_vectors {source}: {len(vectors):,} vectors for {len(recommender.items):,} items of its catalogue."
         )
-    padding = recommender.model.config.pad_token_id
-    kept = [number for number in range(len(vectors)) if number != padding]
-    return [recommender.items[number] for number in kept], vectors[kept]
+    # A catalogue's padding is its first row, whatever its model's tokens for text are padded with.
+    return recommender.items[PADDING + 1 :], vectors[PADDING + 1 :]
 
 
 def _read_matrix(path: str, ids_file: str | None) -> tuple[list[str], np.ndarray]:
