@@ -132,7 +132,11 @@ def beam_items(
             output_scores=True,
         ),
     )
-    codes = generated.sequences[:, input_ids.shape[1] :] - torch.tensor(first_tokens, device=input_ids.device)
+    tokens = generated.sequences[:, input_ids.shape[1] :]
+    tokens = torch.nn.functional.pad(
+        tokens, (0, trie.depth - tokens.shape[1])
+    )  # it ends early if nothing is choosable
+    codes = tokens - torch.tensor(first_tokens, device=input_ids.device)
     scores = generated.sequences_scores.float()
     is_found = scores > IMPOSSIBLE
     items = trie.find(codes).masked_fill(~is_found, -1)

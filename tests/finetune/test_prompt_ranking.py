@@ -143,9 +143,9 @@ def test_what_comes_next_is_learned(scoring, tmp_path):
 def test_rows_learn_the_answer_or_the_title(tokenizer):
     for scoring in SCORINGS:
         made = PromptRanking(PromptRankingArguments(scoring=scoring, negatives=2, examples_per_history=2), seed=0)
-        made.catalogue = [item(n) for n in range(RING)]
-        made.titles = with_titles(made.catalogue, {})[0]
-        rows = [{"source": made.catalogue[:4]}]
+        made.every_item = [item(n) for n in range(RING)]
+        made.titles = with_titles(made.every_item, {})[0]
+        rows = [{"source": made.every_item[:4]}]
         features = made.features({"source": [row["source"] for row in rows]}, tokenizer, is_training=True)
         kept = [[label for label in row if label != -100] for row in features["labels"]]
         if scoring == "yes_no":

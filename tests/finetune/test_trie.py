@@ -80,6 +80,15 @@ def test_no_invalid_and_no_excluded_item_ever(codes, seed, beams):
         assert (items[row, len(found) :] == -1).all() and scores[row, len(found) :].isneginf().all()
 
 
+@pytest.mark.parametrize("beams", [1, 3])
+def test_where_nothing_is_choosable_nothing_is_found(beams):
+    trie, generator = CodeTrie(torch.tensor([[0, 0], [0, 1]])), torch.Generator().manual_seed(0)
+    ids, mask = random_prompts(trie, 2, generator)
+    nothing = torch.zeros(2, 2, dtype=torch.bool)
+    items, scores = beam_items(tiny(trie, 0), trie, first_tokens(trie), ids, mask, nothing, beams)
+    assert (items == -1).all() and scores.isneginf().all() and items.shape == scores.shape == (2, beams)
+
+
 @pytest.mark.parametrize("name", ["tiny_llm", "tiny_v3", "tiny_v32"])
 def test_a_wide_beam_ranks_like_scoring_every_code(name):
     generator = torch.Generator().manual_seed(0)
