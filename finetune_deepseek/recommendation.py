@@ -74,7 +74,11 @@ class RecommendationArguments:
     )
     max_text_length: int = field(default=32, metadata={"help": "Tokens of an item's text that a new model reads."})
     dataset_name: str | None = field(
-        default=None, metadata={"help": "ml-100k (out of RecBole), or interactions on the Hub, in the split train."}
+        default=None,
+        metadata={
+            "help": "ml-100k (out of RecBole), or interactions on the Hub, in the split train.",
+            "aliases": ["--dataset"],
+        },
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
     data_dir: str | None = field(

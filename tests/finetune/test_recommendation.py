@@ -67,6 +67,13 @@ def learned(tmp_path_factory):
     return folder, results
 
 
+@pytest.mark.parametrize("flag", ["--dataset", "--dataset_name"])
+def test_a_data_set_has_two_flags(flag):
+    argv = ["--preset", "tiny_llm", flag, "ml-100k", "--output_dir", "out"]
+    (stage,) = parse_command("recommendation", RecommendationArguments, argv)
+    assert stage.data.dataset_name == "ml-100k" and "dataset_name" in stage.given
+
+
 def test_the_ring_is_learned(learned):
     folder, results = learned
     assert results["test_hr@5"] == 1 and results["test_ndcg@10"] > 0.9
