@@ -14,6 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from modeling_deepseek import AutoModelForRecommendation, DeepSeekForRecommendation
+from modeling_deepseek.item_ranking import item_scores
 
 
 class SASRecConfig(PreTrainedConfig):
@@ -102,7 +103,7 @@ class SASRecForRecommendation(PreTrainedModel):
         if labels is None or not self.training:
             rows = torch.arange(len(input_ids), device=input_ids.device)
             last = hidden_states[rows, self.last_token(hidden_states, input_ids, attention_mask)]
-            logits = F.linear(last, self.item_embeddings())
+            logits = item_scores(last, self.item_embeddings())
         return SequenceClassifierOutputWithPast(loss=loss, logits=logits)
 
     last_token: Any = DeepSeekForRecommendation.last_token

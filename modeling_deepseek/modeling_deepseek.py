@@ -45,7 +45,7 @@ from .configuration_deepseek import HEADS_BY_OWN_AUTO_CLASS, DeepSeekConfig
 from .contrastive import matryoshka_loss, truncated
 from .indexer import DeepSeekIndexer
 from .item_losses import FULL_SOFTMAX_ITEMS, draw_negatives, item_loss
-from .item_ranking import allowed_items, pad_histories, top_k
+from .item_ranking import allowed_items, item_scores, pad_histories, top_k
 from .item_texts import ITEM_PADDING, NO_TOKEN, DeepSeekItemTexts, PickedItems
 from .layers import DeepSeekMLP, DeepSeekRMSNorm
 from .losses import cross_entropy, labels_ahead
@@ -934,12 +934,12 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
             rows = torch.arange(hidden_states.shape[0], device=hidden_states.device)
             last = hidden_states[rows, self.last_token(hidden_states, input_ids, attention_mask)]
             picked = picked or PickedItems(self.item_embeddings(), None)
-            lowest = torch.finfo(last.dtype).min
             if candidates is not None:
                 logits = torch.einsum("bd,bcd->bc", last, picked.read(candidates))
-                logits = logits.masked_fill(candidates == padding, lowest)
+                logits = logits.masked_fill(candidates == padding, torch.finfo(logits.dtype).min)
             else:
-                logits = nn.functional.linear(last, picked.vectors)
+                logits = item_scores(last, picked.vectors)
+                lowest = torch.finfo(logits.dtype).min
                 logits = logits.index_fill(1, torch.tensor([padding], device=last.device), lowest)
         if labels is not None and candidates is not None:
             loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")

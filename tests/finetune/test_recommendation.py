@@ -14,6 +14,7 @@ import finetune_deepseek
 from finetune_deepseek.__main__ import guarded
 from finetune_deepseek.arguments import parse_command
 from finetune_deepseek.interactions import as_dataset
+from finetune_deepseek.ranking import target_ranks
 from finetune_deepseek.recommend import Recommender, load
 from finetune_deepseek.recommendation import (
     Recommendation,
@@ -454,3 +455,15 @@ def test_sasrec_says_that_it_cant_be_explained():
     recommender = Recommender(SASRecForRecommendation(SASRecConfig(vocab_size=3)), item_tokenizer({"a", "b"}, 0))
     with pytest.raises(ValueError, match="SASRecForRecommendation can't be explained"):
         recommender.explain(["a"], "b")
+
+
+def test_bfloat16_training_is_scored_in_float32(tmp_path, monkeypatch):
+    """bfloat16 scores would tie by the thousand, and a tie counts against the target."""
+    seen = []
+    monkeypatch.setattr(
+        "finetune_deepseek.recommendation.target_ranks",
+        lambda scores, *rest: seen.append(torch.any(scores != scores.bfloat16())) or target_ranks(scores, *rest),
+    )
+    path = write_ring(tmp_path / "ring.csv")
+    recommendation(**SMALL, interactions_file=path, output_dir=tmp_path / "out", max_steps=1, bf16=True)
+    assert seen and all(seen)

@@ -277,3 +277,12 @@ def test_other_folders_say_nothing(tmp_path):
 def test_bad_fields_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         preset("tiny_llm", **fields)
+
+
+def test_scores_under_autocast():
+    model = DeepSeekForRecommendation(preset("tiny_llm", vocab_size=30, pad_token_id=0)).eval()
+    history = torch.tensor([[3, 5, 8]])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = model(input_ids=history).logits
+    assert logits.dtype == torch.float32 and logits[0, 0] == torch.finfo(torch.float32).min
+    assert_close(logits[:, 1:].float(), model(input_ids=history).logits[:, 1:], tolerance=0.05)
