@@ -73,7 +73,8 @@ class SASRecForRecommendation(PreTrainedModel):
     def __init__(self, config: SASRecConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        # One more than is read: the last item of a training window is a target only, but stands in the row.
+        self.embed_positions = nn.Embedding(config.max_position_embeddings + 1, config.hidden_size)
         self.layers = nn.ModuleList(SASRecBlock(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)

@@ -467,3 +467,9 @@ def test_bfloat16_training_is_scored_in_float32(tmp_path, monkeypatch):
     path = write_ring(tmp_path / "ring.csv")
     recommendation(**SMALL, interactions_file=path, output_dir=tmp_path / "out", max_steps=1, bf16=True)
     assert seen and all(seen)
+
+
+def test_sasrec_learns_from_histories_of_more_than_its_length(tmp_path):
+    path = write_ring(tmp_path / "ring.csv")
+    settings = SMALL | {"sasrec": True, "max_length": 4, "max_steps": 2}
+    assert recommendation(**settings, interactions_file=path, output_dir=tmp_path / "out")["test_hr@20"] == 1
