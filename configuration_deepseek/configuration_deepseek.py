@@ -21,6 +21,7 @@ ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 SCORING_FUNCTIONS = ("softmax", "sigmoid")
 POOLINGS = ("mean", "last_token", "latent")
 ITEM_LOSSES = ("softmax", "sampled_softmax", "gbce")
+ITEM_TEXT_ENCODER_WORDS = ("trunk", "bag_of_words")
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 ATTENTION_DIRECTIONS = ("causal", "prefix", "bidirectional")
 HEADS_BY_AUTO_CLASS = {
@@ -106,6 +107,8 @@ class DeepSeekConfig(PreTrainedConfig):
             padding is row 0, and 1 is an empty catalogue, to be filled by `add_items`. `None`: the items are the
             vocabulary. How a text becomes a vector says `pooling`.
         item_text_length: tokens of an item's text, at most.
+        item_text_encoder: "trunk", or "bag_of_words", which takes the mean of the tokens' embeddings: for texts without
+            an order, such as categories, and so cheap that all items are encoded at each step.
         item_id_embeddings: add to each text's vector one that is learned for the item.
     Embedding (DeepSeekForEmbedding)
         pooling: how tokens' states become one vector: "mean", "last_token", or "latent" (NV-Embed, arXiv 2405.17428),
@@ -216,6 +219,7 @@ class DeepSeekConfig(PreTrainedConfig):
     tie_item_embeddings: bool = True
     num_items: int | None = None
     item_text_length: int = 32
+    item_text_encoder: str = "trunk"
     item_id_embeddings: bool = False
     # embedding
     pooling: str = "mean"
@@ -498,6 +502,7 @@ class DeepSeekConfig(PreTrainedConfig):
     def _validate_recommendation(self) -> None:
         if self.item_loss is not None:
             _require_word("item_loss", self.item_loss, ITEM_LOSSES)
+        _require_word("item_text_encoder", self.item_text_encoder, ITEM_TEXT_ENCODER_WORDS)
         _require(self.num_item_negatives > 0, f"num_item_negatives={self.num_item_negatives} must be positive")
         _require(0 <= self.gbce_calibration <= 1, f"gbce_calibration={self.gbce_calibration} must be between 0 and 1")
         if self.num_items is None:

@@ -19,6 +19,7 @@ from .pooling import POOLING_FUNCTIONS
 ITEM_PADDING = 0
 NO_TOKEN = -1
 TEXTS_AT_ONCE = 256
+ITEM_TEXT_ENCODERS = {"trunk": "_pooled_states", "bag_of_words": "_mean_embeddings"}
 
 
 class PickedItems(NamedTuple):
@@ -39,8 +40,9 @@ class PickedItems(NamedTuple):
 class DeepSeekItemTexts(nn.Module):
     """The catalogue's texts as tokens, and the way from a text to a vector.
 
-    A text's vector is the pooled state of the trunk, projected; with `config.item_id_embeddings` the item's own
-    learned vector is added, which is zero at first and stays so for an item without clicks.
+    A text's vector is the pooled state of the trunk, or where `config.item_text_encoder` is "bag_of_words" the mean
+    of its tokens' embeddings, projected; with `config.item_id_embeddings` the item's own learned vector is added,
+    which is zero at first and stays so for an item without clicks.
     """
 
     tokens: torch.Tensor  # [V, T]
@@ -48,6 +50,7 @@ class DeepSeekItemTexts(nn.Module):
     def __init__(self, config: Any):
         super().__init__()
         self.pool = POOLING_FUNCTIONS[config.pooling]
+        self.encode_texts = getattr(self, ITEM_TEXT_ENCODERS[config.item_text_encoder])
         shape = (config.num_items, config.item_text_length)
         self.register_buffer("tokens", torch.full(shape, NO_TOKEN, dtype=torch.int32))
         self.projection = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
@@ -61,9 +64,21 @@ class DeepSeekItemTexts(nn.Module):
         tokens = self.tokens[items].long()
         is_token = tokens != NO_TOKEN
         is_token[:, 0] = True  # attention over nothing, as of the padding, has no value
-        states = trunk(tokens.clamp(min=0), attention_mask=is_token.long(), use_cache=False).last_hidden_state
-        vectors = self.projection(self.pool(states, is_token))
+        vectors = self.projection(self.encode_texts(trunk, tokens.clamp(min=0), is_token))
         return vectors + self.identities(items) if hasattr(self, "identities") else vectors
+
+    def _pooled_states(self, trunk: nn.Module, tokens: torch.Tensor, is_token: torch.Tensor) -> torch.Tensor:
+        """[N, T] -> [N, D]: the trunk reads each text."""
+        states = trunk(tokens, attention_mask=is_token.long(), use_cache=False).last_hidden_state
+        return self.pool(states, is_token)
+
+    def _mean_embeddings(self, trunk: nn.Module, tokens: torch.Tensor, is_token: torch.Tensor) -> torch.Tensor:
+        """[N, T] -> [N, D]: fastText's bag of words (arXiv 1607.01759), without a copy per token."""
+        embed = trunk.get_input_embeddings()
+        words, places = tokens[is_token].unique(return_inverse=True)  # by the module, for an adapter has its say
+        starts = is_token.sum(1).cumsum(0).roll(1)
+        starts[0] = 0
+        return F.embedding_bag(places, embed(words), starts, mode="mean")
 
     def table(self, trunk: nn.Module) -> torch.Tensor:
         """[V, D] without gradients; kept until a weight changes.

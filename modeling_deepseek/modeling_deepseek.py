@@ -811,8 +811,9 @@ def loss_name(config: Any) -> str:
     """The loss that is asked for, or the whole softmax as far as it is cheap."""
     if config.item_loss is not None:
         return config.item_loss
-    is_text = getattr(config, "num_items", None) is not None  # each item of the softmax is a text to be read
-    limit = config.num_item_negatives + 1 if is_text else FULL_SOFTMAX_ITEMS
+    # For the trunk each item of the softmax is a text to be read.
+    is_read = getattr(config, "num_items", None) is not None and config.item_text_encoder == "trunk"
+    limit = config.num_item_negatives + 1 if is_read else FULL_SOFTMAX_ITEMS
     return "softmax" if item_numbers(config)[0] <= limit else "sampled_softmax"
 
 

@@ -51,6 +51,23 @@ def test_scores_equal_the_plain_ones_of_a_cold_item_too(name, pooling):
     assert torch.isinf(scores[6:]).all()
 
 
+def test_a_bag_of_words_is_the_mean_of_its_words():
+    model, texts = text_model(item_text_encoder="bag_of_words"), [[0], *TEXTS]
+    words, rows = model.model.embed_tokens.weight, torch.tensor([[3, 1, 6, 2], [5, 5, 7, 0]])
+
+    def plain(row):
+        vectors = torch.stack([sum(words[word] for word in text) / len(text) for text in texts])
+        vectors = vectors @ model.item_texts.projection.weight.T
+        states = model.model(inputs_embeds=vectors[row][None]).last_hidden_state[0, :-1]
+        scores = (states[: len(row) - 1] @ vectors.T)[:, 1:]
+        return torch.nn.functional.cross_entropy(scores, torch.tensor(row[1:]) - 1, reduction="sum")
+
+    expected = (plain([3, 1, 6, 2]) + plain([5, 5, 7])) / 5
+    loss = model.train()(rows, labels=rows.masked_fill(rows == 0, -100)).loss
+    assert_close(loss, expected)
+    assert_same_gradients(loss, expected, {name: (weight, weight) for name, weight in model.named_parameters()})
+
+
 def test_an_item_is_its_text_and_what_is_learned_of_it_where_asked(tmp_path):
     model = text_model(item_id_embeddings=True)
     plain = model.item_embeddings().clone()
