@@ -107,8 +107,8 @@ class DeepSeekConfig(PreTrainedConfig):
             padding is row 0, and 1 is an empty catalogue, to be filled by `add_items`. `None`: the items are the
             vocabulary. How a text becomes a vector says `pooling`.
         item_text_length: tokens of an item's text, at most.
-        item_text_encoder: "trunk", or "bag_of_words", which takes the mean of the tokens' embeddings: for texts without
-            an order, such as categories, and so cheap that all items are encoded at each step.
+        item_text_encoder: "trunk", or "bag_of_words", the mean of the tokens' embeddings: for texts without an order,
+            such as categories, and so cheap that all items are encoded at each step.
         item_id_embeddings: add to each text's vector one that is learned for the item.
     Embedding (DeepSeekForEmbedding)
         pooling: how tokens' states become one vector: "mean", "last_token", or "latent" (NV-Embed, arXiv 2405.17428),
