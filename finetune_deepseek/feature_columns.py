@@ -78,24 +78,28 @@ def read_users(
         "rows of a user of a row before were left out": repeated,
     }
     notes = [f"{Path(where).name}: {count:,} {what}" for what, count in counts.items() if count]
-    return found, notes + empty_values(found.values(), names, Path(where).name)
+    return found, notes + empty_values((row.values() for row in found.values()), names, Path(where).name)
 
 
-def empty_values(rows: Iterable[Mapping[str, Any]], names: Sequence[str], where: str) -> list[str]:
-    """A line for each column with gaps."""
-    empty = Counter(name for row in rows for name in names if row[name] is None)
+def empty_values(rows: Iterable[Iterable[Any]], names: Sequence[str], where: str) -> list[str]:
+    """A line for each column with gaps, given the cells of each row in the order of `names`."""
+    empty = Counter(name for row in rows for name, value in zip(names, row, strict=True) if value is None)
     return [f"{where}: {count:,} values of {name!r} are empty and count as none" for name, count in empty.items()]
 
 
-def known_values(rows: Sequence[Mapping[str, str | None]], names: Sequence[str], flag: str) -> dict[str, list[str]]:
-    """The values of each column.
+def known_values(rows: Iterable[Iterable[str | None]], names: Sequence[str], flag: str) -> dict[str, list[str]]:
+    """The values of each column, given the cells of each row in the order of `names`.
 
     Raises:
         ValueError: for a column without any, or with too many numbers.
     """
+    found: list[set[str]] = [set() for _ in names]
+    for row in rows:
+        for column, value in zip(found, row, strict=True):
+            if value is not None:
+                column.add(value)
     known = {}
-    for name in names:
-        values = sorted({value for row in rows if (value := row.get(name)) is not None})
+    for name, values in zip(names, map(sorted, found), strict=True):
         if not values:
             raise ValueError(f"--{flag} {name}: no row of the training data has a value there; leave it out.")
         if len(values) > MAX_NUMBERS and all(map(_is_number, values)):
@@ -199,14 +203,12 @@ class FeatureColumns:
             raise ValueError("SASRec reads no features of users or contexts; leave out their columns.")
         notes, fields = [], {}
         is_fixed = any(saved.get(name) for name in FEATURES)
-        rows = {
-            "user_features": [self.users.get(user, {}) for user in dict.fromkeys(train["user"])] if train else [],
-            "context_features": [
-                dict(zip(self.context_columns, context, strict=True)) for row in train["contexts"] for context in row
-            ]
-            if train and self.context_columns
-            else [],
-        }
+        rows: dict[str, Iterable[Any]] = dict.fromkeys(FEATURES, ())
+        if train:
+            users = [self.users.get(user, {}) for user in dict.fromkeys(train["user"])]
+            rows["user_features"] = ([row.get(name) for name in self.user_columns] for row in users)
+        if train and self.context_columns:
+            rows["context_features"] = (context for row in train["contexts"] for context in row)
         for name in FEATURES:
             columns = saved.get(name) or {}
             if is_fixed:

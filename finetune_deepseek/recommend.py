@@ -15,8 +15,10 @@ from typing import Any, Literal, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from peft import PeftConfig, PeftModel
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import find_adapter_config_file
 from transformers.utils.logging import disable_progress_bar
 
 from modeling_deepseek import AutoModelForRecommendation
@@ -25,7 +27,15 @@ from modeling_deepseek.modeling_deepseek import feature_reader, item_numbers
 from . import model_card
 from .arguments import parse_verb
 from .encoding import token_ids
-from .feature_columns import known_only, parse_context, read_users, request_features, require_known, unknown_notes
+from .feature_columns import (
+    FEATURES,
+    known_only,
+    parse_context,
+    read_users,
+    request_features,
+    require_known,
+    unknown_notes,
+)
 from .files import replaced_folder
 from .interactions import (
     as_text,
@@ -320,7 +330,7 @@ def load(name: str, revision: str = "main") -> Recommender:
     if made_for != NewsRecommendation.name:
         model_card.run_settings(name, revision, Recommendation.name)
     with named_source("model", name):
-        model = AutoModelForRecommendation.from_pretrained(name, revision=revision)
+        model = open_model(name, revision)
         is_text = getattr(model.config, "num_items", None) is not None
         where: dict[str, Any] = {"subfolder": CATALOGUE_FOLDER} if is_text else {}
         catalogue = PreTrainedTokenizerFast.from_pretrained(name, revision=revision, **where)
@@ -328,6 +338,17 @@ def load(name: str, revision: str = "main") -> Recommender:
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
     return Recommender(model, catalogue, tokenizer)
+
+
+def open_model(name: str, revision: str) -> Any:
+    """The model in a folder or on the Hub, an adapter with the features that it has learned on its base merged."""
+    config = saved_config(name, revision)
+    features = {field: config[field] for field in FEATURES if config.get(field)}
+    if not features or find_adapter_config_file(name, revision=revision) is None:
+        return AutoModelForRecommendation.from_pretrained(name, revision=revision)
+    base = str(PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path)
+    model: Any = AutoModelForRecommendation.from_pretrained(base, **features)
+    return PeftModel.from_pretrained(model, name, revision=revision).merge_and_unload()
 
 
 def read_histories(

@@ -292,8 +292,7 @@ class Recommendation(Task):
         frame, notes = clean(self._read_interactions(), arguments.keep_repeats, arguments.k_core)
         self._note(*notes)
         if columns := self.side.context_columns:
-            contexts = [dict(zip(columns, context, strict=True)) for context in frame["context"]]
-            self._note(*empty_values(contexts, columns, "interactions"))
+            self._note(*empty_values(frame["context"], columns, "interactions"))
         frame, notes = in_order(frame, arguments.tie_rule, self.seed)
         self._note(*notes)
         self._note(

@@ -116,17 +116,29 @@ def test_a_saved_model_is_scored_again_and_trained_on(learned, tmp_path, capsys)
 
 
 def test_an_adapter_learns_the_table_of_features_whole(learned, tmp_path):
+    """On a base without features, too."""
     folder, results, data = learned
-    settings = {"use_cpu": True, "disable_tqdm": True, "max_length": 3} | data
+    settings = {"use_cpu": True, "disable_tqdm": True, "max_length": 3}
     run(
-        **settings, model_name_or_path=folder / "out", use_peft=True, lora_target=["attention"], max_steps=2,
-        do_train=True, do_predict=True, output_dir=tmp_path / "lora",
+        **settings, preset="tiny_llm", interactions_file=data["interactions_file"], max_steps=1,
+        output_dir=tmp_path / "base",
     )  # fmt: skip
-    files = set(json.loads((tmp_path / "lora" / "adapter_config.json").read_text())["modules_to_save"])
-    assert files == {"side_features"}
-    again = run(**settings, model_name_or_path=tmp_path / "lora", do_train=False, do_predict=True,
-                output_dir=tmp_path / "again")  # fmt: skip
-    assert again["test_ndcg@10"] == pytest.approx(results["test_ndcg@10"], abs=0.05)
+    for base in (folder / "out", tmp_path / "base"):
+        lora = tmp_path / f"lora-{base.name}"
+        first = run(
+            **settings, **data, model_name_or_path=base, use_peft=True, lora_target=["attention"], max_steps=2,
+            do_train=True, do_predict=True, output_dir=lora,
+        )  # fmt: skip
+        assert json.loads((lora / "adapter_config.json").read_text())["modules_to_save"] == ["side_features"]
+        again = run(**settings, **data, model_name_or_path=lora, do_train=False, do_predict=True,
+                    output_dir=tmp_path / f"again-{base.name}")  # fmt: skip
+        assert again["test_ndcg@10"] == first["test_ndcg@10"]
+        row = json.loads((lora / "generated_predictions.jsonl").read_text().splitlines()[3])
+        number = int(row["user"][1:])
+        user = {"gender": "FM"[number % 2], "age": 20 + number % 3}
+        contexts = [dict(zip(["way", "device"], context, strict=True)) for context in row["contexts"][1:]]
+        found = load(str(lora)).recommend(row["source"], 20, user_features=user, context_features=contexts)
+        assert number and [item for item, _ in found] == row["prediction"]["items"][: len(found)]
 
 
 # -- features of histories --
@@ -238,13 +250,13 @@ def test_users_that_cant_be_read_are_one_line(tmp_path, users, settings, message
 
 
 def test_values_that_no_other_row_has_are_refused():
-    rows = [{"age": f"{number / 7:.4f}"} for number in range(1001)]
+    rows = [[f"{number / 7:.4f}"] for number in range(1001)]
     with pytest.raises(
         ValueError, match="--context_columns age: 1,001 different numbers.*bin them into at most 1,000"
     ):
         known_values(rows, ["age"], "context_columns")
     assert len(known_values(rows[1:], ["age"], "x")["age"]) == 1000
-    texts = [{"age": f"about {row['age']}"} for row in rows]
+    texts = [[f"about {age}"] for (age,) in rows]
     assert len(known_values(texts, ["age"], "x")["age"]) == 1001
     with pytest.raises(ValueError, match=r"x, row 1: 'likes' is \"\['a'\]\"; a feature has one value per row"):
         read_users({"user_id": [1], "likes": [["a"]]}, "user_id", ["likes"], "x")
