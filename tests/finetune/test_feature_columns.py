@@ -207,6 +207,21 @@ def test_movielens_brings_its_users(tmp_path, monkeypatch):
     assert made.config_fields(splits, {})["user_features"] == {"gender": ["F", "M"]}
 
 
+def test_ready_histories_have_users_too(tmp_path):
+    for split in ("train", "test"):
+        rows = [{"user_id": user, "items": ["p", "q"], "target": "r"} for user in (1, 2)]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "users.json").write_text(json.dumps([{"user_id": 1, "age": 30.0}, {"user_id": 2, "age": None}]))
+    where = {"data_dir": str(tmp_path), "users_file": str(tmp_path / "users.json")}
+    made = Recommendation(RecommendationArguments(**where, user_feature_columns=["age"]), 0)
+    splits = made.load_splits()
+    assert made.config_fields(splits, {})["user_features"] == {"age": ["30"]}
+    catalogue = made.new_tokenizer(None, splits)
+    features = made.features(splits["test"], catalogue, is_training=False)
+    assert features["user_features"] == [[1], [0]]
+    assert made.collator(catalogue)(list(features))["user_features"].tolist() == [[1], [0]]
+
+
 # -- what is refused --
 
 
@@ -304,6 +319,15 @@ def test_contexts_of_a_history_are_read_with_it(learned, tmp_path, capsys):
     best = recommender.recommend(list(rows["item_id"]), k=2, context_features=ways)
     table = pd.read_parquet(out).query("user == 'u5'")
     assert table["score"].tolist() == pytest.approx([score for _, score in best], rel=1e-4)
+
+
+def test_columns_that_a_history_lacks_are_said(learned, tmp_path, capsys):
+    (tmp_path / "few.csv").write_text("user_id,item_id,timestamp,device\nu5,0 l,1,web\nu5,1 r,2,watch\n")
+    code, out, err = verb(
+        capsys, learned[0] / "out", "--history", tmp_path / "few.csv", "--context", "way=r", "--k", 1
+    )
+    assert code == 0 and json.loads(out)["items"] == ["2 r"]
+    assert "no column 'way'; it counts as none" in err and "1 values of 'device' are unknown to the model" in err
 
 
 def test_explanations_of_a_model_with_features(learned, tmp_path, capsys):
