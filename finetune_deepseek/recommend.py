@@ -409,6 +409,11 @@ def features_of_users(
     if side is None:
         return features
     unknown: Counter[str] = Counter()
+    without = {"users_file": [] if arguments.users_file else list(side.user_numbers)}
+    without["context"] = [name for name in side.context_numbers if name not in request]
+    for flag, names in without.items():
+        if names:
+            print(f"without --{flag} of {', '.join(names)}: counts as none", file=sys.stderr)
     if arguments.users_file:
         path, columns = arguments.users_file, read_columns(arguments.users_file)
         for name in side.user_numbers:

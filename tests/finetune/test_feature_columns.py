@@ -327,6 +327,8 @@ def test_columns_that_a_history_lacks_are_said(learned, tmp_path, capsys):
         capsys, learned[0] / "out", "--history", tmp_path / "few.csv", "--context", "way=r", "--k", 1
     )
     assert code == 0 and json.loads(out)["items"] == ["2 r"]
+    assert "without --users_file of age, gender: counts as none" in err
+    assert "without --context of device: counts as none" in err
     assert "no column 'way'; it counts as none" in err and "1 values of 'device' are unknown to the model" in err
 
 
