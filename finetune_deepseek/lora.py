@@ -200,8 +200,9 @@ def apply_lora(model: PreTrainedModel, arguments: LoraArguments, task_type: str 
             f"({', '.join(DEFAULT_GROUPS)}); name groups after --lora_target."
         )
     config = lora_config(arguments, groups, task_type, targets, prediction_layers(model))
-    if isinstance(getattr(model, "pooling", None), nn.Module):
-        config.modules_to_save = ["pooling"]  # learned like a head: in full beside the adapters, and saved with them
+    whole = [name for name in ("pooling", "side_features") if isinstance(getattr(model, name, None), nn.Module)]
+    if whole:
+        config.modules_to_save = whole  # learned like a head: in full beside the adapters, and saved with them
     if groups == [OWN_TARGETS]:
         known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(model.config.model_type)
         if not known:

@@ -6,7 +6,8 @@ items per user, for a whole user base. Python: `load(folder)`, then `Recommender
 
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -14,19 +15,39 @@ from typing import Any, Literal, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from peft import PeftConfig, PeftModel
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import find_adapter_config_file
 from transformers.utils.logging import disable_progress_bar
 
 from modeling_deepseek import AutoModelForRecommendation
-from modeling_deepseek.modeling_deepseek import item_numbers
+from modeling_deepseek.modeling_deepseek import feature_reader, item_numbers
 
 from . import model_card
 from .arguments import parse_verb
 from .encoding import token_ids
+from .feature_columns import (
+    FEATURES,
+    known_only,
+    parse_context,
+    read_users,
+    request_features,
+    require_known,
+    unknown_notes,
+)
 from .files import replaced_folder
-from .interactions import as_text, clean, in_order, read_columns, read_interactions, sequences, split_file_rows
-from .loading import named_source
+from .interactions import (
+    as_text,
+    clean,
+    contexts_of,
+    in_order,
+    read_columns,
+    read_interactions,
+    sequences,
+    split_file_rows,
+)
+from .loading import named_source, saved_config
 from .news_recommendation import NewsRecommendation
 from .recommendation import Recommendation
 from .text_catalogue import CATALOGUE_FOLDER, PADDING, catalogue_tokenizer
@@ -36,7 +57,9 @@ EXAMPLES = """examples:
       items.json: ["318", "858"], or {"ann": ["318"], "bob": ["50", "858"]}
   deepseek-hf recommend runs/movies --history ratings.csv --user_column userId --item_column movieId \\
       --output recommended.parquet
-      the whole user base, as rows of user, rank, item and score"""
+      the whole user base, as rows of user, rank, item and score
+  deepseek-hf recommend runs/movies --history ratings.csv --users_file users.csv --context weekday=Mo device=phone
+      by a model of users' and contexts' features; contexts of the history are read from its columns"""
 SCHEMA = pa.schema([("user", pa.string()), ("rank", pa.int32()), ("item", pa.string()), ("score", pa.float32())])
 
 
@@ -60,6 +83,13 @@ class RecommendArguments:
     )
     new_items: str | None = field(
         default=None, metadata={"help": "JSON {id: text} of items to add first, for a model whose items are texts."}
+    )
+    users_file: str | None = field(
+        default=None, metadata={"help": "File of users and their features, for a model that reads such."}
+    )
+    context: list[str] | None = field(
+        default=None,
+        metadata={"help": "What is known of the request, in the model's columns.", "metavar": "COLUMN=VALUE"},
     )
     user_column: str = field(default="user_id", metadata={"help": "Column of the user."})
     item_column: str = field(default="item_id", metadata={"help": "Column of the item."})
@@ -148,11 +178,19 @@ class Recommender:
         k: int = 10,
         exclude_seen: bool = True,
         filter: Iterable[Any] | None = None,
+        user_features: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+        context_features: Any = None,
     ) -> list[Any]:
         """The k best items as (id, score), best first, for one history of item ids or a list for several.
 
+        Args:
+            user_features: {column: value}, for several histories a list of such.
+            context_features: {column: value} of the request, or a list of such that says for each item of the history
+                what its next interaction's was, the last being the request's; for several histories a list of these.
+
         Raises:
-            ValueError: if a history holds no known item, or nothing is left to recommend.
+            ValueError: if a history holds no known item, a feature is none that the model reads, or nothing is left
+                to recommend.
         """
         is_one = not history or not isinstance(history[0], (list, tuple))
         histories = [history] if is_one else history
@@ -162,12 +200,33 @@ class Recommender:
             if not known:
                 raise ValueError(f"history {row} has {unknown} items, none of which the model knows")
             numbered.append(known)
-        found, scores = self.model.recommend(numbered, k, exclude_seen, self.allowed(filter))
+        if is_one:
+            user_features = None if user_features is None else [cast(Mapping[str, Any], user_features)]
+            context_features = None if context_features is None else [context_features]
+        features = self.features(histories, user_features, context_features)
+        found, scores = self.model.recommend(numbered, k, exclude_seen, self.allowed(filter), **features)
         rows = [
             [(self.items[item], score) for item, score in zip(items, best, strict=True) if item != PADDING]
             for items, best in zip(found.tolist(), scores.tolist(), strict=True)
         ]
         return rows[0] if is_one else rows
+
+    def features(self, histories: Sequence[Any], user_features: Any, context_features: Any) -> dict[str, Any]:
+        """Numbers of several histories' features; values that the model doesn't know are counted on standard error.
+
+        Raises:
+            ValueError: for features that the model doesn't read.
+        """
+        side = feature_reader(self.model, user_features, context_features)
+        if side is None:
+            return {}
+        texts = [as_text(history) for history in histories]
+        places = [(len(row), [place for place, item in enumerate(row) if item in self.numbers]) for row in texts]
+        numbers = (side.user_numbers, side.context_numbers)
+        features, notes = request_features(numbers, places, user_features, context_features)
+        for note in notes:
+            print(note, file=sys.stderr)
+        return features
 
     def allowed(self, items: Iterable[Any] | None) -> list[int] | None:
         """Numbers of a filter's items.
@@ -183,7 +242,13 @@ class Recommender:
         return known
 
     def explain(
-        self, history: Sequence[Any], item: str, method: str = "integrated_gradients", steps: int = 32
+        self,
+        history: Sequence[Any],
+        item: str,
+        method: str = "integrated_gradients",
+        steps: int = 32,
+        user_features: Mapping[str, Any] | None = None,
+        context_features: Any = None,
     ) -> list[tuple[str, float]]:
         """How much each known item of the history that the model reads carried the score of `item`.
 
@@ -191,6 +256,8 @@ class Recommender:
             method: `integrated_gradients` (Sundararajan et al., arXiv 1703.01365): the shares add up to the score
                 minus that of a history of average items, up to the error of `steps`. `attention`: the last position's
                 attention weights, mean over layers and heads; where the model looked, not why.
+            user_features, context_features: as for one history in `recommend`; they stay as they are, and what
+                attention goes to them is not shown.
 
         Raises:
             ValueError: for an unknown item, or a model without such weights.
@@ -198,16 +265,24 @@ class Recommender:
         if not hasattr(self.model, "read_items"):
             raise ValueError(f"{type(self.model).__name__} can't be explained; a DeepSeekForRecommendation can")
         known, _ = self.number(history)
-        known = known[-self.model.config.max_position_embeddings :]
+        limit = self.model.config.max_position_embeddings
+        lengths, known = [len(known)], known[-limit:]
         if item not in self.numbers or not known:
             raise ValueError(f"nothing to explain: {item!r} or the history is not in the model's catalogue")
         attribute = integrated_gradients if method == "integrated_gradients" else last_attention
-        shares = attribute(self.model, torch.tensor([known], device=self.model.device), self.numbers[item], steps)
+        given = [None if part is None else [part] for part in (user_features, context_features)]
+        features = self.features([history], *given)
+        if features:
+            features = self.model.side_features.of_requests(lengths, limit, **features)
+        numbers = torch.tensor([known], device=self.model.device)
+        shares = attribute(self.model, numbers, self.numbers[item], steps, **features)
         return [(self.items[number], share) for number, share in zip(known, shares.tolist(), strict=True)]
 
 
-def integrated_gradients(model: Any, history: torch.Tensor, item: int, steps: int = 32) -> torch.Tensor:
-    """[S] shares of a history's items [1, S] in the score of an item, by the midpoint rule.
+def integrated_gradients(
+    model: Any, history: torch.Tensor, item: int, steps: int = 32, **features: torch.Tensor
+) -> torch.Tensor:
+    """[S] shares of a history's items [1, S] in the score of an item, by the midpoint rule; features stay as given.
 
     From the catalogue's mean embedding: from zero there is no smooth path, for the norms give every vector its length.
     """
@@ -218,23 +293,27 @@ def integrated_gradients(model: Any, history: torch.Tensor, item: int, steps: in
     mask = torch.ones_like(history)
     for step in range(steps):
         point = average.lerp(embeddings, (step + 0.5) / steps).requires_grad_()
-        score = model(inputs_embeds=point, attention_mask=mask, use_cache=False).logits[0, item]
+        score = model(inputs_embeds=point, attention_mask=mask, use_cache=False, **features).logits[0, item]
         total += torch.autograd.grad(score, point)[0]
     return ((embeddings - average) * total / steps).sum(-1)[0]
 
 
 @torch.no_grad()
-def last_attention(model: Any, history: torch.Tensor, item: int, steps: int = 0) -> torch.Tensor:
+def last_attention(
+    model: Any, history: torch.Tensor, item: int, steps: int = 0, **features: torch.Tensor
+) -> torch.Tensor:
     """[S] weights that the last position gives to each of a history [1, S], mean over layers and heads."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")  # the only one that returns weights
     try:
-        attentions = model(input_ids=history, output_attentions=True, use_cache=False).attentions
+        attentions = model(input_ids=history, output_attentions=True, use_cache=False, **features).attentions
     finally:
         model.set_attn_implementation(before)
     if not attentions:
         raise ValueError(f"{type(model).__name__} gives no attention weights; use integrated_gradients.")
-    return torch.stack([layer[0, :, -1].mean(0) for layer in attentions]).mean(0)
+    weights = torch.stack([layer[0, :, -1].mean(0) for layer in attentions]).mean(0)
+    side = feature_reader(model)
+    return weights if side is None else weights[side.item_places(len(weights))]
 
 
 def load(name: str, revision: str = "main") -> Recommender:
@@ -251,7 +330,7 @@ def load(name: str, revision: str = "main") -> Recommender:
     if made_for != NewsRecommendation.name:
         model_card.run_settings(name, revision, Recommendation.name)
     with named_source("model", name):
-        model = AutoModelForRecommendation.from_pretrained(name, revision=revision)
+        model = open_model(name, revision)
         is_text = getattr(model.config, "num_items", None) is not None
         where: dict[str, Any] = {"subfolder": CATALOGUE_FOLDER} if is_text else {}
         catalogue = PreTrainedTokenizerFast.from_pretrained(name, revision=revision, **where)
@@ -261,8 +340,22 @@ def load(name: str, revision: str = "main") -> Recommender:
     return Recommender(model, catalogue, tokenizer)
 
 
-def read_histories(arguments: RecommendArguments) -> dict[str, list[Any]]:
-    """Histories by user; a single list is that of the user `1`.
+def open_model(name: str, revision: str) -> Any:
+    """The model in a folder or on the Hub, an adapter with the features that it has learned on its base merged."""
+    config = saved_config(name, revision)
+    features = {field: config[field] for field in FEATURES if config.get(field)}
+    if not features or find_adapter_config_file(name, revision=revision) is None:
+        return AutoModelForRecommendation.from_pretrained(name, revision=revision)
+    base = str(PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path)
+    model: Any = AutoModelForRecommendation.from_pretrained(base, **features)
+    return PeftModel.from_pretrained(model, name, revision=revision).merge_and_unload()
+
+
+def read_histories(
+    arguments: RecommendArguments, context_columns: Sequence[str] = ()
+) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
+    """Histories by user, a single list being that of the user `1`; and {column: value} of each of their interactions,
+    where the file is of interactions and has such columns.
 
     Raises:
         ValueError: for a file that can't be read as histories.
@@ -276,21 +369,72 @@ def read_histories(arguments: RecommendArguments) -> dict[str, list[Any]]:
         except (json.JSONDecodeError, UnicodeDecodeError):
             content = None  # perhaps lines; the reader below says what is wrong
         if isinstance(content, dict) and all(isinstance(items, list) for items in content.values()):
-            return {str(user): items for user, items in content.items()}
+            return {str(user): items for user, items in content.items()}, {}
         if isinstance(content, list) and not any(isinstance(item, dict) for item in content):
-            return {"1": content}
+            return {"1": content}, {}
     columns = read_columns(path)
+    contexts: dict[str, list[Any]] = {}
     if arguments.history_column in columns:
         names = (arguments.user_column, arguments.history_column, "")
         rows, notes = split_file_rows(columns, names, "train", path)
         histories = {row["user"]: row["source"] for row in rows}
     else:
         names = (arguments.user_column, arguments.item_column, arguments.timestamp_column)
-        frame, notes = clean(read_interactions(columns, names, path), keep_repeats=False, k_core=1)
-        histories = sequences(in_order(frame, "file", 0)[0])
+        present = [name for name in context_columns if name in columns]
+        frame, notes = clean(read_interactions(columns, names, path, present), keep_repeats=False, k_core=1)
+        frame, _ = in_order(frame, "file", 0)
+        histories = sequences(frame)
+        contexts = {
+            user: [dict(zip(present, row, strict=True)) for row in rows] for user, rows in contexts_of(frame).items()
+        }
+        notes += [f"{path}: no column {name!r}; it counts as none" for name in context_columns if name not in present]
     for note in notes:
         print(note, file=sys.stderr)
-    return histories
+    return histories, contexts
+
+
+def features_of_users(
+    recommender: Recommender, arguments: RecommendArguments, histories: dict[str, list[Any]], contexts: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Arguments of `Recommender.recommend` by user, out of the file of users, the history's contexts and --context.
+
+    Raises:
+        ValueError: for a file or context that the model doesn't read.
+    """
+    side = feature_reader(recommender.model)
+    if arguments.users_file and (side is None or not side.user_numbers):
+        raise ValueError("--users_file: this model reads no features of users; leave it out.")
+    request, features = parse_context(arguments.context), {user: dict[str, Any]() for user in histories}
+    require_known(request, side.context_numbers if side else {}, "--context")
+    if side is None:
+        return features
+    unknown: Counter[str] = Counter()
+    without = {"users_file": [] if arguments.users_file else list(side.user_numbers)}
+    without["context"] = [name for name in side.context_numbers if name not in request]
+    for flag, names in without.items():
+        if names:
+            print(f"without --{flag} of {', '.join(names)}: counts as none", file=sys.stderr)
+    if arguments.users_file:
+        path, columns = arguments.users_file, read_columns(arguments.users_file)
+        for name in side.user_numbers:
+            if name not in columns:
+                raise ValueError(f"{path}: no column {name!r}, which the model reads; it has {', '.join(columns)}.")
+        users, notes = read_users(columns, arguments.user_column, list(side.user_numbers), path)
+        if missing := len(histories.keys() - users.keys()):
+            notes.append(f"{path}: {missing:,} of {len(histories):,} users have no row; their features count as none")
+        for note in notes:
+            print(note, file=sys.stderr)
+        for user in histories:
+            features[user]["user_features"] = known_only(side.user_numbers, users.get(user, {}), unknown)
+    if side.context_numbers:
+        request = known_only(side.context_numbers, request, unknown)
+        for user, history in histories.items():
+            own = contexts.get(user) or [{}] * len(history)
+            after = [known_only(side.context_numbers, context, unknown) for context in own[1:]]
+            features[user]["context_features"] = [*after, request]
+    for note in unknown_notes(unknown):
+        print(note, file=sys.stderr)
+    return features
 
 
 def read_filter(path: str | None) -> list[Any] | None:
@@ -360,13 +504,17 @@ def batches(
     histories: dict[str, list[Any]],
     arguments: RecommendArguments,
     allowed: list[Any] | None,
+    features: dict[str, dict[str, Any]],
     report: Callable[[int], Any],
 ) -> Iterator[list[tuple[str, list[tuple[str, float]]]]]:
     """Users with their items and scores, batch by batch in the histories' order."""
     users = list(histories)
     for start in range(0, len(users), arguments.batch_size):
         batch = users[start : start + arguments.batch_size]
-        rows = recommender.recommend([list(histories[u]) for u in batch], arguments.k, arguments.exclude_seen, allowed)
+        given = {name: [features[u][name] for u in batch] for name in features[batch[0]]}
+        rows = recommender.recommend(
+            [list(histories[u]) for u in batch], arguments.k, arguments.exclude_seen, allowed, **given
+        )
         report(len(batch))
         yield list(zip(batch, rows, strict=True))
 
@@ -404,15 +552,18 @@ def recommend(argv: Sequence[str]) -> None:
         ValueError: with one line, for bad input.
     """
     name, arguments = parse(argv)
-    allowed, histories = read_filter(arguments.filter), read_histories(arguments)
+    allowed = read_filter(arguments.filter)
+    context_columns = sorted(saved_config(name, arguments.model_revision).get("context_features") or ())
+    histories, contexts = read_histories(arguments, context_columns)
     disable_progress_bar()  # the bar of loading weights; ours counts users
     new_items = read_new_items(arguments.new_items)
     recommender = load(name, arguments.model_revision)
     if new_items:
         recommender.add_items(new_items)
     histories = known_histories(recommender, histories)
+    features = features_of_users(recommender, arguments, histories, contexts)
     with tqdm(total=len(histories), desc="recommend", unit="user", file=sys.stderr) as bar:
-        parts = batches(recommender, histories, arguments, allowed, bar.update)
+        parts = batches(recommender, histories, arguments, allowed, features, bar.update)
         if arguments.output:
             count = write_parquet(arguments.output, parts)
         else:
@@ -423,6 +574,6 @@ def recommend(argv: Sequence[str]) -> None:
     for user, items in rows:
         line: dict[str, Any] = {"user": user, "items": [item for item, _ in items], "scores": [s for _, s in items]}
         if arguments.explain != "none":
-            shares = recommender.explain(histories[user], items[0][0], arguments.explain)
+            shares = recommender.explain(histories[user], items[0][0], arguments.explain, **features[user])
             line[arguments.explain] = {"of": items[0][0], "history": dict(sorted(shares, key=lambda pair: -pair[1]))}
         print(json.dumps(line, ensure_ascii=False))

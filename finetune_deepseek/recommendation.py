@@ -22,8 +22,10 @@ from modeling_deepseek import AutoModelForRecommendation
 
 from .arguments import ModelArguments
 from .data import SPLITS, find_files
+from .feature_columns import FEATURES, FeatureArguments, FeatureColumns, empty_values
 from .files import write_text
 from .interactions import (
+    ML_100K_USERS,
     SplitRows,
     as_dataset,
     by_time,
@@ -31,6 +33,7 @@ from .interactions import (
     in_order,
     leave_one_out,
     ml_100k,
+    ml_100k_columns,
     read_columns,
     read_interactions,
     simulated,
@@ -51,7 +54,7 @@ MODEL_SETTINGS = ("max_length",)
 
 
 @dataclass
-class RecommendationArguments:
+class RecommendationArguments(FeatureArguments):
     """Which interactions, and how they are split."""
 
     _argument_group_name = "data"
@@ -126,6 +129,9 @@ class RecommendationArguments:
             )
         if self.sasrec and self.items_file:
             raise ValueError("--items_file: SASRec reads no texts; leave out one of it and --sasrec.")
+        if self.sasrec and (flags := self.feature_flags):
+            raise ValueError(f"--{flags[0]}: SASRec reads no features; leave out it or --sasrec.")
+        self.check_features(self.dataset_name == "ml-100k", has_contexts=not (self.data_dir or files))
         for name in ("max_train_samples", "max_eval_samples", "max_predict_samples", "k_core", "max_text_length"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -180,13 +186,18 @@ class RecommendationCollator(CausalCollator):
             labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED_LABEL)
             labels[:, 0] = IGNORED_LABEL  # nothing stands before it
             batch["labels"] = labels
+        if "user_features" in features[0]:
+            batch["user_features"] = torch.tensor([f["user_features"] for f in features])
+        if "context_features" in features[0]:
+            contexts = [torch.tensor(f["context_features"]) for f in features]
+            batch["context_features"] = torch.nn.utils.rnn.pad_sequence(contexts, batch_first=True)
         if "row" in features[0]:
             batch["row"] = torch.tensor([f["row"] for f in features])
         return batch
 
 
 class Recommendation(Task):
-    """See the module. Rows are `user`, `source` (the history as item ids) and `target`."""
+    """See the module. Rows are `user`, `source` (the history as item ids), `target`, and `contexts` if there are."""
 
     name = "recommendation"
     arguments_class = RecommendationArguments
@@ -210,6 +221,7 @@ class Recommendation(Task):
         self.table = ""
         self.numbers: dict[str, int] = {}  # item id -> number, known with the tokenizer
         self.catalogue: TextCatalogue | None = None  # where items are texts
+        self.side = FeatureColumns(arguments)
         if arguments.items_file:
             self.tokenizer_class = None  # the model's own, of words
         self.others: dict[str, pd.Series] = {}
@@ -238,7 +250,17 @@ class Recommendation(Task):
         datasets: dict[str, Rows] = {name: as_dataset(rows) for name, rows in limited.items()}
         if arguments.items_file:
             self._read_texts(arguments.items_file, datasets)
+        if arguments.user_feature_columns:
+            users = {user for rows in datasets.values() for user in rows["user"]}
+            self._note(*self.side.read_users(*self._user_table(), users))
         return datasets
+
+    def _user_table(self) -> tuple[dict[str, list[Any]], str, str]:
+        """Columns of the users, which of them says who it is, and where they stand."""
+        path = self.arguments.users_file
+        if path is None:
+            return ml_100k_columns(ML_100K_USERS), "user_id", "ml-100k"
+        return read_columns(path), self.arguments.user_column, path
 
     def _read_texts(self, path: str, splits: dict[str, Rows]) -> None:
         texts, notes = read_items(path, self.arguments.item_column, self.arguments.text_columns)
@@ -269,6 +291,8 @@ class Recommendation(Task):
         arguments = self.arguments
         frame, notes = clean(self._read_interactions(), arguments.keep_repeats, arguments.k_core)
         self._note(*notes)
+        if columns := self.side.context_columns:
+            self._note(*empty_values(frame["context"], columns, "interactions"))
         frame, notes = in_order(frame, arguments.tie_rule, self.seed)
         self._note(*notes)
         self._note(
@@ -285,22 +309,24 @@ class Recommendation(Task):
         return splits
 
     def _read_interactions(self) -> pd.DataFrame:
-        arguments = self.arguments
+        arguments, contexts = self.arguments, self.side.context_columns
         if arguments.is_embedded:
+            if contexts:
+                raise ValueError("--context_columns: simulated users have none; name --interactions_file.")
             self._note("simulated users over CLDR's territories: they show the code path, not how people behave")
             return simulated()
         names = (arguments.user_column, arguments.item_column, arguments.timestamp_column)
         if arguments.interactions_file:
             path = arguments.interactions_file
-            return read_interactions(read_columns(path), names, path)
+            return read_interactions(read_columns(path), names, path, contexts)
         name = cast(str, arguments.dataset_name)
         if name == "ml-100k":
-            return ml_100k()
+            return ml_100k(contexts=contexts)
         try:
             dataset = load_dataset(name, arguments.dataset_config_name, split="train")
         except Exception as error:  # the Hub client, datasets and pyarrow each raise classes of their own
             raise ValueError(f"--dataset_name {name}: {' '.join(str(error).split())}") from error
-        return read_interactions(dataset.to_dict(), names, f"{name}, split train")
+        return read_interactions(dataset.to_dict(), names, f"{name}, split train", contexts)
 
     # -- catalogue and model --
 
@@ -325,7 +351,9 @@ class Recommendation(Task):
         fields: dict[str, Any] = {} if saved else {"max_position_embeddings": self.arguments.max_length}
         if self.catalogue is not None:
             fields |= self.catalogue.config_fields(saved, self.arguments.max_text_length)
-        return fields
+        columns, notes = self.side.config_fields(splits.get("train"), saved)
+        self._note(*notes)
+        return fields | columns
 
     def prepare_model(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         if self.catalogue is not None:
@@ -345,7 +373,8 @@ class Recommendation(Task):
 
     def features(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, is_training: bool) -> Rows:
         """Item numbers; training histories in windows of --max_length + 1, which overlap by one item, so that every
-        item but a history's first is learned once in each epoch. For evaluation also `seen` and `target`.
+        item but a history's first is learned once in each epoch. For evaluation also `seen` and `target`. Features go
+        by the model's numbers, a context with the item before it.
 
         Raises:
             ValueError: if nothing can be learned, or no history holds an item of the catalogue.
@@ -355,24 +384,36 @@ class Recommendation(Task):
         features: dict[str, list[Any]] = {"input_ids": [], "length": []}
         if not is_training:
             features |= {"seen": [], "target": []}
-        columns = (rows["user"], rows["source"], rows["target"])
-        for user, history, next_item in zip(*columns, strict=True):
-            numbers = [self.numbers[item] for item in history if item in self.numbers]
+        side = self.side
+        features |= {
+            name: [] for name, n in zip(FEATURES, (side.user_numbers, side.context_numbers), strict=True) if n
+        }
+        contexts = rows["contexts"] if "contexts" in rows.column_names else [None] * len(rows)
+        columns = (rows["user"], rows["source"], rows["target"], contexts)
+        for user, history, next_item, given in zip(*columns, strict=True):
+            known = [place for place, item in enumerate(history) if item in self.numbers]
+            numbers = [self.numbers[history[place]] for place in known]
             unknown += len(history) - len(numbers)
             if is_training:
-                windows = [numbers[max(0, end - limit - 1) : end] for end in range(len(numbers), 1, -limit)]
+                windows = [slice(max(0, end - limit - 1), end) for end in range(len(numbers), 1, -limit)]
             else:
                 if not numbers:
                     raise ValueError(f"User {user}: no item of this history is in the model's catalogue.")
-                windows = [numbers[-limit:]]
+                windows = [slice(-limit, None)]
                 target = self.numbers.get(next_item, PADDING)
                 # A repeated target stays among what can be recommended.
                 features["seen"].append([number for number in numbers if number != target] or [PADDING])
                 features["target"].append(target)
-            features["input_ids"] += windows
+            features["input_ids"] += [numbers[window] for window in windows]
+            if side.user_numbers:
+                features["user_features"] += [side.of_user(user)] * len(windows)
+            if side.context_numbers:
+                after = side.of_contexts(given, known, len(history))
+                features["context_features"] += [after[window] for window in windows]
         features["length"] = [len(window) - is_training for window in features["input_ids"]]
         if unknown:
             self._note(f"left out {unknown:,} items of histories that are not in the model's catalogue")
+        self._note(*side.notes_on_unknown())
         if not is_training and (missing := features["target"].count(PADDING)):
             self._note(f"{missing:,} of {len(rows):,} targets are not in the model's catalogue; they rank last")
         if not features["input_ids"]:
@@ -391,7 +432,8 @@ class Recommendation(Task):
 
     def predict_batch(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor]:
         """Mean cross entropy over all items, and [B, 1 + items]: the target's rank and the best unseen items."""
-        scores = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.float()
+        names = [name for name in ("input_ids", "attention_mask", *FEATURES) if name in inputs]
+        scores = model(**{name: inputs[name] for name in names}).logits.float()
         targets, seen = inputs["target"], inputs["seen"]
         scores[:, PADDING] = float("-inf")
         loss = torch.nn.functional.cross_entropy(scores, targets, ignore_index=PADDING)
@@ -463,13 +505,22 @@ class Recommendation(Task):
             "dataset_name": source,
             "baseline": "popularity",
             "title": "recommendation",
-            "code": "" if arguments.sasrec else CARD_CODE if self.catalogue is None else TEXT_CARD_CODE,
+            "code": self._card_code(),
             "prompt": "",
             "prediction": "the items of the highest scores",
             "data": "\n".join(f"- {note}" for note in self.notes) + f"\n\n{self.table}",
             "preprocessing": f"at most {arguments.max_length} items of a history; items numbered by a hash",
-            "settings": {"task": self.name} | {name: getattr(arguments, name) for name in MODEL_SETTINGS},
+            "settings": {"task": self.name}
+            | {name: getattr(arguments, name) for name in MODEL_SETTINGS}
+            | self.side.settings(),
         }
+
+    def _card_code(self) -> str:
+        if example := self.side.example():
+            return FEATURE_CARD_CODE + example.replace("{", "{{").replace("}", "}}") + "))"
+        if self.arguments.sasrec:
+            return ""
+        return CARD_CODE if self.catalogue is None else TEXT_CARD_CODE
 
 
 CARD_CODE = """from modeling_deepseek import AutoModelForRecommendation
@@ -488,6 +539,12 @@ recommender = load("{name}")
 recommender.add_items({{"new": "The text of an item without a click"}})
 history = ["5", "3", "8"]  # ids of items, oldest first
 print(recommender.recommend(history, k=10))"""
+
+
+FEATURE_CARD_CODE = """from finetune_deepseek.recommend import load
+
+history = ["5", "3", "8"]  # ids of items, oldest first
+print(load("{name}").recommend(history, k=10, """
 
 
 def read_ranks(folder: str) -> pd.Series:

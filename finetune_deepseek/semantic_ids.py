@@ -71,6 +71,8 @@ class GenerativeRecommendationArguments(RecommendationArguments):
                 raise ValueError(f"--{name} {getattr(self, name)}: it must be {least} or more.")
         if self.items_file:
             raise ValueError("--items_file: texts come in by --titles_file and an embedding model as --item_vectors.")
+        if flags := self.feature_flags:
+            raise ValueError(f"--{flags[0]}: a generative recommender reads no features; leave it out.")
         if self.sasrec:
             raise ValueError("--sasrec: train it by `finetune recommendation`, and name its folder in --compare_with.")
 
@@ -351,7 +353,7 @@ class GenerativeRecommender(Recommender):
         self.numbers = model.tokenizer.numbers
         self.items = [PADDING_TOKEN, *model.tokenizer.items]
 
-    def explain(self, history: Sequence[Any], item: str, method: str = "", steps: int = 0) -> list[tuple[str, float]]:
+    def explain(self, history: Sequence[Any], item: str, *args: Any, **kwargs: Any) -> list[tuple[str, float]]:
         """Refused: the score of a code is a product over digits."""
         raise ValueError("--explain: a generative recommender can't say what carried an item; leave it out.")
 

@@ -55,6 +55,7 @@ from .pooling import POOLING_FUNCTIONS, LatentAttentionPooling
 from .quantization import DequantizedSlice, dequantized
 from .rope import DeepSeekRotaryEmbedding
 from .routers import DeepSeekTopKRouter
+from .side_features import DeepSeekSideFeatures
 
 ATTENTIONS = {
     "mha": DeepSeekMultiHeadAttention,
@@ -817,6 +818,21 @@ def loss_name(config: Any) -> str:
     return "softmax" if item_numbers(config)[0] <= limit else "sampled_softmax"
 
 
+def feature_reader(model: Any, *features: Any) -> DeepSeekSideFeatures | None:
+    """What reads a model's user and context features, None where it has none.
+
+    Raises:
+        ValueError: if there is none, but features are given.
+    """
+    reader = getattr(model, "side_features", None)
+    if reader is None and any(part is not None for part in features):
+        raise ValueError(
+            "this model reads no user or context features; make one with config.user_features or "
+            "config.context_features, or leave them out"
+        )
+    return reader
+
+
 class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
     """A history of items in, a score for every item to come next out.
 
@@ -827,6 +843,9 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
     With `config.num_items` the vocabulary are words instead, and items are texts of them, number 0 being the padding:
     an item's embedding is made of its text by the same trunk (item_texts.py), so that items which `add_items` brings
     are ranked without a click. An empty history is then one padding, which the mask lets through.
+
+    With `config.user_features` or `config.context_features` what is known of the user stands before the history, and
+    the context of each interaction before its item (side_features.py).
     """
 
     def __init__(self, config: DeepSeekConfig):
@@ -836,6 +855,8 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
         self.model = DeepSeekModel(config)
         if config.num_items is not None:
             self.item_texts = DeepSeekItemTexts(config)
+        if config.user_features or config.context_features:
+            self.side_features = DeepSeekSideFeatures(config)
         if not config.tie_item_embeddings:
             self.item_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -891,6 +912,8 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
         use_cache: bool | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         candidates: torch.Tensor | None = None,
+        user_features: torch.Tensor | None = None,
+        context_features: torch.Tensor | None = None,
         **kwargs,
     ) -> SequenceClassifierOutputWithPast:
         """Arguments as in `DeepSeekModel.forward`, the input_ids [B, S] being item numbers, oldest first, and
@@ -900,6 +923,9 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
         num_items_in_batch: divide the summed loss by this instead of the number of labels.
         candidates: [B, C] item numbers, filled up with the padding: score these alone. The labels [B] then say which
             of its candidates each row went on with, and the loss is the cross entropy among them.
+        user_features: [B, F] numbers of values, 0 where there is none or it is unknown; absent, all are 0.
+        context_features: [B, S, C], the same for the interaction that follows each item, the last being the one asked
+            for. What is recorded of the layers counts these tokens too, and a cache can't be gone on with.
 
         Returns:
             `logits` [B, V] or [B, C]: the scores of all items after the last one of each row, the lowest number for
@@ -907,8 +933,10 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
             sampled loss.
 
         Raises:
-            ValueError: for a batch in which nothing tells where a sequence ends.
+            ValueError: for a batch in which nothing tells where a sequence ends; for features of a model without such,
+                or of another shape; with features for a cache that isn't empty, or position_ids.
         """
+        side = feature_reader(self, user_features, context_features)
         _, padding = item_numbers(self.config)
         if attention_mask is None and input_ids is not None:
             attention_mask = torch.ne(input_ids, padding).long()
@@ -918,9 +946,19 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
         if self.config.num_items is not None and input_ids is not None:
             picked = self.pick_items(input_ids, candidates, is_learning=self.training and labels is not None)
             inputs_embeds, input_ids = picked.read(input_ids), None  # the mask says what is padding
+        mask = attention_mask
+        if side is not None:
+            if position_ids is not None or (past_key_values is not None and past_key_values.get_seq_length()):
+                raise ValueError(
+                    "a model with user or context features counts positions itself and can't go on from a cache; give "
+                    "whole histories, without position_ids"
+                )
+            if inputs_embeds is None:
+                inputs_embeds, input_ids = self.read_items(input_ids), None
+            inputs_embeds, mask, position_ids = side(inputs_embeds, attention_mask, user_features, context_features)
         outputs = self.model(
             input_ids=input_ids,
-            attention_mask=attention_mask,
+            attention_mask=mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
@@ -928,6 +966,8 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state
+        if side is not None:
+            hidden_states = side.predicting(hidden_states)
         loss = logits = None
         if labels is not None and candidates is None:
             loss = self.next_item_loss(hidden_states, labels, num_items_in_batch, picked)
@@ -1005,6 +1045,8 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
         k: int = 10,
         exclude_seen: bool = True,
         filter: torch.Tensor | Sequence[int] | None = None,
+        user_features: Any = None,
+        context_features: Any = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The k best next items, by exact search over the whole catalogue.
 
@@ -1013,14 +1055,19 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
                 `config.max_position_embeddings` of them are read.
             exclude_seen: leave out all items of the history.
             filter: the only items to choose from: their numbers, or booleans [V] or [B, V].
+            user_features: numbers [F] for one user, [B, F] for several; see `forward`.
+            context_features: of the request, [C] or [B, C]; or of what followed each item of the history and, at the
+                last, of the request: [S, C] for one user, for several a list of such or [B, S, C].
 
         Returns:
             Items and scores, best first: [K] for one user, [B, K] for several; K = min(k, number of items). Where
             fewer are left, the rest is padding with a score of minus infinity.
 
         Raises:
-            ValueError: for an empty history, a number that is no item, or if nothing is left to choose from.
+            ValueError: for an empty history, a number that is no item or no value of its column, features of a model
+                without such, or if nothing is left to choose from.
         """
+        side = feature_reader(self, user_features, context_features)
         num_items, padding = item_numbers(self.config)
         rows: Any
         if torch.is_tensor(history):
@@ -1032,10 +1079,14 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
         seen = pad_histories(rows, num_items, padding).to(self.device)
         recent = [row[-self.config.max_position_embeddings :] for row in rows]
         input_ids = pad_histories(recent, num_items, padding).to(self.device)
+        features: dict[str, torch.Tensor] = {}
+        if side is not None:
+            given = [[part] if is_one and part is not None else part for part in (user_features, context_features)]
+            features = side.of_requests([*map(len, rows)], self.config.max_position_embeddings, *given)
         allowed = None if filter is None else allowed_items(filter, num_items, padding)
         was_training = self.training
         try:
-            scores = self.eval()(input_ids=input_ids, use_cache=False).logits
+            scores = self.eval()(input_ids=input_ids, use_cache=False, **features).logits
         finally:
             self.train(was_training)
         items, best = top_k(scores, k, padding, seen if exclude_seen else None, allowed)

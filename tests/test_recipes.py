@@ -59,8 +59,10 @@ def folder(tmp_path_factory):
                 for row in rows
             ]
             (folder / "data" / name / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    ratings = [f"{user},{(user + step) % 5},{step}" for user in range(8) for step in range(4)]
-    (folder / "data" / "ratings.csv").write_text("\n".join(["userId,movieId,timestamp", *ratings]))
+    ratings = [f"{user},{(user + step) % 5},{step},Sa" for user in range(8) for step in range(4)]
+    (folder / "data" / "ratings.csv").write_text("\n".join(["userId,movieId,timestamp,weekday", *ratings]))
+    users = [f"{user},{'FM'[user % 2]},artist" for user in range(8)]
+    (folder / "data" / "users.csv").write_text("\n".join(["userId,gender,occupation", *users]))
     movies = [f"{number},A film of part {number},comedy" for number in range(5)]
     (folder / "data" / "movies.csv").write_text("\n".join(["movieId,title,genres", *movies]))
     (folder / "items.json").write_text('["1", "2"]')
@@ -116,6 +118,8 @@ def test_recipes_run_in_order(folder, monkeypatch, capsys):
     movies = json.loads((folder / "runs/movies/all_results.json").read_text())
     assert {"above_sasrec_hr@10", "popularity_ndcg@10"} <= set(movies)
     assert "test_hr@10" in json.loads((folder / "runs/movie-texts/all_results.json").read_text())
+    config = json.loads((folder / "runs/movie-features/config.json").read_text())
+    assert config["user_features"] == {"gender": ["F", "M"], "occupation": ["artist"]}
     news = [json.loads((folder / f"runs/{name}/all_results.json").read_text()) for name in ("news", "predict-news")]
     assert news[0]["test_auc"] == pytest.approx(news[1]["test_auc"])
     retriever = json.loads((folder / "runs/retriever/all_results.json").read_text())

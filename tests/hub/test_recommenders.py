@@ -7,8 +7,9 @@ import json
 
 import pytest
 
-PRESETS = ["tiny_llm", "tiny_v3", "texts"]  # the last one's items are texts
+PRESETS = ["tiny_llm", "tiny_v3", "texts", "features"]  # items of text; users and contexts with features
 HISTORY = [5, 9, 30]
+REQUESTS = {"features": {"user_features": [2], "context_features": [4]}}
 
 
 def save(folder):
@@ -23,10 +24,13 @@ def save(folder):
         if name == "texts":
             model = DeepSeekForRecommendation(preset("tiny_v3", pad_token_id=0, num_items=1)).eval()
             model.add_items([[3 + n, 50 + n % 7] for n in range(40)])
+        elif name == "features":
+            columns = {"user_features": {"gender": ["F", "M"]}, "context_features": {"day": ["Mo", "Tu"]}}
+            model = DeepSeekForRecommendation(preset("tiny_v3", pad_token_id=0, **columns)).eval()
         else:
             model = DeepSeekForRecommendation(preset(name, pad_token_id=0)).eval()
         model.save_pretrained(f"{folder}/{name}")
-        items, scores = model.recommend(HISTORY, k=5)
+        items, scores = model.recommend(HISTORY, k=5, **REQUESTS.get(name, {}))
         facts[name] = [items.tolist(), scores.tolist()]
     return facts
 
@@ -54,7 +58,7 @@ def load(folder, auto_class, trust_remote_code):
         said = [str(warning.message) for warning in caught if "trunk" in str(warning.message)]
         facts[name] = [type(model).__module__.split(".")[0], type(model).__name__, said]
         if hasattr(model, "recommend"):
-            items, scores = model.recommend(HISTORY, k=5)
+            items, scores = model.recommend(HISTORY, k=5, **REQUESTS.get(name, {}))
             facts[name].append([items.tolist(), scores.tolist()])
             model.save_pretrained(f"{folder}/again/{name}")
             if name == "texts":  # a new item with the words of item 5 has its score
