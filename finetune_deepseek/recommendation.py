@@ -39,6 +39,7 @@ from .interactions import (
     simulated,
     split_file_rows,
 )
+from .item_dropout import item_dropout
 from .optimization import IGNORED_LABEL
 from .ranking import bootstrap_interval, comparison, per_user, ranking_scores, target_ranks
 from .recommendation_baselines import baseline_ranks
@@ -108,6 +109,10 @@ class RecommendationArguments(FeatureArguments):
     max_length: int = field(
         default=50, metadata={"help": "Items of a history that the model reads; training histories are cut into such."}
     )
+    item_dropout: float = field(
+        default=0.0,
+        metadata={"help": "Leave out items of training histories, at a rate drawn for each between 0 and this."},
+    )
     baselines: bool = field(
         default=True, metadata={"help": "Score popularity, transitions and item-kNN beside the model (--do_predict)."}
     )
@@ -138,6 +143,8 @@ class RecommendationArguments(FeatureArguments):
                 raise ValueError(f"--{name} {value}: it must be 1 or more.")
         if self.max_length < 2:
             raise ValueError(f"--max_length {self.max_length}: it must be 2 or more.")
+        if not 0 <= self.item_dropout < 1:
+            raise ValueError(f"--item_dropout {self.item_dropout:g}: it must be 0 or more, and below 1.")
         if not 0 < self.time_share < 0.5:
             raise ValueError(f"--time_share {self.time_share:g}: it must be above 0 and below 0.5.")
 
@@ -174,10 +181,17 @@ def item_tokenizer(items: set[str], seed: int) -> PreTrainedTokenizerFast:
 
 
 class RecommendationCollator(CausalCollator):
-    """Pads histories on the right; for evaluation also the items that were seen."""
+    """Pads histories on the right; for evaluation also the items that were seen. Training histories lose items first,
+    at a rate of up to `highest_rate`."""
+
+    def __init__(self, pad_token_id: int, highest_rate: float = 0.0) -> None:
+        super().__init__(pad_token_id)
+        self.highest_rate = highest_rate
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = {}
+        if self.highest_rate and "target" not in features[0]:
+            features = [item_dropout(feature, self.highest_rate) for feature in features]
         batch["input_ids"], batch["attention_mask"] = self._pad([f["input_ids"] for f in features])
         if "target" in features[0]:
             batch["seen"], _ = self._pad([f["seen"] for f in features])
@@ -421,7 +435,7 @@ class Recommendation(Task):
         return Dataset.from_dict(features)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> RecommendationCollator:
-        return RecommendationCollator(PADDING)
+        return RecommendationCollator(PADDING, self.arguments.item_dropout)
 
     def loss_function(self, label_smoothing: float) -> Callable[..., torch.Tensor] | None:
         if label_smoothing:
@@ -509,7 +523,8 @@ class Recommendation(Task):
             "prompt": "",
             "prediction": "the items of the highest scores",
             "data": "\n".join(f"- {note}" for note in self.notes) + f"\n\n{self.table}",
-            "preprocessing": f"at most {arguments.max_length} items of a history; items numbered by a hash",
+            "preprocessing": f"at most {arguments.max_length} items of a history; items numbered by a hash"
+            + f"; item dropout up to {arguments.item_dropout:g}" * bool(arguments.item_dropout),
             "settings": {"task": self.name}
             | {name: getattr(arguments, name) for name in MODEL_SETTINGS}
             | self.side.settings(),
