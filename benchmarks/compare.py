@@ -176,7 +176,12 @@ def write_table(
         lines += ["", f"Not run yet: {', '.join(open_runs)}."]
     command = f"python benchmarks/compare.py {path} --data DATA --output runs/results"
     lines += ["", f"Command: `{command}`", *protocol(table, chosen, next(iter(rows.values())))]
-    begin, end = f"<!-- {table['name']} -->", f"<!-- end of {table['name']} -->"
+    write_section(table["name"], lines)
+
+
+def write_section(name: str, lines: list[str]) -> None:
+    """Put lines into docs/results.md between the markers of that name, in place of what is there."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     text = RESULTS.read_text(encoding="utf-8") if RESULTS.is_file() else "# Results\n"
     section = "\n".join([begin, *lines, end])
     if begin in text:

@@ -5,7 +5,7 @@
 
 Reads the ranks per user (user_ranks.csv) of every NAME_seed_N folder. A user's score is the mean over seeds; the
 interval is a bootstrap over users, and the test flips the sign of each user's difference at random. The baselines in
-those files are compared with the first system too. Prints a Markdown table.
+those files are compared with the first system too. The table goes into docs/results.md, below that of compare.py.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from compare import write_section
 
 from finetune_deepseek.ranking import bootstrap_interval, paired_p_value, per_user
 from finetune_deepseek.recommendation import RANKS_FILE
@@ -48,20 +49,20 @@ def mean_scores(files: list[Path], column: str, users: pd.Index) -> dict[str, np
     return {name: np.mean([part[name] for part in parts], axis=0) for name in SCORES}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="the table's folder in compare.py's --output")
-    parser.add_argument("systems", nargs="+", help="the first is compared with all others")
-    arguments = parser.parse_args()
-    files = {name: seed_files(arguments.folder, name) for name in arguments.systems}
-    first = arguments.systems[0]
+def lines_of(folder: Path, systems: list[str]) -> list[str]:
+    """A Markdown table: every system's scores, and how far the first is above it."""
+    files = {name: seed_files(folder, name) for name in systems}
+    first = systems[0]
     users = pd.read_csv(files[first][0], dtype={"user": str}).set_index("user").index
     scores = {f"{name}, {len(paths)} seeds": mean_scores(paths, "rank", users) for name, paths in files.items()}
     known = pd.read_csv(files[first][0], nrows=0).columns
-    scores |= {name: mean_scores(files[first][:1], name, users) for name in BASELINES if name in known}
+    # Each seed's own, for a seed may decide the order of equal times, and so the targets.
+    scores |= {name: mean_scores(files[first], name, users) for name in BASELINES if name in known}
     own = next(iter(scores.values()))
-    print("| | " + " | ".join(f"{s.upper()} [95 %] | {first} above [95 %] | p" for s in SCORES) + " |")
-    print("|---" * (1 + 3 * len(SCORES)) + "|")
+    lines = [
+        "| | " + " | ".join(f"{s.upper()} [95 %] | {first} above [95 %] | p" for s in SCORES) + " |",
+        "|---" * (1 + 3 * len(SCORES)) + "|",
+    ]
     for name, values in scores.items():
         cells = []
         for score in SCORES:
@@ -76,7 +77,23 @@ def main() -> None:
                 f"{above.mean():+.4f} [{low:+.4f}, {high:+.4f}]",
                 f"{paired_p_value(own[score], values[score]):.4f}",
             ]
-        print(f"| {name} | {' | '.join(cells)} |")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="the table's folder in compare.py's --output")
+    parser.add_argument("systems", nargs="+", help="the first is compared with all others")
+    arguments = parser.parse_args()
+    lines = lines_of(arguments.folder, arguments.systems)
+    print("\n".join(lines))
+    name, systems = arguments.folder.name, " ".join(arguments.systems)
+    note = (
+        "Means over seeds; interval by bootstrap over users, p by flipping the sign of users' differences at random."
+    )
+    command = f"Command: `python benchmarks/recommendation_tests.py runs/results/{name} {systems}`"
+    write_section(f"{name}_tests", [f"### {name}, user by user", note, "", *lines, "", command])
 
 
 if __name__ == "__main__":
