@@ -11,7 +11,7 @@ Letters: B batch, S tokens of this call, T tokens including cached ones, D hidde
 import os
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -940,7 +940,7 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
                 logits = logits.masked_fill(candidates == padding, lowest)
             else:
                 logits = nn.functional.linear(last, picked.vectors)
-                logits = logits.index_fill(1, torch.tensor([padding], device=last.device), lowest)
+                logits.index_fill_(1, torch.tensor([padding], device=last.device), lowest)  # in place: it is large
         if labels is not None and candidates is not None:
             loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
             loss = loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
@@ -997,6 +997,14 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
         )
         return total / (known.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
+    def last_states(self, input_ids: torch.Tensor, **kwargs) -> torch.Tensor:
+        """Histories [B, S], padded on the right -> [B, D], whose products with the item_embeddings are the scores."""
+        first = input_ids[:, :1]  # one candidate in place of the whole catalogue
+        outputs = self(input_ids=input_ids, candidates=first, output_hidden_states=True, use_cache=False, **kwargs)
+        mask = torch.ne(input_ids, item_numbers(self.config)[1]).long()
+        rows = torch.arange(len(input_ids), device=input_ids.device)
+        return outputs.hidden_states[-1][rows, self.last_token(outputs.hidden_states[-1], None, mask)]
+
     @torch.no_grad()
     def recommend(
         self,
@@ -1004,14 +1012,17 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
         k: int = 10,
         exclude_seen: bool = True,
         filter: torch.Tensor | Sequence[int] | None = None,
+        search: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The k best next items, by exact search over the whole catalogue.
+        """The k best next items, by exact search over the whole catalogue unless another search is given.
 
         Args:
             history: item numbers of one user, oldest first, or of several; or [B, S] padded on the right. The last
                 `config.max_position_embeddings` of them are read.
             exclude_seen: leave out all items of the history.
             filter: the only items to choose from: their numbers, or booleans [V] or [B, V].
+            search: takes the `last_states` [B, D], the item_embeddings [V, D], k, the padding and the items to leave
+                out (as `top_k` does), and returns what `top_k` does. With a filter the search is exact nevertheless.
 
         Returns:
             Items and scores, best first: [K] for one user, [B, K] for several; K = min(k, number of items). Where
@@ -1033,11 +1044,16 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
         input_ids = pad_histories(recent, num_items, padding).to(self.device)
         allowed = None if filter is None else allowed_items(filter, num_items, padding)
         was_training = self.training
+        excluded = seen if exclude_seen else None
         try:
-            scores = self.eval()(input_ids=input_ids, use_cache=False).logits
+            if search is not None and allowed is None:
+                states = self.eval().last_states(input_ids)
+                items, best = search(states, self.item_embeddings(), k, padding, excluded)
+            else:
+                scores = self.eval()(input_ids=input_ids, use_cache=False).logits
+                items, best = top_k(scores, k, padding, excluded, allowed, overwrite=True)
         finally:
             self.train(was_training)
-        items, best = top_k(scores, k, padding, seen if exclude_seen else None, allowed)
         return (items[0], best[0]) if is_one else (items, best)
 
 
