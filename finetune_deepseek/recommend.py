@@ -26,6 +26,7 @@ from .arguments import parse_verb
 from .encoding import token_ids
 from .files import replaced_folder
 from .interactions import as_text, clean, in_order, read_columns, read_interactions, sequences, split_file_rows
+from .item_index import ItemIndex
 from .loading import named_source
 from .news_recommendation import NewsRecommendation
 from .recommendation import Recommendation
@@ -37,6 +38,7 @@ EXAMPLES = """examples:
   deepseek-hf recommend runs/movies --history ratings.csv --user_column userId --item_column movieId \\
       --output recommended.parquet
       the whole user base, as rows of user, rank, item and score"""
+SCORES_AT_ONCE = 100_000_000  # of a batch of users with a large catalogue; 400 MB
 SCHEMA = pa.schema([("user", pa.string()), ("rank", pa.int32()), ("item", pa.string()), ("score", pa.float32())])
 
 
@@ -51,6 +53,10 @@ class RecommendArguments:
     exclude_seen: bool = field(default=True, metadata={"help": "Leave out the items of the history."})
     filter: str | None = field(
         default=None, metadata={"help": "JSON list, or text with one item per line: the only items to choose from."}
+    )
+    index: Literal["exact", "faiss"] = field(
+        default="exact",
+        metadata={"help": "Search all items, or by faiss: approximate from 50,000 items on, exact with --filter."},
     )
     explain: Literal["none", "integrated_gradients", "attention"] = field(
         default="none", metadata={"help": "Show how much each item of the history carried the first recommendation."}
@@ -89,6 +95,11 @@ class Recommender:
         model: of an architecture with `recommend`, see `DeepSeekForRecommendation`.
         catalogue: its items as tokens.
         tokenizer: of the words, where items are texts.
+        index: `exact`, or `faiss` for an `ItemIndex`, made at the first request and again when the items' vectors
+            have changed. With a filter the search is exact always.
+
+    Raises:
+        ValueError: if faiss isn't installed, or the model has no item vectors to search.
     """
 
     def __init__(
@@ -96,11 +107,17 @@ class Recommender:
         model: Any,
         catalogue: PreTrainedTokenizerFast,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        index: str = "exact",
     ) -> None:
+        if index not in ("exact", "faiss"):
+            raise ValueError(f"index={index!r}: it is exact or faiss")
+        if index == "faiss" and not hasattr(model, "last_states"):
+            raise ValueError(f"{type(model).__name__} has no item vectors that faiss could search; use index='exact'")
+        self.search = {"search": ItemIndex()} if index == "faiss" else {}
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.numbers = catalogue.get_vocab()
-        self.items = cast(list[str], catalogue.convert_ids_to_tokens(list(range(len(catalogue)))))
+        self.items = sorted(self.numbers, key=self.numbers.__getitem__)  # a million one by one would take seconds
 
     def add_items(self, texts: dict[Any, str]) -> None:
         """Encode new items, given as {id: text}, so that they are recommended with the others.
@@ -162,7 +179,7 @@ class Recommender:
             if not known:
                 raise ValueError(f"history {row} has {unknown} items, none of which the model knows")
             numbered.append(known)
-        found, scores = self.model.recommend(numbered, k, exclude_seen, self.allowed(filter))
+        found, scores = self.model.recommend(numbered, k, exclude_seen, self.allowed(filter), **self.search)
         rows = [
             [(self.items[item], score) for item, score in zip(items, best, strict=True) if item != PADDING]
             for items, best in zip(found.tolist(), scores.tolist(), strict=True)
@@ -237,16 +254,18 @@ def last_attention(model: Any, history: torch.Tensor, item: int, steps: int = 0)
     return torch.stack([layer[0, :, -1].mean(0) for layer in attentions]).mean(0)
 
 
-def load(name: str, revision: str = "main") -> Recommender:
-    """The recommender in a folder or on the Hub, on the accelerator if there is one.
+def load(name: str, revision: str = "main", index: str = "exact") -> Recommender:
+    """The recommender in a folder or on the Hub, on the accelerator if there is one; `index` as in `Recommender`.
 
     Raises:
-        ValueError: with one line, if there is none.
+        ValueError: with one line, if there is none, or for an index that it can't have.
     """
     made_for = (model_card.read(name, revision).get("deepseek_hf") or {}).get("task")
     if made_for == "generative_recommendation":
         from .semantic_ids import load_generative  # which needs this module
 
+        if index != "exact":
+            raise ValueError(f"{name}: semantic IDs are found by beam search; leave out the index.")
         return load_generative(name, revision)
     if made_for != NewsRecommendation.name:
         model_card.run_settings(name, revision, Recommendation.name)
@@ -258,7 +277,7 @@ def load(name: str, revision: str = "main") -> Recommender:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision) if is_text else None
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
-    return Recommender(model, catalogue, tokenizer)
+    return Recommender(model, catalogue, tokenizer, index)
 
 
 def read_histories(arguments: RecommendArguments) -> dict[str, list[Any]]:
@@ -364,8 +383,9 @@ def batches(
 ) -> Iterator[list[tuple[str, list[tuple[str, float]]]]]:
     """Users with their items and scores, batch by batch in the histories' order."""
     users = list(histories)
-    for start in range(0, len(users), arguments.batch_size):
-        batch = users[start : start + arguments.batch_size]
+    size = max(1, min(arguments.batch_size, SCORES_AT_ONCE // len(recommender.items)))
+    for start in range(0, len(users), size):
+        batch = users[start : start + size]
         rows = recommender.recommend([list(histories[u]) for u in batch], arguments.k, arguments.exclude_seen, allowed)
         report(len(batch))
         yield list(zip(batch, rows, strict=True))
@@ -407,7 +427,7 @@ def recommend(argv: Sequence[str]) -> None:
     allowed, histories = read_filter(arguments.filter), read_histories(arguments)
     disable_progress_bar()  # the bar of loading weights; ours counts users
     new_items = read_new_items(arguments.new_items)
-    recommender = load(name, arguments.model_revision)
+    recommender = load(name, arguments.model_revision, arguments.index)
     if new_items:
         recommender.add_items(new_items)
     histories = known_histories(recommender, histories)
