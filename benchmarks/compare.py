@@ -110,10 +110,8 @@ def choose(
 
 def protocol(table: dict[str, Any], chosen: dict[str, dict[str, Any]], example: dict[str, Any]) -> list[str]:
     """The lines below the table."""
-    versions = ", ".join(f"{name} {importlib.metadata.version(name).partition('+')[0]}" for name in PACKAGES)
     lines = [
-        f"Machine: {os.cpu_count()} cores, {platform.machine()}, {cpu_name()}; {table.get('machine', '')}",
-        f"Versions: Python {platform.python_version()}, {versions}. Date: {time.strftime('%Y-%m-%d')}.",
+        *machine_lines(table.get("machine", "")),
         f"Data: {table['source']} Hash of the test rows: {example.get('test_data_hash', '?')}.",
     ]
     for key in sorted(example):
@@ -125,6 +123,14 @@ def protocol(table: dict[str, Any], chosen: dict[str, dict[str, Any]], example: 
             flag, metric = table["choose"]["flag"], table["choose"]["metric"]
             lines.append(f"{name}: --{flag} {settings[flag]:g} of three, by {metric} ({tried}).")
     return [f"- {line.strip().rstrip(';')}" for line in lines]
+
+
+def machine_lines(circumstances: str, packages: tuple[str, ...] = PACKAGES) -> list[str]:
+    versions = ", ".join(f"{name} {importlib.metadata.version(name).partition('+')[0]}" for name in packages)
+    return [
+        f"Machine: {os.cpu_count()} cores, {platform.machine()}, {cpu_name()}; {circumstances}",
+        f"Versions: Python {platform.python_version()}, {versions}. Date: {time.strftime('%Y-%m-%d')}.",
+    ]
 
 
 def cpu_name() -> str:
@@ -176,7 +182,12 @@ def write_table(
         lines += ["", f"Not run yet: {', '.join(open_runs)}."]
     command = f"python benchmarks/compare.py {path} --data DATA --output runs/results"
     lines += ["", f"Command: `{command}`", *protocol(table, chosen, next(iter(rows.values())))]
-    begin, end = f"<!-- {table['name']} -->", f"<!-- end of {table['name']} -->"
+    write_section(table["name"], lines)
+
+
+def write_section(name: str, lines: list[str]) -> None:
+    """Put lines into docs/results.md between the markers of that name, in place of what is there."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     text = RESULTS.read_text(encoding="utf-8") if RESULTS.is_file() else "# Results\n"
     section = "\n".join([begin, *lines, end])
     if begin in text:
