@@ -110,10 +110,8 @@ def choose(
 
 def protocol(table: dict[str, Any], chosen: dict[str, dict[str, Any]], example: dict[str, Any]) -> list[str]:
     """The lines below the table."""
-    versions = ", ".join(f"{name} {importlib.metadata.version(name).partition('+')[0]}" for name in PACKAGES)
     lines = [
-        f"Machine: {os.cpu_count()} cores, {platform.machine()}, {cpu_name()}; {table.get('machine', '')}",
-        f"Versions: Python {platform.python_version()}, {versions}. Date: {time.strftime('%Y-%m-%d')}.",
+        *machine_lines(table.get("machine", "")),
         f"Data: {table['source']} Hash of the test rows: {example.get('test_data_hash', '?')}.",
     ]
     for key in sorted(example):
@@ -125,6 +123,14 @@ def protocol(table: dict[str, Any], chosen: dict[str, dict[str, Any]], example: 
             flag, metric = table["choose"]["flag"], table["choose"]["metric"]
             lines.append(f"{name}: --{flag} {settings[flag]:g} of three, by {metric} ({tried}).")
     return [f"- {line.strip().rstrip(';')}" for line in lines]
+
+
+def machine_lines(circumstances: str, packages: tuple[str, ...] = PACKAGES) -> list[str]:
+    versions = ", ".join(f"{name} {importlib.metadata.version(name).partition('+')[0]}" for name in packages)
+    return [
+        f"Machine: {os.cpu_count()} cores, {platform.machine()}, {cpu_name()}; {circumstances}",
+        f"Versions: Python {platform.python_version()}, {versions}. Date: {time.strftime('%Y-%m-%d')}.",
+    ]
 
 
 def cpu_name() -> str:

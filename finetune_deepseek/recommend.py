@@ -47,6 +47,7 @@ from .interactions import (
     sequences,
     split_file_rows,
 )
+from .item_index import ItemIndex
 from .loading import named_source, saved_config
 from .news_recommendation import NewsRecommendation
 from .recommendation import Recommendation
@@ -60,6 +61,7 @@ EXAMPLES = """examples:
       the whole user base, as rows of user, rank, item and score
   deepseek-hf recommend runs/movies --history ratings.csv --users_file users.csv --context weekday=Mo device=phone
       by a model of users' and contexts' features; contexts of the history are read from its columns"""
+SCORES_AT_ONCE = 100_000_000  # of a batch of users with a large catalogue; 400 MB
 SCHEMA = pa.schema([("user", pa.string()), ("rank", pa.int32()), ("item", pa.string()), ("score", pa.float32())])
 
 
@@ -74,6 +76,10 @@ class RecommendArguments:
     exclude_seen: bool = field(default=True, metadata={"help": "Leave out the items of the history."})
     filter: str | None = field(
         default=None, metadata={"help": "JSON list, or text with one item per line: the only items to choose from."}
+    )
+    index: Literal["exact", "faiss"] = field(
+        default="exact",
+        metadata={"help": "Search all items, or by faiss: approximate from 50,000 items on, exact with --filter."},
     )
     explain: Literal["none", "integrated_gradients", "attention"] = field(
         default="none", metadata={"help": "Show how much each item of the history carried the first recommendation."}
@@ -119,6 +125,11 @@ class Recommender:
         model: of an architecture with `recommend`, see `DeepSeekForRecommendation`.
         catalogue: its items as tokens.
         tokenizer: of the words, where items are texts.
+        index: `exact`, or `faiss` for an `ItemIndex`, made at the first request and again when the items' vectors
+            have changed. With a filter the search is exact always.
+
+    Raises:
+        ValueError: if faiss isn't installed, or the model has no item vectors to search.
     """
 
     def __init__(
@@ -126,11 +137,17 @@ class Recommender:
         model: Any,
         catalogue: PreTrainedTokenizerFast,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        index: str = "exact",
     ) -> None:
+        if index not in ("exact", "faiss"):
+            raise ValueError(f"index={index!r}: it is exact or faiss")
+        if index == "faiss" and not hasattr(model, "last_states"):
+            raise ValueError(f"{type(model).__name__} has no item vectors that faiss could search; use index='exact'")
+        self.search = {"search": ItemIndex()} if index == "faiss" else {}
         self.model = model.eval()
         self.tokenizer = tokenizer
         self.numbers = catalogue.get_vocab()
-        self.items = cast(list[str], catalogue.convert_ids_to_tokens(list(range(len(catalogue)))))
+        self.items = sorted(self.numbers, key=self.numbers.__getitem__)  # a million one by one would take seconds
 
     def add_items(self, texts: dict[Any, str]) -> None:
         """Encode new items, given as {id: text}, so that they are recommended with the others.
@@ -204,7 +221,8 @@ class Recommender:
             user_features = None if user_features is None else [cast(Mapping[str, Any], user_features)]
             context_features = None if context_features is None else [context_features]
         features = self.features(histories, user_features, context_features)
-        found, scores = self.model.recommend(numbered, k, exclude_seen, self.allowed(filter), **features)
+        options = features | self.search
+        found, scores = self.model.recommend(numbered, k, exclude_seen, self.allowed(filter), **options)
         rows = [
             [(self.items[item], score) for item, score in zip(items, best, strict=True) if item != PADDING]
             for items, best in zip(found.tolist(), scores.tolist(), strict=True)
@@ -316,16 +334,18 @@ def last_attention(
     return weights if side is None else weights[side.item_places(len(weights))]
 
 
-def load(name: str, revision: str = "main") -> Recommender:
-    """The recommender in a folder or on the Hub, on the accelerator if there is one.
+def load(name: str, revision: str = "main", index: str = "exact") -> Recommender:
+    """The recommender in a folder or on the Hub, on the accelerator if there is one; `index` as in `Recommender`.
 
     Raises:
-        ValueError: with one line, if there is none.
+        ValueError: with one line, if there is none, or for an index that it can't have.
     """
     made_for = (model_card.read(name, revision).get("deepseek_hf") or {}).get("task")
     if made_for == "generative_recommendation":
         from .semantic_ids import load_generative  # which needs this module
 
+        if index != "exact":
+            raise ValueError(f"{name}: semantic IDs are found by beam search; leave out the index.")
         return load_generative(name, revision)
     if made_for != NewsRecommendation.name:
         model_card.run_settings(name, revision, Recommendation.name)
@@ -337,7 +357,7 @@ def load(name: str, revision: str = "main") -> Recommender:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision) if is_text else None
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
-    return Recommender(model, catalogue, tokenizer)
+    return Recommender(model, catalogue, tokenizer, index)
 
 
 def open_model(name: str, revision: str) -> Any:
@@ -509,8 +529,9 @@ def batches(
 ) -> Iterator[list[tuple[str, list[tuple[str, float]]]]]:
     """Users with their items and scores, batch by batch in the histories' order."""
     users = list(histories)
-    for start in range(0, len(users), arguments.batch_size):
-        batch = users[start : start + arguments.batch_size]
+    size = max(1, min(arguments.batch_size, SCORES_AT_ONCE // len(recommender.items)))
+    for start in range(0, len(users), size):
+        batch = users[start : start + size]
         given = {name: [features[u][name] for u in batch] for name in features[batch[0]]}
         rows = recommender.recommend(
             [list(histories[u]) for u in batch], arguments.k, arguments.exclude_seen, allowed, **given
@@ -557,7 +578,7 @@ def recommend(argv: Sequence[str]) -> None:
     histories, contexts = read_histories(arguments, context_columns)
     disable_progress_bar()  # the bar of loading weights; ours counts users
     new_items = read_new_items(arguments.new_items)
-    recommender = load(name, arguments.model_revision)
+    recommender = load(name, arguments.model_revision, arguments.index)
     if new_items:
         recommender.add_items(new_items)
     histories = known_histories(recommender, histories)

@@ -452,7 +452,7 @@ class Recommendation(Task):
         scores[:, PADDING] = float("-inf")
         loss = torch.nn.functional.cross_entropy(scores, targets, ignore_index=PADDING)
         ranks = target_ranks(scores, targets, seen, PADDING)
-        best = scores.scatter(1, seen, float("-inf")).topk(min(SHOWN_ITEMS, scores.shape[1] - 1))
+        best = scores.scatter_(1, seen, float("-inf")).topk(min(SHOWN_ITEMS, scores.shape[1] - 1))
         items = best.indices.masked_fill(best.values == float("-inf"), PADDING)
         return loss, torch.cat((ranks[:, None], items), dim=1)
 

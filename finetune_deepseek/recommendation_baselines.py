@@ -14,7 +14,7 @@ from .ranking import target_ranks
 
 Histories = Sequence[Sequence[int]]
 NEIGHBOURS = 100
-BLOCK_CELLS = 20_000_000  # scores that are held at once
+BLOCK_CELLS = 20_000_000  # scores, or pairs of items of one history, that are held at once
 
 
 def _matrix(rows: np.ndarray, columns: np.ndarray, shape: tuple[int, int]) -> sparse.csr_matrix:
@@ -65,19 +65,30 @@ class ItemKNN:
         seen = _one_hot(train, num_items)
         norms = np.sqrt(np.maximum(np.asarray(seen.sum(0)).ravel(), 1))
         scaled = (seen @ sparse.diags(1 / norms)).tocsc()
-        blocks, size = [], max(1, BLOCK_CELLS // num_items)
-        for start in range(0, num_items, size):
-            block = (scaled[:, start : start + size].T @ scaled).tolil()
-            block.setdiag(0, k=start)
-            blocks.append(self._nearest(block.tocsr()))
+        blocks = []
+        for start, end in self._blocks(seen):
+            block = (scaled[:, start:end].T @ scaled).tocoo()
+            others = block.col != block.row + start
+            entries = (block.data[others], (block.row[others], block.col[others]))
+            blocks.append(self._nearest(sparse.csr_matrix(entries, shape=block.shape)))
         self.similarity = sparse.vstack(blocks).tocsr().T.tocsr()  # of each neighbour to the items that have it
 
     @staticmethod
+    def _blocks(seen: sparse.csr_matrix) -> list[tuple[int, int]]:
+        """Runs of items that stand beside BLOCK_CELLS others in all. By the catalogue's square a million items would
+        need 50,000 runs."""
+        beside = np.cumsum(seen.T @ np.asarray(seen.sum(1)).ravel().astype(np.int64))
+        edges = [0]
+        while edges[-1] < seen.shape[1]:
+            before = beside[edges[-1] - 1] if edges[-1] else 0
+            edges.append(max(edges[-1] + 1, int(np.searchsorted(beside, before + BLOCK_CELLS, side="right"))))
+        return list(zip(edges[:-1], edges[1:], strict=True))
+
+    @staticmethod
     def _nearest(block: sparse.csr_matrix) -> sparse.csr_matrix:
-        for start, end in zip(block.indptr[:-1], block.indptr[1:], strict=True):
-            values = block.data[start:end]
-            if len(values) > NEIGHBOURS:
-                values[np.argpartition(-values, NEIGHBOURS)[NEIGHBOURS:]] = 0
+        for row in np.flatnonzero(np.diff(block.indptr) > NEIGHBOURS):
+            values = block.data[block.indptr[row] : block.indptr[row + 1]]
+            values[np.argpartition(-values, NEIGHBOURS)[NEIGHBOURS:]] = 0
         block.eliminate_zeros()
         return block
 

@@ -350,6 +350,7 @@ class GenerativeRecommender(Recommender):
 
     def __init__(self, model: BeamSearch) -> None:
         self.model, self.tokenizer = model, None  # items aren't texts
+        self.search = {}
         self.numbers = model.tokenizer.numbers
         self.items = [PADDING_TOKEN, *model.tokenizer.items]
 

@@ -43,8 +43,9 @@ def sampled_softmax_loss(
         negatives: [M] items, drawn with replacement from any distribution q.
         log_expected_counts: log(M q) of each negative, [M] or one number.
     """
-    positive = (hidden_states * item_embeddings[targets]).sum(-1, keepdim=True).float()
-    negative = F.linear(hidden_states, item_embeddings[negatives]).float() - log_expected_counts
+    own, others = target_and_negative_vectors(targets, negatives, item_embeddings)
+    positive = (hidden_states * own).sum(-1, keepdim=True).float()
+    negative = F.linear(hidden_states, others).float() - log_expected_counts
     negative = negative.masked_fill(targets[:, None] == negatives, float("-inf"))
     return (torch.cat((positive, negative), dim=1).logsumexp(1) - positive[:, 0]).sum()
 
@@ -66,10 +67,20 @@ def gbce_loss(
     """
     alpha = min(len(negatives) / max(num_items - 1, 1), 1.0)
     beta = alpha * (calibration * (1 - 1 / alpha) + 1 / alpha)
-    positive = F.logsigmoid((hidden_states * item_embeddings[targets]).sum(-1).float())
-    negative = F.logsigmoid(-F.linear(hidden_states, item_embeddings[negatives]).float())
+    own, others = target_and_negative_vectors(targets, negatives, item_embeddings)
+    positive = F.logsigmoid((hidden_states * own).sum(-1).float())
+    negative = F.logsigmoid(-F.linear(hidden_states, others).float())
     negative = negative.masked_fill(targets[:, None] == negatives, 0.0)
     return -(beta * positive + negative.sum(1)).sum() / (len(negatives) + 1)
+
+
+def target_and_negative_vectors(
+    targets: torch.Tensor, negatives: torch.Tensor, item_embeddings: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N, D] and [M, D], looked up at once: each look-up has a gradient of the whole table [V, D], and filling
+    it with zeros takes most of a large catalogue's backward pass."""
+    both = F.embedding(torch.cat((targets, negatives)), item_embeddings)
+    return both[: len(targets)], both[len(targets) :]
 
 
 def draw_negatives(count: int, num_items: int, padding_idx: int, device: torch.device) -> torch.Tensor:

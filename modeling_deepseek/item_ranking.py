@@ -65,6 +65,7 @@ def top_k(
     padding_idx: int,
     excluded: torch.Tensor | None = None,
     allowed: torch.Tensor | None = None,
+    overwrite: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The k best items by exact search, best first.
 
@@ -72,6 +73,7 @@ def top_k(
         scores: [B, V].
         excluded: [B, S] items to leave out, filled up with the padding.
         allowed: [V] or [B, V] booleans.
+        overwrite: the scores are nobody else's, and a large catalogue's need no copy.
 
     Returns:
         Items [B, K] and their scores [B, K], K = min(k, V - 1). A row in which fewer are left is filled up with the
@@ -82,7 +84,7 @@ def top_k(
     """
     if k < 1:
         raise ValueError(f"k={k} must be 1 or more")
-    scores = scores.float().clone()
+    scores = scores.float() if overwrite or scores.dtype != torch.float32 else scores.clone()
     scores[:, padding_idx] = float("-inf")
     if excluded is not None:
         scores.scatter_(1, excluded, float("-inf"))

@@ -11,7 +11,7 @@ Letters: B batch, S tokens of this call, T tokens including cached ones, D hidde
 import os
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -981,7 +981,7 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
             else:
                 logits = item_scores(last, picked.vectors)
                 lowest = torch.finfo(logits.dtype).min
-                logits = logits.index_fill(1, torch.tensor([padding], device=last.device), lowest)
+                logits.index_fill_(1, torch.tensor([padding], device=last.device), lowest)  # in place: it is large
         if labels is not None and candidates is not None:
             loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
             loss = loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
@@ -1038,6 +1038,17 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
         )
         return total / (known.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
+    def last_states(self, input_ids: torch.Tensor, **kwargs) -> torch.Tensor:
+        """Histories [B, S], padded on the right -> [B, D], whose products with the item_embeddings are the scores."""
+        first = input_ids[:, :1]  # one candidate in place of the whole catalogue
+        outputs = self(input_ids=input_ids, candidates=first, output_hidden_states=True, use_cache=False, **kwargs)
+        mask = torch.ne(input_ids, item_numbers(self.config)[1]).long()
+        rows = torch.arange(len(input_ids), device=input_ids.device)
+        states = outputs.hidden_states[-1]
+        if hasattr(self, "side_features"):
+            states = self.side_features.predicting(states)
+        return states[rows, self.last_token(states, None, mask)]
+
     @torch.no_grad()
     def recommend(
         self,
@@ -1047,8 +1058,9 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
         filter: torch.Tensor | Sequence[int] | None = None,
         user_features: Any = None,
         context_features: Any = None,
+        search: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The k best next items, by exact search over the whole catalogue.
+        """The k best next items, by exact search over the whole catalogue unless another search is given.
 
         Args:
             history: item numbers of one user, oldest first, or of several; or [B, S] padded on the right. The last
@@ -1058,6 +1070,8 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
             user_features: numbers [F] for one user, [B, F] for several; see `forward`.
             context_features: of the request, [C] or [B, C]; or of what followed each item of the history and, at the
                 last, of the request: [S, C] for one user, for several a list of such or [B, S, C].
+            search: takes the `last_states` [B, D], the item_embeddings [V, D], k, the padding and the items to leave
+                out (as `top_k` does), and returns what `top_k` does. With a filter the search is exact nevertheless.
 
         Returns:
             Items and scores, best first: [K] for one user, [B, K] for several; K = min(k, number of items). Where
@@ -1085,11 +1099,16 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
             features = side.of_requests([*map(len, rows)], self.config.max_position_embeddings, *given)
         allowed = None if filter is None else allowed_items(filter, num_items, padding)
         was_training = self.training
+        excluded = seen if exclude_seen else None
         try:
-            scores = self.eval()(input_ids=input_ids, use_cache=False, **features).logits
+            if search is not None and allowed is None:
+                states = self.eval().last_states(input_ids, **features)
+                items, best = search(states, self.item_embeddings(), k, padding, excluded)
+            else:
+                scores = self.eval()(input_ids=input_ids, use_cache=False, **features).logits
+                items, best = top_k(scores, k, padding, excluded, allowed, overwrite=True)
         finally:
             self.train(was_training)
-        items, best = top_k(scores, k, padding, seen if exclude_seen else None, allowed)
         return (items[0], best[0]) if is_one else (items, best)
 
 

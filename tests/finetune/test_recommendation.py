@@ -308,6 +308,23 @@ def test_recommend_one_history_with_a_filter(learned, tmp_path, capsys):
     assert sorted(with_seen["items"]) == [item(3), item(9)]
 
 
+def test_recommend_by_faiss_prints_the_same(learned, tmp_path, capsys):
+    (tmp_path / "items.json").write_text(json.dumps([item(3), item(4)]))
+    arguments = (learned[0] / "out", "--history", tmp_path / "items.json", "--k", 4)
+    exact = json.loads(run_verb(capsys, *arguments)[1])
+    found = json.loads(run_verb(capsys, *arguments, "--index", "faiss")[1])
+    assert found["items"] == exact["items"] and found["scores"] == pytest.approx(exact["scores"], rel=1e-5)
+
+
+def test_a_large_catalogue_is_scored_for_few_users_at_once(learned, tmp_path, capsys, monkeypatch):
+    arguments = (learned[0] / "out", "--history", learned[0] / "ring.csv", "--k", 2)
+    whole = run_verb(capsys, *arguments)[1]
+    monkeypatch.setattr("finetune_deepseek.recommend.SCORES_AT_ONCE", 3 * RING)
+    lines = run_verb(capsys, *arguments)[1].splitlines()
+    for ours, theirs in zip(map(json.loads, lines), map(json.loads, whole.splitlines()), strict=True):
+        assert ours["items"] == theirs["items"] and ours["scores"] == pytest.approx(theirs["scores"], rel=1e-5)
+
+
 def test_a_whole_user_base_goes_to_parquet(learned, tmp_path, capsys):
     folder = learned[0]
     output = tmp_path / "all.parquet"

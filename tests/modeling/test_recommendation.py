@@ -13,6 +13,7 @@ from configuration_deepseek import preset
 from modeling_deepseek import DeepSeekForRecommendation, DeepSeekModel
 from modeling_deepseek.item_losses import gbce_loss, item_loss, sampled_softmax_loss, softmax_loss
 from modeling_deepseek.item_ranking import top_k
+from modeling_deepseek.modeling_deepseek import loss_name
 from tests.modeling.conftest import TINY, tiny, token_ids
 from tests.reference import item_losses as reference
 from tests.reference.compare import assert_close, assert_same_gradients
@@ -248,6 +249,41 @@ def test_top_k_leaves_the_scores_as_they_are():
 
 
 # -- loading --
+
+
+def test_overwriting_top_k_gives_the_same():
+    torch.manual_seed(0)
+    scores, seen = torch.randn(3, 30), torch.randint(30, (3, 4))
+    items, best = top_k(scores, 5, 0, seen)
+    found, values = top_k(scores.clone(), 5, 0, seen, overwrite=True)
+    assert torch.equal(items, found) and torch.equal(best, values)
+
+
+def test_last_states_make_the_scores(recommender):
+    history = torch.tensor([[1, 5, 3], [4, PADDING, PADDING]])
+    with torch.no_grad():
+        scores = recommender.last_states(history) @ recommender.item_embeddings().T
+        expected = recommender(input_ids=history).logits
+    scores[:, PADDING] = expected[:, PADDING]
+    torch.testing.assert_close(scores, expected)
+
+
+def test_a_large_catalogue_takes_the_sampled_softmax_by_itself_and_learns():
+    torch.manual_seed(0)
+    config = preset("tiny_llm", vocab_size=60_000, pad_token_id=0, hidden_size=16, num_attention_heads=2)
+    model = DeepSeekForRecommendation(config).train()
+    assert loss_name(model.config) == "sampled_softmax"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    history = torch.tensor([[5, 50_000, 7, 59_999]])
+    losses = []
+    for _ in range(2):
+        torch.manual_seed(1)  # the same negatives
+        loss = model(input_ids=history, labels=history).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[1] < losses[0]
 
 
 def test_the_trunk_of_a_recommender_says_what_it_lacks(tmp_path):
