@@ -132,3 +132,14 @@ def test_item_knn_in_small_blocks_equals_one_block(monkeypatch):
     monkeypatch.setattr("finetune_deepseek.recommendation_baselines.BLOCK_CELLS", 30)
     np.testing.assert_allclose(ItemKNN(histories, 40).similarity.toarray(), whole, rtol=1e-6)
     assert not whole.diagonal().any() and whole.any()
+
+
+def test_features_of_users_and_contexts_are_read_for_faiss_too():
+    fields = {"user_features": {"gender": ["F", "M"]}, "context_features": {"day": ["Mo", "Tu"]}}
+    history = ["item 3", "item 5", "item 8"]
+    given = {"user_features": {"gender": "M"}, "context_features": {"day": "Tu"}}
+    exact = recommender(**fields).recommend(history, k=5, **given)
+    found = recommender("faiss", **fields).recommend(history, k=5, **given)
+    assert [item for item, _ in found] == [item for item, _ in exact]
+    assert exact != recommender(**fields).recommend(history, k=5)
+    np.testing.assert_allclose([score for _, score in found], [score for _, score in exact], rtol=1e-4)
