@@ -30,13 +30,12 @@ from . import model_card
 from .arguments import ModelArguments, parse_verb
 from .batches import batches_by_length
 from .extractive import ExtractiveReader
-from .files import write_text
+from .files import read_lines, write_text
 from .loading import load_model, load_tokenizer, saved_config
 from .question_answering import MODEL_SETTINGS, QuestionAnswering, QuestionAnsweringArguments
 from .question_answering_baselines import floor_answers
 from .reranker import Reranker
 from .retrieval import PassageIndex, Retriever
-from .translate import read_lines
 
 EXAMPLES = """examples:
   deepseek-hf answer runs/question_answering --knowledge notes "Where does Ann live?"

@@ -123,6 +123,22 @@ class Task(ABC):
         """What the model card says about the task and its data; see model_card.py."""
 
 
+def beam_search(
+    tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, num_beams: int, stop_text: str | None = None
+) -> GenerationConfig:
+    """Greedy generation, or by beams, until the end of text or `stop_text`."""
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        do_sample=False,
+        use_cache=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        stop_strings=stop_text,
+    )
+
+
 class CausalCollator:
     """Pads a batch for a causal model: full rows on the right, generation prompts (if any) on the left."""
 
