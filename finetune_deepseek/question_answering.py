@@ -238,6 +238,7 @@ class QuestionAnswering(Task):
                     f"{config.model_type!r} is causal; leave it out."
                 )
             self.direction = "causal"
+            vars(config).pop("attention_direction", None)  # it has no effect there, and would be saved as if it had
         return config
 
     # -- features --
