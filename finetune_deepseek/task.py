@@ -104,6 +104,10 @@ class Task(ABC):
     def score(self, predictions: list[Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Scores (numbers) and their signatures (texts) of one prediction per row."""
 
+    def after_evaluation(self) -> dict[str, Any]:
+        """What is chosen by the validation split once it is scored (--do_eval), before the card is written."""
+        return {}
+
     def check_splits(self, splits: dict[str, Rows], tokenizer: PreTrainedTokenizerBase) -> Report:
         """Faults in the data by split, see checks.py."""
         return {}
