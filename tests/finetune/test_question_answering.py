@@ -357,7 +357,7 @@ def test_a_span_is_found_in_whichever_window_it_stands(tokenizer):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reader")
-    return folder, learn(folder, data_checks="report")
+    return folder, learn(folder, data_checks="report", attention_direction="bidirectional")
 
 
 def test_a_reader_learns_four_questions_by_heart(trained):
