@@ -112,7 +112,8 @@ def protocol(table: dict[str, Any], chosen: dict[str, dict[str, Any]], example: 
     """The lines below the table."""
     lines = [
         *machine_lines(table.get("machine", "")),
-        f"Data: {table['source']} Hash of the test rows: {example.get('test_data_hash', '?')}.",
+        f"Data: {table['source']}"
+        + f" Hash of the test rows: {example.get('test_data_hash')}." * ("test_data_hash" in example),
     ]
     for key in sorted(example):
         if key.startswith("test_") and key.endswith("signature"):
@@ -146,6 +147,8 @@ def curve(state: Path, columns: dict[str, str]) -> list[list[Any]]:
 
 
 def number(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if not isinstance(value, float):
         return f"{value:,}" if isinstance(value, int) else str(value)
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}"
@@ -156,8 +159,8 @@ def write_table(
 ):
     """Put the section of this table into docs/results.md, between its own markers."""
     columns = table["columns"]
-    lines = [f"## {table['title']}", table["text"].strip(), "", f"| system | seed | {' | '.join(columns.values())} |",
-             "|---" * (2 + len(columns)) + "|"]  # fmt: skip
+    head = f"| {table.get('rows', 'system')} | seed | {' | '.join(columns.values())} |"
+    lines = [f"## {table['title']}", table["text"].strip(), "", head, "|---" * (2 + len(columns)) + "|"]
     for (name, seed), results in rows.items():
         lines.append(f"| {name} | {seed} | {' | '.join(number(results.get(key, '')) for key in columns)} |")
     for name in chosen:
@@ -180,7 +183,8 @@ def write_table(
     open_runs = [f"{name} {seed}" for seed in table["seeds"] for name in chosen if (name, seed) not in rows]
     if open_runs:
         lines += ["", f"Not run yet: {', '.join(open_runs)}."]
-    command = f"python benchmarks/compare.py {path} --data DATA --output runs/results"
+    script = table.get("script", "benchmarks/compare.py")
+    command = f"python {script} {path} --data DATA --output runs/results"
     lines += ["", f"Command: `{command}`", *protocol(table, chosen, next(iter(rows.values())))]
     write_section(table["name"], lines)
 

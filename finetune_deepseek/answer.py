@@ -30,20 +30,19 @@ from . import model_card
 from .arguments import ModelArguments, parse_verb
 from .batches import batches_by_length
 from .extractive import ExtractiveReader
-from .files import write_text
+from .files import read_lines, write_text
 from .loading import load_model, load_tokenizer, saved_config
 from .question_answering import MODEL_SETTINGS, QuestionAnswering, QuestionAnsweringArguments
 from .question_answering_baselines import floor_answers
 from .reranker import Reranker
 from .retrieval import PassageIndex, Retriever
-from .translate import read_lines
 
 EXAMPLES = """examples:
   deepseek-hf answer runs/question_answering --knowledge notes "Where does Ann live?"
   deepseek-hf answer --knowledge notes.md "安住在哪里？"
       without a model: the sentence of the best passage that has most words of the question
   deepseek-hf answer runs/question_answering --knowledge notes --input questions.txt --output answers.jsonl
-  deepseek-hf answer runs/question_answering --knowledge notes --retriever runs/embedding --mode fused \\
+  deepseek-hf answer runs/question_answering --knowledge notes --retriever runs/embedding \\
       --reranker runs/reranker "Where does Ann live?"
 
 A reranker is trained on rows of question, passage and label (no, yes):
@@ -76,11 +75,18 @@ class AnswerArguments:
     input: str | None = field(default=None, metadata={"help": "UTF-8 file with one question per line."})
     output: str | None = field(default=None, metadata={"help": "File for one JSON object per question."})
     k: int = field(default=5, metadata={"help": "Passages that are read for a question."})
-    mode: Literal["bm25", "dense", "fused"] = field(
-        default="bm25", metadata={"help": "Find passages by words, by vectors, or by both."}
+    mode: Literal["bm25", "dense", "fused"] | None = field(
+        default=None,
+        metadata={
+            "help": "Find passages by words, by vectors, or by words, parts of words and vectors; fused with "
+            "--retriever, else bm25."
+        },
     )
     retriever: str | None = field(
         default=None, metadata={"help": "Embedding model for dense and fused: a folder or a Hub id."}
+    )
+    vector_search: Literal["torch", "faiss"] = field(
+        default="torch", metadata={"help": "What compares vectors; the results are the same."}
     )
     reranker: str | None = field(
         default=None, metadata={"help": "Classifier of question and passage that puts the passages in order."}
@@ -101,10 +107,12 @@ class AnswerArguments:
                 raise ValueError(f"--{name} {getattr(self, name)}: it must be 1 or more.")
         if not 0 <= self.min_score <= 1:
             raise ValueError(f"--min_score {self.min_score:g}: it must be from 0 to 1.")
-        if self.mode != "bm25" and not self.retriever:
-            raise ValueError(f"--mode {self.mode} needs --retriever, an embedding model.")
+        if self.mode == "dense" and not self.retriever:
+            raise ValueError("--mode dense needs --retriever, an embedding model.")
+        if self.vector_search == "faiss" and not self.retriever:
+            raise ValueError("--vector_search faiss needs --retriever, an embedding model.")
         if self.mode == "bm25" and self.retriever:
-            raise ValueError("--retriever has no effect with --mode bm25; add --mode fused, say.")
+            raise ValueError("--retriever has no effect with --mode bm25; leave one of them out.")
 
     @property
     def index_folder(self) -> Path:
@@ -227,7 +235,7 @@ def answer_questions(
     index: PassageIndex,
     reader: Callable[[Sequence[tuple[str, str]]], list[tuple[str, float]]],
     k: int = 5,
-    mode: Literal["bm25", "dense", "fused"] = "bm25",
+    mode: Literal["bm25", "dense", "fused"] | None = None,
     reranker: Reranker | None = None,
     min_score: float = 0.1,
     report: Callable[[int], Any] = lambda count: None,
@@ -237,6 +245,7 @@ def answer_questions(
     Args:
         reader: a `Reader`, or what else gives an answer ("" for none) and a confidence for (question, passage).
         k: passages that are read.
+        mode: see `PassageIndex.search`.
         report: is told the number of questions that are done.
 
     Raises:
@@ -318,7 +327,8 @@ def answer(argv: Sequence[str]) -> None:
     retriever = Retriever.load(arguments.retriever) if arguments.retriever else None
     reader = Reader.load(name, arguments.model_revision, arguments.dtype, arguments.batch_size) if name else None
     reranker = Reranker.load(arguments.reranker) if arguments.reranker else None
-    index = PassageIndex.open(arguments.index_folder, arguments.knowledge, retriever)
+    use_faiss = arguments.vector_search == "faiss"
+    index = PassageIndex.open(arguments.index_folder, arguments.knowledge, retriever, use_faiss=use_faiss)
     with tqdm(total=len(questions), desc="answer", unit="question", file=sys.stderr) as bar:
         answers = answer_questions(
             questions, index, reader or SentenceReader(), arguments.k, arguments.mode, reranker, arguments.min_score,

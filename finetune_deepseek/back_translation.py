@@ -15,9 +15,9 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from .files import write_text
+from .files import read_lines, write_text
 from .loading import load_model, load_tokenizer
-from .translate import TranslateArguments, make_task, read_lines, translate_lines
+from .translate import TranslateArguments, make_task, translate_lines
 from .translation import Translation, TranslationArguments
 
 BATCH_SIZE = 64

@@ -1,9 +1,10 @@
 """Embedding: queries and passages to vectors that are near each other where a passage answers a query.
 
 Training is contrastive: each query's passage among all passages of the batch. Scores are counted over all passages of
-the split, beside TF-IDF and BM25 and the fusion of the model's ranking with BM25's.
+the split, beside TF-IDF, BM25, and their fusion with the model, whose weights are chosen on the validation split.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,18 @@ from modeling_deepseek import AutoModelForEmbedding
 
 from .data import DataArguments, check_columns, joined, named, open_splits, utf8_text
 from .encoding import token_ids
-from .lexical_retrieval import BM25, fused_scores, has_bm25, ranks_of, retrieval_scores, tfidf_scores
+from .lexical_retrieval import (
+    BM25,
+    DEFAULT_WEIGHTS,
+    FUSED,
+    CharacterTfidf,
+    best_weights,
+    fused_scores,
+    has_bm25,
+    ranks_of,
+    retrieval_scores,
+    tfidf_scores,
+)
 from .model_card import table
 from .task import CausalCollator, Rows, Task
 from .trainer import prefixed
@@ -53,7 +65,15 @@ class EmbeddingArguments(DataArguments):
         default=None, metadata={"help": "Divides the products of the vectors in the loss; 0.05 if new."}
     )
     lexical_baselines: bool = field(
-        default=True, metadata={"help": "Score TF-IDF and BM25 beside the model (--do_predict)."}
+        default=True, metadata={"help": "Score TF-IDF, BM25 and the fused ranking beside the model."}
+    )
+    fusion_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Weights of BM25, character n-grams and vectors in the fused ranking, saved in the card; chosen "
+            "on the validation split (--do_eval) if not given.",
+            "metavar": "WEIGHT",
+        },
     )
 
     def __post_init__(self) -> None:
@@ -61,6 +81,9 @@ class EmbeddingArguments(DataArguments):
         for name in MODEL_SETTINGS:
             if getattr(self, name) < 2:
                 raise ValueError(f"--{name} {getattr(self, name)}: it must be 2 or more.")
+        weights = self.fusion_weights
+        if weights is not None and (len(weights) != len(FUSED) or min(weights) < 0 or not sum(weights)):
+            raise ValueError("--fusion_weights: three numbers are needed, none below 0 and not all 0.")
 
 
 class EmbeddingCollator(CausalCollator):
@@ -103,7 +126,9 @@ class Embedding(Task):
         self.prefixes = ("", "")  # of queries and passages, known with the model
         self.fields: dict[str, Any] = {}  # of the model's config
         self.passages: list[str] = []  # of the scored splits, each once per split
-        self.num_queries = 0
+        self.queries: list[str] = []  # of the scored splits
+        self.targets: list[int] = []  # the number of each one's passage
+        self.weights = tuple(arguments.fusion_weights or ())
         self.similarities: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # query number -> passage numbers, scores
         self.table = ""
 
@@ -195,10 +220,11 @@ class Embedding(Task):
                 features["negative_ids"] = [[ids[text] for text in others] for others in rows["negatives"]]
         else:
             numbers = {text: len(self.passages) + n for n, text in enumerate(dict.fromkeys(rows["target"]))}
-            features["query_number"] = list(range(self.num_queries, self.num_queries + len(queries)))
+            features["query_number"] = list(range(len(self.queries), len(self.queries) + len(queries)))
             features["passage_number"] = [numbers[text] for text in rows["target"]]
             self.passages += numbers
-            self.num_queries += len(queries)
+            self.queries += rows["source"]
+            self.targets += features["passage_number"]
         return Dataset.from_dict(features)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> EmbeddingCollator:
@@ -237,30 +263,57 @@ class Embedding(Task):
             "retrieval_signature": f"{len({row['target'] for row in rows}):,} passages of the split, ties against us"
         }
 
+    def after_evaluation(self) -> dict[str, Any]:
+        """Choose the weights of the fused ranking, unless they are given.
+
+        Queries that stand with several passages are left out, unless all do: they can't say which one is meant.
+        """
+        if self.weights or not self.arguments.lexical_baselines or not has_bm25():
+            return {}
+        numbers = sorted(self.similarities)
+        asked = Counter(query for query, _ in {(self.queries[n], self.targets[n]) for n in numbers})
+        telling = [number for number in numbers if asked[self.queries[number]] == 1] or numbers
+        print(f"choosing the weights of the fused ranking by {len(telling):,} of {len(numbers):,} queries")
+        rankings, targets = self._rankings(telling)
+        self.weights = best_weights([rankings[name] for name in FUSED], targets)
+        named_weights = dict(zip(FUSED, self.weights, strict=True))
+        print("fused by the weights", ", ".join(f"{name} {weight:g}" for name, weight in named_weights.items()))
+        scores = retrieval_scores(ranks_of(fused_scores([rankings[name] for name in FUSED], self.weights), targets))
+        count = {"fusion_queries": len(telling)}
+        return prefixed("eval_fused", scores) | prefixed("fusion_weight", named_weights) | count
+
+    def _rankings(self, numbers: list[int]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Scores [Q, P] of queries by each way, over the passages of their split, and the places [Q] of their own."""
+        found = self.similarities[numbers[0]][0]
+        passages, queries = [self.passages[number] for number in found], [self.queries[n] for n in numbers]
+        targets = np.searchsorted(found, [self.targets[number] for number in numbers])
+        rankings = {"dense": np.stack([self.similarities[number][1] for number in numbers])}
+        if has_bm25():
+            for name, ranking in (("bm25", BM25(passages)), ("characters", CharacterTfidf(passages))):
+                rankings[name] = np.stack([ranking.scores(query) for query in queries])
+        return rankings, targets
+
     def report(
         self, predictions: list[Any], rows: list[dict[str, Any]], train: Rows | None, folder: Path
     ) -> dict[str, Any]:
         """TF-IDF, BM25 and the model fused with BM25, over the same passages."""
         if not self.arguments.lexical_baselines:
             return {}
-        numbers = self.similarities[predictions[0]["query_number"]][0]
-        passages = [self.passages[number] for number in numbers]
-        places = {text: place for place, text in enumerate(passages)}
-        targets = np.array([places[row["target"]] for row in rows])
-        dense = np.stack([self.similarities[prediction["query_number"]][1] for prediction in predictions])
-        queries = [row["source"] for row in rows]
-        methods = {"model": dense, "tfidf": tfidf_scores(queries, passages)}
-        if has_bm25():
-            bm25 = BM25(passages)
-            methods["bm25"] = np.stack([bm25.scores(query) for query in queries])
+        numbers = [prediction["query_number"] for prediction in predictions]
+        rankings, targets = self._rankings(numbers)
+        passages = [self.passages[number] for number in self.similarities[numbers[0]][0]]
+        methods = {"model": rankings["dense"], "tfidf": tfidf_scores([row["source"] for row in rows], passages)}
+        if "bm25" in rankings:
+            methods["bm25"] = rankings["bm25"]
+            weights = self.weights or DEFAULT_WEIGHTS
+            methods["fused"] = fused_scores([rankings[name] for name in FUSED], weights)
         else:
-            print('BM25 is left out, and TF-IDF is fused in its place: pip install "deepseek-hf[retrieval]" brings it')
-        methods["fused"] = fused_scores([dense, methods.get("bm25", methods["tfidf"])])
+            print('BM25 and the fused ranking are left out: pip install "deepseek-hf[retrieval]" brings them')
         found = {name: retrieval_scores(ranks_of(scores, targets)) for name, scores in methods.items()}
         self.table = table(
             ["", "R@1", "R@10", "MRR"], [[n, *(f"{x:.4f}" for x in s.values())] for n, s in found.items()]
         )
-        print(f"\n{len(queries):,} queries, {len(passages):,} passages\n{self.table}\n")
+        print(f"\n{len(rows):,} queries, {len(passages):,} passages\n{self.table}\n")
         results: dict[str, Any] = {}
         for name in ("tfidf", "bm25", "fused"):
             results |= prefixed(name, found.get(name, {}))
@@ -285,6 +338,7 @@ class Embedding(Task):
             # An adapter's folder has no config, so the card says how its base is to be set.
             "settings": {"task": self.name}
             | {name: getattr(arguments, name) for name in MODEL_SETTINGS}
+            | ({"fusion_weights": list(self.weights)} if self.weights else {})
             | self.fields,
         }
 

@@ -1,12 +1,34 @@
-"""Results that are written whole or not at all."""
+"""Lines of text that are read, and results that are written whole or not at all."""
 
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+
+def read_lines(path: str | None) -> list[str]:
+    """The lines of a UTF-8 file or of standard input, without their ends.
+
+    Only a line feed ends a line: splitting at U+2028 and the like would lose the match with the output's lines.
+
+    Raises:
+        ValueError: if the file can't be read, or a line isn't UTF-8.
+    """
+    try:
+        content = Path(path).read_bytes() if path else sys.stdin.buffer.read()
+    except OSError as error:
+        raise ValueError(f"--input {path}: can't be read ({error.strerror}).") from error
+    lines = []
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").removesuffix(b"\n").split(b"\n"), start=1):
+        try:
+            lines.append(line.decode("utf-8").rstrip("\r"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path or 'standard input'}, line {number}: not UTF-8 text ({error.reason}).") from error
+    return lines if content else []
 
 
 @contextmanager

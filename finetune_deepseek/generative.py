@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 from .data import progress
 from .optimization import IGNORED_LABEL
 from .passages import Layout
-from .task import CausalCollator, Rows
+from .task import CausalCollator, Rows, beam_search
 
 
 class GenerativeReader:
@@ -82,15 +82,7 @@ class GenerativeReader:
         return None
 
     def generation_config(self, tokenizer: PreTrainedTokenizerBase, num_beams: int) -> GenerationConfig:
-        return GenerationConfig(
-            max_new_tokens=self.arguments.max_answer_length,
-            num_beams=num_beams,
-            do_sample=False,
-            use_cache=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        return beam_search(tokenizer, self.arguments.max_answer_length, num_beams)
 
     def decode(self, outputs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
         ids = np.where(outputs == IGNORED_LABEL, tokenizer.pad_token_id, outputs)

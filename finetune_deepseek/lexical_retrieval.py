@@ -1,4 +1,4 @@
-"""Passages found by their words: BM25, TF-IDF, and the fusion of several rankings.
+"""Passages found by their words: BM25, TF-IDF, and the weighted fusion of rankings by words and by vectors.
 
 Words are runs of letters and digits in lower case; Chinese and Japanese, which have no spaces, count by character.
 """
@@ -7,15 +7,20 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
-from scipy.stats import rankdata
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 CHARACTERS = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 TERM = re.compile(rf"[{CHARACTERS}]|[^\W{CHARACTERS}]+")
 CHARACTER = re.compile(rf"[{CHARACTERS}]")
-FUSION_CONSTANT = 60
+# What is fused, in the order of its weights: BM25, character n-grams (`CharacterTfidf`), the vectors of a model.
+FUSED = ("bm25", "characters", "dense")
+# Weights where no retriever has its own, chosen on the validation questions of benchmarks/xquad_r.yaml.
+DEFAULT_WEIGHTS = (0.6, 0.2, 0.2)
+WORDS_ALONE = (0.6, 0.4)  # without vectors, chosen on the same questions
+WEIGHT_STEPS = 10
 
 
 def terms(text: str) -> list[str]:
@@ -90,15 +95,52 @@ class BM25:
         return sum(weights[term] for term in asked & known) / sum(weights.values()) if asked else 0.0
 
 
-def fused_scores(rankings: Sequence[np.ndarray]) -> np.ndarray:
-    """Reciprocal rank fusion (Cormack et al., SIGIR 2009): the sum over rankings of 1 / (60 + rank).
+class CharacterTfidf:
+    """TF-IDF of 2 to 4 neighbouring characters within words: "fusion" finds "fused", and a misspelt name its name."""
+
+    def __init__(self, passages: Sequence[str]) -> None:
+        self.vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True)
+        self.vectors = self.vectorizer.fit_transform(passages)
+
+    def scores(self, query: str) -> np.ndarray:
+        """Cosines [P], 0 for passages that share nothing."""
+        return (self.vectors @ self.vectorizer.transform([query]).T).toarray()[:, 0]
+
+
+def fused_scores(rankings: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
+    """The weighted mean of scores that are divided by the best one of each query, from 0 to 1.
 
     Args:
-        rankings: scores [..., P] of the same passages, each on its own scale. Equal scores share the worst of their
-            ranks, so passages that a ranking knows nothing about gain nothing over each other.
+        rankings: scores [..., P] of the same passages, each on its own scale; a negative one counts as 0.
+        weights: one for each ranking, not below 0.
     """
-    ranks = [rankdata(-scores, method="max", axis=-1) for scores in rankings]
-    return np.sum([1 / (FUSION_CONSTANT + rank) for rank in ranks], axis=0)
+    total = sum(weights)
+    return np.sum([weight / total * scaled(r) for r, weight in zip(rankings, weights, strict=True)], axis=0)
+
+
+def scaled(scores: np.ndarray) -> np.ndarray:
+    """Scores [..., P] between 0 and 1, that of the best passage, or all 0 if nothing is found."""
+    positive = np.maximum(scores, 0)
+    return positive / np.maximum(positive.max(axis=-1, keepdims=True), np.finfo(np.float32).tiny)
+
+
+def best_weights(rankings: Sequence[np.ndarray], targets: np.ndarray) -> tuple[float, ...]:
+    """The weights, in tenths, with the highest MRR of the fused ranking; of several the first in order.
+
+    Args:
+        rankings: scores [Q, P] each.
+        targets: [Q], the number of each query's passage.
+    """
+    parts = [scaled(ranking) for ranking in rankings]
+    grid = [
+        tenths for tenths in product(range(WEIGHT_STEPS, -1, -1), repeat=len(parts)) if sum(tenths) == WEIGHT_STEPS
+    ]
+
+    def mrr(tenths: tuple[int, ...]) -> float:
+        fused = np.sum([weight * part for weight, part in zip(tenths, parts, strict=True)], axis=0)
+        return retrieval_scores(ranks_of(fused, targets))["mrr"]
+
+    return tuple(tenth / WEIGHT_STEPS for tenth in max(grid, key=mrr))
 
 
 def ranks_of(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:

@@ -76,8 +76,8 @@ class QuestionAnsweringArguments(DataArguments):
     attention_direction: Literal["causal", "prefix", "bidirectional"] | None = field(
         default=None,
         metadata={
-            "help": "What a token sees. Without it a saved model's own; random weights get bidirectional (to write "
-            "answers: prefix, the prompt seeing itself whole), a pretrained model causal."
+            "help": "What a token sees. Without it a saved model's own, else causal; to write answers random weights "
+            "get prefix, the prompt seeing itself whole."
         },
     )
     characters_apart: bool = field(
@@ -220,7 +220,8 @@ class QuestionAnswering(Task):
         """
         asked = self.arguments.attention_direction
         if not saved:
-            default = "bidirectional" if self.arguments.answer_mode == "extractive" else "prefix"
+            # docs/results.md, question_placement: causal reading learns fastest
+            default = "causal" if self.arguments.answer_mode == "extractive" else "prefix"
             self.direction = asked or default
             return {"attention_direction": self.direction, "max_position_embeddings": self.arguments.max_seq_length}
         kind = saved.get("model_type")
@@ -238,6 +239,7 @@ class QuestionAnswering(Task):
                     f"{config.model_type!r} is causal; leave it out."
                 )
             self.direction = "causal"
+            vars(config).pop("attention_direction", None)  # it has no effect there, and would be saved as if it had
         return config
 
     # -- features --

@@ -5,7 +5,7 @@
         print(found.score, found.source, found.text)
 
 An index is a folder: `index.json` (what it was made of, and by which model), `passages.jsonl`, and with a model
-`embeddings.safetensors`. BM25 is counted anew from the passages when an index is opened.
+`embeddings.safetensors`. What words are counted by, and a faiss index, are made anew when an index is opened.
 """
 
 import hashlib
@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,10 +27,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from modeling_deepseek import DeepSeekForEmbedding
 from tokenization_deepseek import DeepSeekTokenizer
 
+from . import model_card
 from .data import READERS, read_file
 from .encoding import encode
 from .files import replaced_folder, write_json, write_text
-from .lexical_retrieval import BM25, fused_scores
+from .lexical_retrieval import BM25, DEFAULT_WEIGHTS, WORDS_ALONE, CharacterTfidf, fused_scores
 from .loading import is_deepseek, named_source
 
 INDEX_FILE, PASSAGES_FILE, EMBEDDINGS_FILE = "index.json", "passages.jsonl", "embeddings.safetensors"
@@ -41,6 +43,7 @@ SENTENCE_END = re.compile(r"(?<=[.!?])(?=\s)|(?<=[。！？])")
 # Fields of a config that say nothing about vectors.
 OTHER_FIELDS = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version")
 Mode = Literal["fused", "bm25", "dense"]
+MODES = ("fused", "bm25", "dense")
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,9 @@ class Passage:
 class FoundPassage(Passage):
     """A passage, and why it was found.
 
-    `score` is BM25's, the product of the vectors, or the sum of reciprocal ranks, by the way of searching. `evidence`
-    is from 0 to 1: by words the share of the question's words that the passage has (`BM25.share_found`), by vectors
-    their cosine, not below 0, and by both the mean of the two.
+    `score` is BM25's, the product of the vectors, or the fused score (`fused_scores`), by the way of searching.
+    `evidence` is from 0 to 1: by words the share of the question's words that the passage has (`BM25.share_found`), by
+    vectors their cosine, not below 0, and by both the mean of the two.
     """
 
     score: float
@@ -66,10 +69,14 @@ class FoundPassage(Passage):
 
 @dataclass(frozen=True)
 class Retriever:
-    """An embedding model and its tokenizer."""
+    """An embedding model, its tokenizer, and the weights of BM25, character n-grams and its vectors when all are used.
+
+    A model that was trained here may have weights of its own in its card.
+    """
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
+    weights: tuple[float, ...] = DEFAULT_WEIGHTS
 
     @classmethod
     def load(cls, source: str) -> "Retriever":
@@ -80,7 +87,9 @@ class Retriever:
         """
         with named_source("retriever", source):
             tokenizer_class = DeepSeekTokenizer if is_deepseek(source, "main") else AutoTokenizer
-            return cls(DeepSeekForEmbedding.from_pretrained(source).eval(), tokenizer_class.from_pretrained(source))
+            model, tokenizer = DeepSeekForEmbedding.from_pretrained(source), tokenizer_class.from_pretrained(source)
+            weights = model_card.run_settings(source, "main", "embedding").get("fusion_weights", DEFAULT_WEIGHTS)
+            return cls(model.eval(), tokenizer, tuple(weights))
 
     def fingerprint(self) -> str:
         """SHA-256 over all that vectors depend on: config fields of the model, its weights, and the tokenizer."""
@@ -198,16 +207,35 @@ def knowledge_files(knowledge: Path) -> dict[str, Path]:
 
 
 class PassageIndex:
-    """Passages by file, their vectors if there is a retriever, and BM25 over all."""
+    """Passages by file, their vectors if there is a retriever, and BM25 over all.
+
+    Args:
+        embeddings: [P, D].
+        settings: the content of index.json.
+        use_faiss: search vectors by faiss in place of torch, with the same results.
+
+    Raises:
+        ValueError: if a package isn't installed.
+    """
 
     def __init__(
-        self, passages: list[Passage], embeddings: torch.Tensor | None, retriever: Retriever | None, settings: dict
+        self,
+        passages: list[Passage],
+        embeddings: torch.Tensor | None,
+        retriever: Retriever | None,
+        settings: dict[str, Any],
+        use_faiss: bool = False,
     ) -> None:
         self.passages = passages
-        self.embeddings = embeddings  # [P, D]
+        self.embeddings = embeddings
         self.retriever = retriever
-        self.settings = settings  # the content of index.json
+        self.settings = settings
         self.bm25 = BM25([passage.text for passage in passages])
+        self.faiss = flat_index(embeddings) if use_faiss and embeddings is not None else None
+
+    @cached_property
+    def characters(self) -> CharacterTfidf:
+        return CharacterTfidf([passage.text for passage in self.passages])
 
     @classmethod
     def open(
@@ -216,6 +244,7 @@ class PassageIndex:
         knowledge: str | Path | None = None,
         retriever: Retriever | None = None,
         max_characters: int = MAX_CHARACTERS,
+        use_faiss: bool = False,
     ) -> "PassageIndex":
         """The index in `folder`, made from `knowledge` or brought up to date with it.
 
@@ -226,6 +255,7 @@ class PassageIndex:
             knowledge: a folder or file; None takes the index as it is.
             retriever: makes vectors, and searches by them. An index with vectors needs the one that made them.
             max_characters: of a passage.
+            use_faiss: search vectors by faiss.
 
         Raises:
             ValueError: if the index is damaged, or was made by another model, tokenizer or length of passages, or if
@@ -239,7 +269,7 @@ class PassageIndex:
         if old is not None:
             _refuse_another(folder, old, fingerprint, max_characters if knowledge is not None else None)
             if knowledge is None:
-                return cls(passages, embeddings, retriever, old)
+                return cls(passages, embeddings, retriever, old, use_faiss)
         assert knowledge is not None
         contents: dict[str, dict[str, Any]] = {}
         all_passages: list[Passage] = []
@@ -287,7 +317,7 @@ class PassageIndex:
             "max_characters": max_characters,
             "files": contents,
         }
-        index = cls(all_passages, vectors, retriever, settings)
+        index = cls(all_passages, vectors, retriever, settings, use_faiss)
         if new or contents != known:
             index.save(folder)
         return index
@@ -307,8 +337,8 @@ class PassageIndex:
         """The k best passages, best first; only such that share a word with the question, if words alone decide.
 
         Args:
-            mode: "bm25", "dense" (by vectors), or "fused" (reciprocal rank fusion of both); None is fused with a
-                retriever, else bm25.
+            mode: "bm25", "dense" (by vectors), or "fused" (the weighted mean of BM25, character n-grams and, with a
+                retriever, vectors); None is fused with a retriever, else bm25.
 
         Raises:
             ValueError: if k is less than 1, or the mode needs a retriever.
@@ -316,31 +346,72 @@ class PassageIndex:
         if k < 1:
             raise ValueError(f"k={k} must be 1 or more")
         mode = mode or ("fused" if self.retriever else "bm25")
-        if mode not in ("fused", "bm25", "dense"):
-            raise ValueError(f"unknown mode {mode!r}; use fused, bm25 or dense")
-        if mode != "bm25" and (self.retriever is None or self.embeddings is None):
-            raise ValueError(f"searching by {mode} needs a retriever, and an index made with it; use bm25")
-        words = self.bm25.scores(question) if mode != "dense" else None
-        vectors = self._similarities(question) if mode != "bm25" else None
-        if words is not None and vectors is not None:
-            scores = fused_scores([vectors, words])
-        else:
-            scores = words if words is not None else vectors  # type: ignore[assignment]
+        scores, vectors = self._scores(question, mode, k)
         found = []
         for place in np.argsort(-scores, kind="stable")[:k]:
-            if mode == "bm25" and scores[place] <= 0:
+            if vectors is None and scores[place] <= 0:
                 break
             passage, parts = self.passages[place], []
-            if words is not None:
+            if mode != "dense":
                 parts.append(self.bm25.share_found(question, passage.text))
             if vectors is not None:
                 parts.append(min(1.0, max(0.0, float(vectors[place]))))
             found.append(FoundPassage(passage.text, passage.source, float(scores[place]), float(np.mean(parts))))
         return found
 
-    def _similarities(self, question: str) -> np.ndarray:
+    def scores(self, question: str, mode: Mode) -> np.ndarray:
+        """[P], by which `search` orders the passages.
+
+        Raises:
+            ValueError: if the mode needs a retriever.
+        """
+        return self._scores(question, mode, len(self.passages))[0]
+
+    def _scores(self, question: str, mode: Mode, k: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """[P] by the mode and, where vectors take part, by them; by vectors alone perhaps of the k best only."""
+        if mode not in MODES:
+            raise ValueError(f"unknown mode {mode!r}; use fused, bm25 or dense")
+        if mode == "bm25":
+            return self.bm25.scores(question), None
+        if mode == "dense" and (self.retriever is None or self.embeddings is None):
+            raise ValueError("searching by dense needs a retriever, and an index made with it; use bm25")
+        vectors = None
+        if self.retriever is not None and self.embeddings is not None:
+            vectors = self._similarities(question, k if mode == "dense" else len(self.passages))
+        if mode == "dense" and vectors is not None:
+            return vectors, vectors
+        words = [self.bm25.scores(question), self.characters.scores(question)]
+        if vectors is None or self.retriever is None:
+            return fused_scores(words, WORDS_ALONE), None
+        return fused_scores([*words, vectors], self.retriever.weights), vectors
+
+    def _similarities(self, question: str, k: int) -> np.ndarray:
+        """[P]; faiss gives -inf to what isn't among the k nearest."""
         assert self.retriever is not None and self.embeddings is not None
-        return (self.embeddings @ self.retriever.encode([question], is_query=True)[0]).numpy()
+        query = self.retriever.encode([question], is_query=True)
+        if self.faiss is None:
+            return (self.embeddings @ query[0]).numpy()
+        similarities = np.full(len(self.passages), -np.inf, dtype=np.float32)
+        values, places = self.faiss.search(query.numpy(), min(k, len(self.passages)))
+        similarities[places[0]] = values[0]
+        return similarities
+
+
+def flat_index(embeddings: torch.Tensor) -> Any:
+    """An exact faiss index of inner products. It is no more than the vectors, so it isn't kept on disk.
+
+    Raises:
+        ValueError: if faiss isn't installed.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise ValueError(
+            'Searching by faiss needs the package faiss-cpu: pip install "deepseek-hf[faiss]".'
+        ) from error
+    index = faiss.IndexFlatIP(embeddings.shape[1])
+    index.add(embeddings.numpy())
+    return index
 
 
 def file_hash(path: Path) -> str:

@@ -264,7 +264,8 @@ class Run:
         self._record("train", metrics | self._count("train"))
 
     def evaluate(self) -> None:
-        self._record("eval", self.trainer.evaluate(metric_key_prefix="eval") | self._count("validation", "eval"))
+        results = self.trainer.evaluate(metric_key_prefix="eval") | self._count("validation", "eval")
+        self._record("eval", results | self.task.after_evaluation())
 
     def predict(self) -> None:
         """Score the test split and its baseline; write and show the predictions."""

@@ -104,6 +104,10 @@ class Task(ABC):
     def score(self, predictions: list[Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Scores (numbers) and their signatures (texts) of one prediction per row."""
 
+    def after_evaluation(self) -> dict[str, Any]:
+        """What is chosen by the validation split once it is scored (--do_eval), before the card is written."""
+        return {}
+
     def check_splits(self, splits: dict[str, Rows], tokenizer: PreTrainedTokenizerBase) -> Report:
         """Faults in the data by split, see checks.py."""
         return {}
@@ -121,6 +125,22 @@ class Task(ABC):
     @abstractmethod
     def card_data(self) -> dict[str, Any]:
         """What the model card says about the task and its data; see model_card.py."""
+
+
+def beam_search(
+    tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, num_beams: int, stop_text: str | None = None
+) -> GenerationConfig:
+    """Greedy generation, or by beams, until the end of text or `stop_text`."""
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        do_sample=False,
+        use_cache=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        stop_strings=stop_text,
+    )
 
 
 class CausalCollator:

@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from . import model_card
 from .arguments import ModelArguments, parse_verb
 from .batches import batches_by_length
-from .files import write_text
+from .files import read_lines, write_text
 from .loading import load_model, load_tokenizer
 from .translation import MODEL_SETTINGS, LanguagePair, Translation, TranslationArguments
 
@@ -82,27 +82,6 @@ def parse(argv: Sequence[str]) -> tuple[str, TranslateArguments]:
         ValueError: with one line, for flags that don't fit.
     """
     return parse_verb("translate", TranslateArguments, argv, "MODEL [--flag value ...]", EXAMPLES)
-
-
-def read_lines(path: str | None) -> list[str]:
-    """The lines of a UTF-8 file or of standard input, without their ends.
-
-    Only a line feed ends a line: splitting at U+2028 and the like would lose the match with the output's lines.
-
-    Raises:
-        ValueError: if the file can't be read, or a line isn't UTF-8.
-    """
-    try:
-        content = Path(path).read_bytes() if path else sys.stdin.buffer.read()
-    except OSError as error:
-        raise ValueError(f"--input {path}: can't be read ({error.strerror}).") from error
-    lines = []
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").removesuffix(b"\n").split(b"\n"), start=1):
-        try:
-            lines.append(line.decode("utf-8").rstrip("\r"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path or 'standard input'}, line {number}: not UTF-8 text ({error.reason}).") from error
-    return lines if content else []
 
 
 def make_task(name: str, arguments: TranslateArguments) -> Translation:

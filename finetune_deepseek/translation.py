@@ -24,7 +24,7 @@ from .metrics import translation_metrics
 from .moses import moses_lower, signature
 from .optimization import IGNORED_LABEL
 from .phrases import corpus_description, default_corpus, nearest_pair_baseline
-from .task import CausalCollator, Rows, Task
+from .task import CausalCollator, Rows, Task, beam_search
 
 LanguagePair: TypeAlias = tuple[str, str]  # source and target language
 
@@ -483,16 +483,8 @@ class Translation(Task):
         return CausalCollator(cast(int, tokenizer.pad_token_id))
 
     def generation_config(self, tokenizer: PreTrainedTokenizerBase, num_beams: int) -> GenerationConfig:
-        return GenerationConfig(
-            max_new_tokens=self.arguments.max_target_length,
-            num_beams=num_beams,
-            do_sample=False,
-            use_cache=True,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            stop_strings=self.arguments.stop_text,
-        )
+        arguments = self.arguments
+        return beam_search(tokenizer, arguments.max_target_length, num_beams, arguments.stop_text)
 
     def decode(self, outputs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         stop = self.arguments.stop_text

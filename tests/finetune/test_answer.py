@@ -87,6 +87,10 @@ def test_without_a_model_a_sentence_answers(knowledge, main):
     assert main("--knowledge", knowledge, stdin="Bob?\n\n")[1].startswith("Bob lives in Oslo.")
 
 
+def test_parts_of_words_are_fused_without_a_model(knowledge, main):
+    assert "Cid has a red fox." in main("--knowledge", knowledge, "--mode", "fused", "--min_score", 0, "foxes")[1]
+
+
 def test_thin_evidence_is_no_answer(knowledge, main, tmp_path):
     code, out, _ = main("--knowledge", knowledge, "Quantum chromodynamics?")
     assert (code, out) == (0, "no answer   (score 0.00)\n")
@@ -146,6 +150,14 @@ def test_vectors_find_too(knowledge, tokenizer, main, tmp_path, mode):
     argv = ("--knowledge", knowledge, "--retriever", tmp_path / "retriever", "--mode", mode, "--min_score", 0)
     code, out, _ = main(*argv, "--index", tmp_path / "index", "Where does Bob live?")
     assert code == 0 and "(score 0." in out
+    if mode == "fused":  # what a retriever is used for without --mode
+        plain = (word for word in argv if word not in ("--mode", "fused"))
+        assert main(*plain, "--index", tmp_path / "index", "Where does Bob live?")[:2] == (0, out)
+    pytest.importorskip("faiss", reason="faiss is not installed")
+    assert main(*argv, "--vector_search", "faiss", "--index", tmp_path / "index", "Where does Bob live?")[:2] == (
+        0,
+        out,
+    )
     _, _, error = main("--knowledge", knowledge, "--index", tmp_path / "index", "Where?")
     assert "this index has vectors of a model and none is named" in error
 
@@ -168,8 +180,12 @@ def test_the_index_is_kept_and_brought_up_to_date(knowledge, main):
         (["--knowledge", "{notes}/none", "Where?"], "no such file or folder"),
         (["--knowledge", "{notes}", "--k", "0", "Where?"], "--k 0: it must be 1 or more"),
         (["--knowledge", "{notes}", "--min_score", "2", "Where?"], "--min_score 2: it must be from 0 to 1"),
-        (["--knowledge", "{notes}", "--mode", "fused", "Where?"], "--mode fused needs --retriever"),
-        (["--knowledge", "{notes}", "--retriever", "x", "Where?"], "--retriever has no effect with --mode bm25"),
+        (["--knowledge", "{notes}", "--mode", "dense", "Where?"], "--mode dense needs --retriever"),
+        (["--knowledge", "{notes}", "--vector_search", "faiss", "Where?"], "--vector_search faiss needs --retriever"),
+        (
+            ["--knowledge", "{notes}", "--mode", "bm25", "--retriever", "x", "Where?"],
+            "--retriever has no effect with --mode bm25",
+        ),
         (["--knowledge", "{notes}", " "], "question 1 is empty"),
         (
             ["--knowledge", "{notes}", "--knowlege", "x"],

@@ -10,7 +10,9 @@ from datasets import Dataset
 from finetune_deepseek.arguments import parse_command
 from finetune_deepseek.embedding import Embedding, EmbeddingArguments, EmbeddingCollator
 from finetune_deepseek.encoding import encode, token_ids
+from finetune_deepseek.lexical_retrieval import FUSED
 from finetune_deepseek.model_card import run_settings
+from finetune_deepseek.retrieval import Retriever
 from finetune_deepseek.run import run_stages
 from modeling_deepseek import DeepSeekForEmbedding
 from tokenization_deepseek import DeepSeekTokenizer, train_tokenizer
@@ -23,6 +25,7 @@ ROWS = [
     ("who has a fox", "a fox is red"),
     ("什么是海", "海是蓝色的水"),
 ]
+ONE = np.array([[1.0, 0.0]])
 OURS = {name: value for name, value in TINY.items() if name not in ("target_lang", "max_target_length")}
 
 
@@ -56,6 +59,30 @@ def test_a_run_learns_which_passage_answers(learned):
     assert [line["prediction"]["passages"][0] for line in lines] == [passage for _, passage in ROWS]
     card = (folder / "out/README.md").read_text("utf-8")
     assert "| fused |" in card and "AutoModelForEmbedding" in card and "max_passage_length: 256" in card
+
+
+def test_fusion_weights_are_chosen_on_validation_and_kept(learned, tmp_path):
+    pytest.importorskip("bm25s", reason="bm25s is not installed")
+    folder, results = learned
+    weights = tuple(results[f"fusion_weight_{name}"] for name in FUSED)
+    assert sum(weights) == pytest.approx(1) and results["eval_fused_mrr"] == 1.0
+    assert Retriever.load(str(folder / "out")).weights == weights
+    given = run(tmp_path, ROWS, max_steps=1, fusion_weights=[1, 0, 0])
+    assert given["fused_mrr"] == given["bm25_mrr"] and "fusion_weight_bm25" not in given
+    assert Retriever.load(str(tmp_path / "out")).weights == (1, 0, 0)
+
+
+def test_queries_of_several_passages_choose_no_weights(monkeypatch):
+    task = Embedding(EmbeddingArguments(validation_file="unread"), seed=0)
+    task.queries, task.targets = ["who?", "what is red", "who?", "who?"], [0, 0, 1, 1]
+    task.similarities = dict.fromkeys(range(4), (np.arange(2), np.ones(2)))
+    seen = []
+    monkeypatch.setattr(
+        task, "_rankings", lambda numbers: seen.append(numbers) or (dict.fromkeys(FUSED, ONE), np.array([0]))
+    )
+    assert task.after_evaluation()["fusion_queries"] == 1 and seen == [[1]]
+    task.weights, task.queries[1] = (), "who?"
+    assert task.after_evaluation()["fusion_queries"] == 4
 
 
 def test_the_saved_model_keeps_its_prefixes_and_gives_the_same_ranking(learned):
@@ -141,6 +168,8 @@ def test_order_and_batches_dont_change_the_vectors(learned):
         ([("q", 7), ("r", 8)], {}, "row 1: '7' is not a text"),
         ([("q", "p"), ("r", "p")], {}, "there is only one passage"),
         (ROWS, {"max_query_length": 1}, "--max_query_length 1: it must be 2 or more"),
+        (ROWS, {"fusion_weights": [1, 2]}, "--fusion_weights: three numbers are needed"),
+        (ROWS, {"fusion_weights": [1, -1, 1]}, "none below 0"),
         (ROWS, {"pooling": "men"}, "pooling has the unknown word 'men'; did you mean 'mean'"),
         (ROWS, {"label_smoothing_factor": 0.1}, "--label_smoothing_factor: the contrastive loss has none"),
     ],

@@ -10,6 +10,8 @@ import pytest
 
 from finetune_deepseek.lexical_retrieval import (
     BM25,
+    CharacterTfidf,
+    best_weights,
     bm25_terms,
     fused_scores,
     ranks_of,
@@ -53,10 +55,25 @@ def test_both_find_words_of_both_scripts():
     assert BM25(["...", "!"]).scores("fox").tolist() == [0, 0]
 
 
-def test_fusion_sums_the_reciprocal_ranks():
-    fused = fused_scores([np.array([[3.0, 2.0, 1.0]]), np.array([[0.0, 9.0, 0.0]])])
-    assert fused[0] == pytest.approx([1 / 61 + 1 / 63, 1 / 62 + 1 / 61, 1 / 63 + 1 / 63])
-    assert fused_scores([np.array([5.0, 7.0])]).tolist() == [1 / 62, 1 / 61]
+def test_parts_of_words_find_other_forms():
+    characters = CharacterTfidf(PASSAGES)
+    assert [int(characters.scores(query).argmax()) for query in ("foxes", "birdz", "海的")] == [0, 1, 2]
+    scores = characters.scores("foxes")
+    assert 0 < scores[0] <= 1 and scores[2] == 0 and characters.scores("").tolist() == [0] * 4
+
+
+def test_fusion_is_the_weighted_mean_of_scores_by_the_best_one():
+    fused = fused_scores([np.array([[4.0, 2.0, -1.0]]), np.array([[0.0, 9.0, 0.0]])], (1, 3))
+    assert fused[0] == pytest.approx([0.25, 0.125 + 0.75, 0])
+    assert fused_scores([np.array([-5.0, 0.0])], (1,)).tolist() == [0, 0]
+
+
+def test_weights_are_those_with_the_best_mrr():
+    good, bad = np.array([[3.0, 1.0], [1.0, 2.0]]), np.array([[0.0, 1.0], [1.0, 0.0]])
+    targets = np.array([0, 1])
+    assert best_weights([good, bad], targets) == (1, 0) and best_weights([bad, good], targets) == (0.3, 0.7)
+    halves = [np.array([[1.0, 0.9, 0.0]]), np.array([[0.0, 0.9, 1.0]])]  # only both together find the middle one
+    assert best_weights(halves, np.array([1])) == (0.8, 0.2)
 
 
 def test_scores_are_of_the_worst_rank_among_equals():

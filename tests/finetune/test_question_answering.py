@@ -16,6 +16,7 @@ from finetune_deepseek import __main__ as command
 from finetune_deepseek.arguments import parse_command
 from finetune_deepseek.extractive import NOWHERE, best_spans
 from finetune_deepseek.metrics import CmrcScores, SquadScores
+from finetune_deepseek.model_card import run_settings
 from finetune_deepseek.passages import Encoder, Layout
 from finetune_deepseek.question_answering import QuestionAnswering, QuestionAnsweringArguments
 from finetune_deepseek.question_answering_baselines import first_sentence, floor_answers, overlap_sentence, sentences
@@ -356,7 +357,7 @@ def test_a_span_is_found_in_whichever_window_it_stands(tokenizer):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reader")
-    return folder, learn(folder, data_checks="report")
+    return folder, learn(folder, data_checks="report", attention_direction="bidirectional")
 
 
 def test_a_reader_learns_four_questions_by_heart(trained):
@@ -408,6 +409,34 @@ def test_no_answer_is_learned_and_its_threshold_obeyed(tmp_path):
     silent = answer(**never, output_dir=tmp_path / "silent", null_score_diff_threshold=-1000)
     assert (silent["test_no_answer_f1"], silent["test_has_answer_f1"]) == (100, 0)
     assert silent["test_best_f1"] == 100
+
+
+@pytest.mark.parametrize(
+    ("placement", "direction"), [("first", "causal"), ("both", "causal"), ("first", "bidirectional")]
+)
+def test_placement_and_direction_are_kept(tmp_path, monkeypatch, capsys, placement, direction):
+    results = learn(tmp_path, max_steps=1, question_placement=placement, attention_direction=direction)
+    saved = run_settings(str(tmp_path / "out"), "main", "question_answering")
+    assert saved["question_placement"] == placement
+    model = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "out")
+    assert model.config.attention_direction == direction
+    if direction == "bidirectional":
+        with pytest.raises(ValueError, match="bidirectional attention has no cache"):
+            model(torch.tensor([[1, 2, 3]]), use_cache=True)
+    argv = ["evaluate", "question_answering", str(tmp_path / "out"), "--validation_file", str(tmp_path / "rows.jsonl")]
+    monkeypatch.setattr(sys, "argv", ["", *argv, "--output_dir", str(tmp_path / "again"), "--use_cpu", "True"])
+    assert command.main() == 0, capsys.readouterr().err
+    again = json.loads((tmp_path / "again/all_results.json").read_text())
+    assert again["eval_loss"] == pytest.approx(results["eval_loss"], rel=1e-5)
+
+
+def test_another_models_reader_is_trained_the_same_way(tmp_path):
+    """A peer of transformers, from its config: causal, and not saved as anything else."""
+    peer = Path(__file__).parents[2] / "benchmarks/peers/llama_reader"
+    results = learn(tmp_path, max_steps=1, preset=None, config_overrides=None, config_name=peer)
+    saved = json.loads((tmp_path / "out/config.json").read_text())
+    assert saved["architectures"] == ["LlamaForQuestionAnswering"] and "attention_direction" not in saved
+    assert saved["max_position_embeddings"] == 64 and np.isfinite(results["test_loss"])
 
 
 @pytest.mark.parametrize("placement", ["first", "both"])

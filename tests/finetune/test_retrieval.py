@@ -1,11 +1,13 @@
 """The passage index: splitting, searching, what persists, what is refused, and files that can't be read."""
 
 import json
+import sys
 
 import pytest
 import torch
 
 from configuration_deepseek import preset
+from finetune_deepseek.lexical_retrieval import DEFAULT_WEIGHTS, fused_scores
 from finetune_deepseek.retrieval import PassageIndex, Retriever, split_text
 from modeling_deepseek import DeepSeekForEmbedding
 from tokenization_deepseek import train_tokenizer
@@ -79,9 +81,38 @@ def test_vectors_find_what_they_are_nearest_to(knowledge, tmp_path, retriever):
     by_vectors = index.search("fox", k=3, mode="dense")
     assert [passage.text for passage in by_vectors] == [texts[place] for place in similar.argsort(descending=True)]
     assert by_vectors[0].score == pytest.approx(similar.max().item(), rel=1e-4)
+    words = [index.bm25.scores("fox"), index.characters.scores("fox")]
+    expected = fused_scores([*words, similar.numpy()], retriever.weights)
     fused = index.search("fox", k=3)
-    rank = [passage.text for passage in by_vectors].index(FOX) + 1
-    assert {p.text: p.score for p in fused}[FOX] == pytest.approx(1 / (60 + rank) + 1 / 61)
+    assert {p.text: p.score for p in fused} == pytest.approx(dict(zip(texts, expected, strict=True)), rel=1e-4)
+    assert index.scores("fox", "fused") == pytest.approx(expected, rel=1e-4)
+
+
+def test_without_vectors_parts_of_words_are_fused(knowledge, tmp_path):
+    index = PassageIndex.open(tmp_path / "index", knowledge)
+    assert found(index, "birds", mode="bm25") == []
+    assert found(index, "birds", mode="fused")[0] == (BIRD, "more/bird.md:1")
+    assert index.search("bird in a tree", mode="fused")[0].score == pytest.approx(1)
+    assert found(index, "?", mode="fused") == []
+
+
+@pytest.mark.parametrize("mode", ["dense", "fused"])
+def test_faiss_finds_what_torch_finds(knowledge, tmp_path, retriever, mode):
+    pytest.importorskip("faiss", reason="faiss is not installed")
+    plain = PassageIndex.open(tmp_path / "index", knowledge, retriever)
+    index = PassageIndex.open(tmp_path / "index", knowledge, retriever, use_faiss=True)
+    assert index.faiss.ntotal == 3
+    for k in (1, 2, 9):
+        expected = plain.search("Where is the fox?", k, mode)
+        results = index.search("Where is the fox?", k, mode)
+        assert [passage.source for passage in results] == [passage.source for passage in expected]
+        assert [p.score for p in results] == pytest.approx([p.score for p in expected], rel=1e-5)
+
+
+def test_without_faiss_one_line_says_what_to_install(knowledge, tmp_path, retriever, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(ValueError, match="needs the package faiss-cpu: pip install"):
+        PassageIndex.open(tmp_path / "index", knowledge, retriever, use_faiss=True)
 
 
 def test_an_index_is_opened_again_as_it_was(knowledge, tmp_path, retriever):
@@ -183,6 +214,7 @@ def test_what_cant_be_opened_or_searched_is_one_line(knowledge, tmp_path):
 def test_a_retriever_is_loaded_from_its_folder(tmp_path, retriever):
     retriever.model.save_pretrained(tmp_path)
     retriever.tokenizer.save_pretrained(tmp_path)
-    assert Retriever.load(str(tmp_path)).fingerprint() == retriever.fingerprint()
+    loaded = Retriever.load(str(tmp_path))
+    assert loaded.fingerprint() == retriever.fingerprint() and loaded.weights == DEFAULT_WEIGHTS
     with pytest.raises(ValueError, match="--retriever .*no such folder"):
         Retriever.load(str(tmp_path / "none"))
