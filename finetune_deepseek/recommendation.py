@@ -40,6 +40,7 @@ from .interactions import (
     split_file_rows,
 )
 from .item_dropout import item_dropout
+from .item_svd import add_item_svd
 from .optimization import IGNORED_LABEL
 from .ranking import bootstrap_interval, comparison, per_user, ranking_scores, target_ranks
 from .recommendation_baselines import baseline_ranks
@@ -113,6 +114,10 @@ class RecommendationArguments(FeatureArguments):
         default=0.0,
         metadata={"help": "Leave out items of training histories, at a rate drawn for each between 0 and this."},
     )
+    init_items: Literal["random", "svd"] = field(
+        default="random",
+        metadata={"help": "svd: item vectors of a new model begin with which items the same users had."},
+    )
     baselines: bool = field(
         default=True, metadata={"help": "Score popularity, transitions and item-kNN beside the model (--do_predict)."}
     )
@@ -134,6 +139,10 @@ class RecommendationArguments(FeatureArguments):
             )
         if self.sasrec and self.items_file:
             raise ValueError("--items_file: SASRec reads no texts; leave out one of it and --sasrec.")
+        if self.init_items != "random" and self.items_file:
+            raise ValueError(
+                "--init_items: items of texts have no vectors of their own; leave out it or --items_file."
+            )
         if self.sasrec and (flags := self.feature_flags):
             raise ValueError(f"--{flags[0]}: SASRec reads no features; leave out it or --sasrec.")
         self.check_features(self.dataset_name == "ml-100k", has_contexts=not (self.data_dir or files))
@@ -236,6 +245,7 @@ class Recommendation(Task):
         self.numbers: dict[str, int] = {}  # item id -> number, known with the tokenizer
         self.catalogue: TextCatalogue | None = None  # where items are texts
         self.side = FeatureColumns(arguments)
+        self.is_new, self.histories = True, []  # of training, for --init_items
         if arguments.items_file:
             self.tokenizer_class = None  # the model's own, of words
         self.others: dict[str, pd.Series] = {}
@@ -360,6 +370,9 @@ class Recommendation(Task):
         return item_tokenizer(set(self.tokenizer_texts(splits)), self.seed)
 
     def config_fields(self, splits: dict[str, Rows], saved: dict[str, Any]) -> dict[str, Any]:
+        self.is_new = not saved
+        if self.arguments.init_items == "svd" and "train" in splits:
+            self.histories = splits["train"]["source"]
         if saved.get("num_items") and self.catalogue is None:
             raise ValueError("The items of this model are texts: name them by --items_file.")
         fields: dict[str, Any] = {} if saved else {"max_position_embeddings": self.arguments.max_length}
@@ -372,6 +385,11 @@ class Recommendation(Task):
     def prepare_model(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         if self.catalogue is not None:
             self._note(self.catalogue.prepare(model, tokenizer))
+        if self.histories and self.is_new:
+            numbers = self.item_numbers(tokenizer)
+            numbered = [[numbers[item] for item in history] for history in self.histories]
+            add_item_svd(model.get_input_embeddings().weight, numbered, model.config.initializer_range, self.seed)
+            self._note("item vectors begin with those of an SVD of the training histories")
 
     def save_beside(self, folder: Path) -> None:
         if self.catalogue is not None:

@@ -490,3 +490,13 @@ def test_sasrec_learns_from_histories_of_more_than_its_length(tmp_path):
     path = write_ring(tmp_path / "ring.csv")
     settings = SMALL | {"sasrec": True, "max_length": 4, "max_steps": 2}
     assert recommendation(**settings, interactions_file=path, output_dir=tmp_path / "out")["test_hr@20"] == 1
+
+
+@pytest.mark.parametrize("sasrec", [False, True])
+def test_new_models_begin_with_an_svd_where_asked(tmp_path, capsys, sasrec):
+    path = write_ring(tmp_path / "ring.csv")
+    settings = SMALL | {"interactions_file": path, "max_steps": 1, "init_items": "svd", "learning_rate": 1e-9}
+    recommendation(**settings, sasrec=sasrec, output_dir=tmp_path / "out")
+    assert "begin with those of an SVD" in capsys.readouterr().out
+    model = load(tmp_path / "out").model
+    assert model.item_embeddings()[1:].std() > 2 * model.config.initializer_range

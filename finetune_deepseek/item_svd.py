@@ -1,0 +1,45 @@
+"""Item vectors to begin with: items that the same users had point the same way.
+
+Few users teach a recommender slowly which items go together, though counting tells it at once. The vectors are the
+right singular ones of the users x items matrix, each row and column divided by the root of its sum, times the root of
+the singular values (PureSVD, Cremonesi et al., 2010, with the norms of spectral co-clustering).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from scipy import sparse
+from sklearn.decomposition import TruncatedSVD
+
+SCALE = 3.0  # root mean square of the vectors, times that of the random ones; 8 was worse on LastFM's validation
+
+
+def item_svd(histories: Sequence[Sequence[int]], num_items: int, width: int, seed: int) -> np.ndarray:
+    """[V, width] in float32, of root mean square 1; zero for items without users and beyond the matrix's rank.
+
+    Args:
+        histories: item numbers by user.
+        num_items: V, with the padding.
+    """
+    users = np.repeat(np.arange(len(histories)), [len(history) for history in histories])
+    items = np.concatenate([np.asarray(history, dtype=np.int64) for history in histories])
+    counts = sparse.csr_matrix((np.ones(len(items), dtype=np.float32), (users, items)), (len(histories), num_items))
+    norms = [np.maximum(np.asarray(counts.sum(axis)).ravel(), 1) ** -0.5 for axis in (1, 0)]
+    scaled = sparse.diags(norms[0]) @ counts @ sparse.diags(norms[1])
+    size = min(width, len(histories) - 1, num_items - 1)
+    if size < 1:
+        return np.zeros((num_items, width), dtype=np.float32)
+    factors = TruncatedSVD(size, random_state=seed).fit(scaled)
+    vectors = np.zeros((num_items, width), dtype=np.float32)
+    vectors[:, :size] = factors.components_.T * np.sqrt(factors.singular_values_)
+    return vectors / max(float(np.sqrt((vectors**2).mean())), 1e-12)
+
+
+@torch.no_grad()
+def add_item_svd(
+    weight: torch.Tensor, histories: Sequence[Sequence[int]], initializer_range: float, seed: int
+) -> None:
+    """Add the vectors to random ones [V, D], in place."""
+    vectors = torch.from_numpy(item_svd(histories, *weight.shape, seed))
+    weight.add_((SCALE * initializer_range * vectors).to(weight))
