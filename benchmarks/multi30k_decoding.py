@@ -20,7 +20,7 @@ import sacrebleu
 from compare import number, write_section
 from sacremoses import MosesDetokenizer
 
-PENALTIES = (0.6, 1.0, 1.4, 1.8)
+PENALTIES = (0.6, 1.0, 1.4)
 PREDICTIONS = "generated_predictions.jsonl"
 
 
