@@ -41,5 +41,6 @@ def add_item_svd(
     weight: torch.Tensor, histories: Sequence[Sequence[int]], initializer_range: float, seed: int
 ) -> None:
     """Add the vectors to random ones [V, D], in place."""
-    vectors = torch.from_numpy(item_svd(histories, *weight.shape, seed))
+    num_items, width = weight.shape
+    vectors = torch.from_numpy(item_svd(histories, num_items, width, seed))
     weight.add_((SCALE * initializer_range * vectors).to(weight))
