@@ -245,7 +245,8 @@ class Recommendation(Task):
         self.numbers: dict[str, int] = {}  # item id -> number, known with the tokenizer
         self.catalogue: TextCatalogue | None = None  # where items are texts
         self.side = FeatureColumns(arguments)
-        self.is_new, self.histories = True, []  # of training, for --init_items
+        self.is_new = True
+        self.histories: list[list[str]] = []  # of training, for --init_items
         if arguments.items_file:
             self.tokenizer_class = None  # the model's own, of words
         self.others: dict[str, pd.Series] = {}
