@@ -49,7 +49,7 @@ def raw_scores(folder: Path, data: str) -> dict[str, str]:
     bleu, chrf = sacrebleu.BLEU(lowercase=True), sacrebleu.CHRF(lowercase=True)
     score = bleu.corpus_score(found, [raw], n_bootstrap=1000)
     return {
-        "bleu": f"{score.score:.2f} ± {score.ci:.2f}",
+        "bleu": f"{score.score:.2f} ± {score._ci:.2f}",  # sacrebleu shows it in texts only
         "chrf2": f"{chrf.corpus_score(found, [raw]).score:.2f}",
         "signatures": f"`{bleu.get_signature()}`, `{chrf.get_signature()}`",
     }
