@@ -9,6 +9,7 @@ those files are compared with the first system too. The table goes into docs/res
 """
 
 import argparse
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +89,7 @@ def main() -> None:
     arguments = parser.parse_args()
     lines = lines_of(arguments.folder, arguments.systems)
     print("\n".join(lines))
-    name, systems = arguments.folder.name, " ".join(arguments.systems)
+    name, systems = arguments.folder.name, shlex.join(arguments.systems)
     note = (
         "Means over seeds; interval by bootstrap over users, p by flipping the sign of users' differences at random."
     )
