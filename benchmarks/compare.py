@@ -122,7 +122,7 @@ def protocol(table: dict[str, Any], chosen: dict[str, dict[str, Any]], example: 
         if KEPT in settings:
             tried = ", ".join(f"{float(value):g}: {score:.3f}" for value, score in settings[KEPT].items())
             flag, metric = table["choose"]["flag"], table["choose"]["metric"]
-            lines.append(f"{name}: --{flag} {settings[flag]:g} of three, by {metric} ({tried}).")
+            lines.append(f"{name}: --{flag} {settings[flag]:g} of {len(settings[KEPT])}, by {metric} ({tried}).")
     return [f"- {line.strip().rstrip(';')}" for line in lines]
 
 

@@ -213,7 +213,8 @@ def report_markdown(report: Report) -> str:
     if not report:
         return ""
     if not any(faults(report)):
-        return "Checked for duplicates, swapped and copied sides, wrong encodings and overlap: nothing found."
+        names = {name for checks in report.values() for name in checks}
+        return f"Checked, and nothing found: {'; '.join(CHECKS[name] for name in CHECKS if name in names)}."
     present = {name for _, name, _ in faults(report)}
     rows = [["rows by fault", *report], ["---"] * (len(report) + 1)]
     for name in (name for name in CHECKS if name in present):

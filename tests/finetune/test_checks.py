@@ -112,7 +112,9 @@ def test_clean_data_has_no_faults():
     report = check_pairs(pairs_of(CLEAN, [("New.", "新。")]), "en", "zh")
     assert fault_list(report) == ""
     assert report_text(report) == "data checks, train 5 rows, test 1 rows: nothing found"
-    assert report_markdown(report).endswith("nothing found.")
+    written = report_markdown(report)
+    assert written.startswith("Checked, and nothing found: same pair as an earlier row;")
+    assert CHECKS["copied_sources"] in written and CHECKS["empty_texts"] not in written
 
 
 @pytest.mark.parametrize(

@@ -437,6 +437,9 @@ def test_another_models_reader_is_trained_the_same_way(tmp_path):
     saved = json.loads((tmp_path / "out/config.json").read_text())
     assert saved["architectures"] == ["LlamaForQuestionAnswering"] and "attention_direction" not in saved
     assert saved["max_position_embeddings"] == 64 and np.isfinite(results["test_loss"])
+    opened = {"preset": None, "config_overrides": None, "vocab_size": None, "model_name_or_path": tmp_path / "out"}
+    with pytest.raises(ValueError, match="--attention_direction bidirectional: .* leave out --native"):
+        learn(tmp_path, **opened, native=True, attention_direction="bidirectional", output_dir=tmp_path / "native")
 
 
 @pytest.mark.parametrize("placement", ["first", "both"])
