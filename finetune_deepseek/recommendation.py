@@ -116,7 +116,7 @@ class RecommendationArguments(FeatureArguments):
     )
     init_items: Literal["random", "svd"] = field(
         default="random",
-        metadata={"help": "svd: item vectors of a new model begin with which items the same users had."},
+        metadata={"help": "svd: item vectors of a new model begin with which items the same users had, or the same words."},
     )
     baselines: bool = field(
         default=True, metadata={"help": "Score popularity, transitions and item-kNN beside the model (--do_predict)."}
@@ -139,10 +139,6 @@ class RecommendationArguments(FeatureArguments):
             )
         if self.sasrec and self.items_file:
             raise ValueError("--items_file: SASRec reads no texts; leave out one of it and --sasrec.")
-        if self.init_items != "random" and self.items_file:
-            raise ValueError(
-                "--init_items: items of texts have no vectors of their own; leave out it or --items_file."
-            )
         if self.sasrec and (flags := self.feature_flags):
             raise ValueError(f"--{flags[0]}: SASRec reads no features; leave out it or --sasrec.")
         self.check_features(self.dataset_name == "ml-100k", has_contexts=not (self.data_dir or files))
@@ -389,8 +385,17 @@ class Recommendation(Task):
         if self.histories and self.is_new:
             numbers = self.item_numbers(tokenizer)
             numbered = [[numbers[item] for item in history] for history in self.histories]
-            add_item_svd(model.get_input_embeddings().weight, numbered, model.config.initializer_range, self.seed)
-            self._note("item vectors begin with those of an SVD of the training histories")
+            weight, texts = model.get_input_embeddings().weight, None
+            if self.catalogue is not None:
+                if not model.config.item_id_embeddings:
+                    raise ValueError(
+                        "--init_items svd: items of texts have vectors of their own only with --config_overrides "
+                        "item_id_embeddings=true; add it."
+                    )
+                weight, texts = model.item_texts.identities.weight, model.item_texts.tokens.cpu()
+            add_item_svd(weight, numbered, model.config.initializer_range, self.seed, texts)
+            found = "histories" if texts is None else "histories and the items' words"
+            self._note(f"item vectors begin with those of an SVD of the training {found}")
 
     def save_beside(self, folder: Path) -> None:
         if self.catalogue is not None:

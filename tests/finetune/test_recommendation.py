@@ -449,6 +449,23 @@ def test_a_model_of_texts_is_scored_again_with_its_texts(texts, tmp_path):
         recommendation(**settings | {"output_dir": tmp_path / "other"})
 
 
+def test_items_of_text_begin_with_an_svd_where_they_have_vectors_of_their_own(texts, tmp_path, capsys):
+    folder, _ = texts
+    settings = SMALL | {
+        "interactions_file": folder / "ring.csv", "items_file": folder / "items.jsonl", "text_columns": ["title"],
+        "vocab_size": 320, "max_text_length": 12, "output_dir": tmp_path / "out", "max_steps": 1,
+        "learning_rate": 1e-9, "init_items": "svd",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="item_id_embeddings=true; add it"):
+        recommendation(**settings)
+    recommendation(**settings, config_overrides="item_id_embeddings=true,item_text_encoder=bag_of_words")
+    assert "SVD of the training histories and the items' words" in capsys.readouterr().out
+    recommender = load(str(tmp_path / "out"))
+    vectors = recommender.model.item_texts.identities.weight
+    cold, same_title = (vectors[recommender.numbers[name]] for name in ("cold", item(5)))
+    assert cold @ same_title > 0.2 * cold.norm() * same_title.norm() > 0  # nobody had it, but its title is item 5's
+
+
 @pytest.mark.parametrize(
     ("content", "settings", "message"),
     [
