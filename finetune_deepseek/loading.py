@@ -130,7 +130,7 @@ def load_model(
         ours = is_ours(source, arguments)
         direction = fields.get("attention_direction", "causal")
         if not ours and direction != "causal":
-            raise ValueError(f"--attention_direction {direction}: transformers' own class is causal; leave out --native.")
+            raise ValueError(f"--attention_direction {direction}: transformers' class is causal; leave out --native.")
         model_class = MODELS_BY_AUTO_CLASS[task.auto_class] if ours else task.auto_class
         if not arguments.dropouts:
             return model_class.from_pretrained(source, **loading, **fields)

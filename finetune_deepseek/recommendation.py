@@ -116,7 +116,7 @@ class RecommendationArguments(FeatureArguments):
     )
     init_items: Literal["random", "svd"] = field(
         default="random",
-        metadata={"help": "svd: item vectors of a new model begin with which items the same users had, or the same words."},
+        metadata={"help": "svd: item vectors of a new model begin with which items share users, and words if any."},
     )
     baselines: bool = field(
         default=True, metadata={"help": "Score popularity, transitions and item-kNN beside the model (--do_predict)."}
