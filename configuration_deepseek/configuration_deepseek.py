@@ -97,6 +97,9 @@ class DeepSeekConfig(PreTrainedConfig):
         mtp_loss_weight: lambda of eq. 25; the language model then learns from them too. 0 leaves them alone.
         mtp_after_norm: they read the state after the norm that precedes the head, as inference engines have it; else
             the state before it. The paper leaves it open.
+    Question answering (DeepSeekForQuestionAnswering)
+        type_vocab_size: kinds of tokens, told by `token_type_ids`, each with a vector that is added to its tokens'
+            embeddings, as BERT does (arXiv 1810.04805, section 3). 0: there are none.
     Recommendation (DeepSeekForRecommendation; the items are the vocabulary, the padding is pad_token_id)
         item_loss: "softmax" over all items, "sampled_softmax" (with log-q correction) or "gbce" (arXiv 2308.07192);
             `None` takes the first up to 50,000 items, the second beyond.
@@ -215,6 +218,8 @@ class DeepSeekConfig(PreTrainedConfig):
     num_nextn_predict_layers: int = 0
     mtp_loss_weight: float = 0.0
     mtp_after_norm: bool = True
+    # question answering
+    type_vocab_size: int = 0
     # recommendation
     item_loss: str | None = None
     num_item_negatives: int = 512

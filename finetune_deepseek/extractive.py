@@ -20,6 +20,8 @@ from .task import CausalCollator, Rows
 
 NOWHERE = 1 << 30  # beyond any window: such positions are left out of the loss
 WINDOWS_AT_ONCE = 64
+TRAINING_COLUMNS = ("input_ids", "token_type_ids", "start_positions", "end_positions")
+WINDOW_COLUMNS = ("input_ids", "token_type_ids", "begins", "firsts", "counts", "start_positions", "end_positions")
 OUTPUT_HEAD, OUTPUT_SPAN = 2, 3  # columns of a prediction: example and null score; first and last token and score
 
 
@@ -31,23 +33,31 @@ class Example(NamedTuple):
 
 
 class WindowCollator(CausalCollator):
-    """Pads windows on the right. For evaluation a feature is a row with all of its windows, which come flat."""
+    """Pads windows on the right. For evaluation a feature is a row with all of its windows, which come flat.
+
+    Args:
+        has_types: whether the model is told of what kind tokens are.
+    """
+
+    def __init__(self, pad_token_id: int, has_types: bool = False) -> None:
+        super().__init__(pad_token_id)
+        self.has_types = has_types
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch: dict[str, torch.Tensor] = {}
-        if "windows" in features[0]:
+        if "begins" in features[0]:
             # First of all, for Trainer takes the first tensor's rows for the batch's.
             batch["example"] = torch.tensor([f["example"] for f in features])
             batch["row"] = torch.tensor([f["row"] for f in features])
-            owners = [number for number, f in enumerate(features) for _ in f["windows"]]
+            owners = [number for number, f in enumerate(features) for _ in f["input_ids"]]
             batch["owner"] = torch.tensor(owners)
-            names = ("windows", "begins", "firsts", "counts", "start_positions", "end_positions")
-            flat = {name: [value for f in features for value in f[name]] for name in names}
-            batch |= {name: torch.tensor(flat[name]) for name in names[1:4]}
+            flat = {name: [value for f in features for value in f[name]] for name in WINDOW_COLUMNS}
+            batch |= {name: torch.tensor(flat[name]) for name in ("begins", "firsts", "counts")}
         else:
-            flat = {name: [f[name] for f in features] for name in ("start_positions", "end_positions")}
-            flat["windows"] = [f["input_ids"] for f in features]
-        batch["input_ids"], batch["attention_mask"] = self._pad(flat["windows"])
+            flat = {name: [f[name] for f in features] for name in TRAINING_COLUMNS}
+        batch["input_ids"], batch["attention_mask"] = self._pad(flat["input_ids"])
+        if self.has_types:
+            batch["token_type_ids"] = self._pad(flat["token_type_ids"])[0] * batch["attention_mask"]
         return batch | {name: torch.tensor(flat[name]) for name in ("start_positions", "end_positions")}
 
 
@@ -97,9 +107,7 @@ class ExtractiveReader:
         An answer that is nowhere in the passage gives `NOWHERE`.
         """
         place = passage.tokens_of(start, start + len(answer)) if start >= 0 else None
-        found: dict[str, list] = {
-            name: [] for name in ("windows", "begins", "firsts", "counts", "start_positions", "end_positions")
-        }
+        found: dict[str, list] = {name: [] for name in WINDOW_COLUMNS}
         for window in layout.windows(question, passage):
             nothing = NOWHERE if answer and place is None else len(window.input_ids) - 1
             positions = [nothing, nothing]
@@ -111,7 +119,7 @@ class ExtractiveReader:
 
     def _training(self, rows: Dataset, layout: Layout) -> Dataset:
         def encode(batch: dict[str, list]) -> dict[str, list]:
-            features: dict[str, list] = {"input_ids": [], "start_positions": [], "end_positions": []}
+            features: dict[str, list] = {name: [] for name in TRAINING_COLUMNS}
             columns = (batch[name] for name in ("source", "context", "answers", "starts"))
             for question, context, answers, starts in zip(*columns, strict=True):
                 # SQuAD trains on one answer; take the first that is in the passage.
@@ -120,12 +128,10 @@ class ExtractiveReader:
                     continue
                 answer, start = known or ("", -1)
                 windows = self._windows(question, layout.encoder.passage(context), answer, start, layout)
-                for ids, first, last in zip(
-                    windows["windows"], windows["start_positions"], windows["end_positions"], strict=True
-                ):
+                for number, first in enumerate(windows["start_positions"]):
                     if first != NOWHERE:
-                        for name, value in zip(features, (ids, first, last), strict=True):
-                            features[name].append(value)
+                        for name in TRAINING_COLUMNS:
+                            features[name].append(windows[name][number])
             return features | {"length": [len(ids) for ids in features["input_ids"]]}
 
         features = rows.map(encode, batched=True, remove_columns=rows.column_names, **progress(rows, "tokenize"))
@@ -141,23 +147,30 @@ class ExtractiveReader:
             known = next(((a, s) for a, s in zip(row["answers"], row["starts"], strict=True) if s >= 0), None)
             answer, start = known or ((row["answers"] or [""])[0], -1)
             windows = self._windows(row["source"], passage, answer, start, layout)
-            length = max(map(len, windows["windows"]))
+            length = max(map(len, windows["input_ids"]))
             features.append({"example": len(self.examples), "length": length} | windows)
             self.examples.append(Example(row["id"], passage))
         return Dataset.from_list(features)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> WindowCollator:
-        return WindowCollator(cast(int, tokenizer.pad_token_id))
+        return WindowCollator(cast(int, tokenizer.pad_token_id), self.arguments.mark_matches)
 
     def predict_batch(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """The windows' mean loss, and for each row [2 + 3 N]: its example, the score of no answer, and the spans."""
         arguments, owner, losses = self.arguments, inputs["owner"], []
         found: list[tuple[torch.Tensor, ...]] = []
         names = ("input_ids", "attention_mask", "start_positions", "end_positions", "begins", "firsts", "counts")
-        for chunk in zip(*(inputs[name].split(WINDOWS_AT_ONCE) for name in names), strict=True):
+        types = inputs["token_type_ids"].split(WINDOWS_AT_ONCE) if "token_type_ids" in inputs else None
+        chunks = zip(*(inputs[name].split(WINDOWS_AT_ONCE) for name in names), strict=True)
+        for number, chunk in enumerate(chunks):
             input_ids, mask, start_positions, end_positions, begins, firsts, counts = chunk
+            more = {} if types is None else {"token_type_ids": types[number]}
             outputs = model(
-                input_ids=input_ids, attention_mask=mask, start_positions=start_positions, end_positions=end_positions
+                input_ids=input_ids,
+                attention_mask=mask,
+                start_positions=start_positions,
+                end_positions=end_positions,
+                **more,
             )
             start_logits, end_logits = outputs["start_logits"].float(), outputs["end_logits"].float()
             # A window of an unknown answer has no loss; a mean over none is not a number.

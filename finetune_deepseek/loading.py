@@ -131,6 +131,8 @@ def load_model(
         direction = fields.get("attention_direction", "causal")
         if not ours and direction != "causal":
             raise ValueError(f"--attention_direction {direction}: transformers' class is causal; leave out --native.")
+        if not ours and fields.get("type_vocab_size"):
+            raise ValueError("--mark_matches: transformers' class reads no marks; leave out --native.")
         model_class = MODELS_BY_AUTO_CLASS[task.auto_class] if ours else task.auto_class
         if not arguments.dropouts:
             return model_class.from_pretrained(source, **loading, **fields)

@@ -19,9 +19,10 @@ SEPARATOR = "\n"
 
 
 class Window(NamedTuple):
-    """Token ids; where the passage begins in them, which of its tokens that is, how many of them follow."""
+    """Token ids; their kinds (see `Layout`); where the passage begins, which of its tokens that is, how many follow."""
 
     input_ids: list[int]
+    token_type_ids: list[int]
     begin: int
     first: int
     length: int
@@ -101,8 +102,15 @@ def trimmed(text: str, low: int, high: int) -> Offset:
     return low, high
 
 
+OTHER, PASSAGE, MATCH = range(3)
+TOKEN_TYPES = 3
+
+
 class Layout:
     """How questions and passages become windows, or prompts.
+
+    A token is of the passage or not, and of the passage's those are apart that the question has too, in whatever case:
+    the exact match of Chen et al., arXiv 1704.00051, section 3.2, which few questions don't teach.
 
     Args:
         arguments: `max_seq_length`, `doc_stride`, `max_question_length` (tokens) and `question_placement`.
@@ -114,6 +122,7 @@ class Layout:
         self.begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self.end: list[int] = [tokenizer.eos_token_id]
         self.separator = self.encoder.ids(SEPARATOR)
+        self.words: dict[int, str | int] = {}  # by token, for the match
 
     def around(self, question: str) -> tuple[list[int], list[int]]:
         """Tokens before and after the passage; a question of more than --max_question_length tokens is cut."""
@@ -124,6 +133,8 @@ class Layout:
     def windows(self, question: str, passage: Passage) -> Iterator[Window]:
         """Windows of --max_seq_length tokens over a passage, neighbours sharing --doc_stride tokens of it."""
         before, after = self.around(question)
+        asked = {self._word(token) for token in self.encoder.ids(question)}
+        kinds = [MATCH if self._word(token) in asked else PASSAGE for token in passage.ids]
         room = self.arguments.max_seq_length - len(before) - len(after)
         step = room - self.arguments.doc_stride
         if step < 1:
@@ -135,7 +146,15 @@ class Layout:
         first = 0
         while True:
             ids = passage.ids[first : first + room]
-            yield Window([*before, *ids, *after], len(before), first, len(ids))
+            types = [*[OTHER] * len(before), *kinds[first : first + room], *[OTHER] * len(after)]
+            yield Window([*before, *ids, *after], types, len(before), first, len(ids))
             if first + room >= len(passage.ids):
                 break
             first += step
+
+    def _word(self, token: int) -> str | int:
+        """A token without the space before it and without capitals; its id if it is but a part of a character."""
+        if token not in self.words:
+            text = self.encoder.tokenizer.decode([token])
+            self.words[token] = token if "\ufffd" in text else text.strip().lower()
+        return self.words[token]

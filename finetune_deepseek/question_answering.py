@@ -26,7 +26,7 @@ from .extractive import ExtractiveReader
 from .files import write_json
 from .generative import GenerativeReader
 from .metrics import CmrcScores, SquadScores
-from .passages import PIECES, Layout
+from .passages import PIECES, TOKEN_TYPES, Layout
 from .question_answering_baselines import FLOORS, NAMES, floor_answers
 from .squad import Questions, simplifier
 from .task import Rows, Task
@@ -39,7 +39,7 @@ NBEST_FILE = "nbest_predictions.json"
 MODEL_SETTINGS = (
     *("answer_mode", "version_2_with_negative", "null_score_diff_threshold", "question_placement"),
     *("max_seq_length", "doc_stride", "max_question_length", "max_answer_length"),
-    *("characters_apart", "convert_to_simplified"),
+    *("characters_apart", "convert_to_simplified", "mark_matches"),
 )
 METRICS = {
     "exact_match": ("exact_match", "exact match"),
@@ -86,6 +86,13 @@ class QuestionAnsweringArguments(DataArguments):
     convert_to_simplified: bool = field(
         default=False, metadata={"help": "Convert Traditional Chinese to Simplified, by OpenCC."}
     )
+    mark_matches: bool = field(
+        default=False,
+        metadata={
+            "help": "Tell the model which tokens are the passage's and which of them the question has too. From random "
+            "weights few questions don't teach that."
+        },
+    )
     score_by: Literal["auto", "words", "characters"] = field(
         default="auto",
         metadata={"help": "SQuAD's scores or CMRC's for Chinese; auto takes those if most answers are Chinese."},
@@ -104,6 +111,8 @@ class QuestionAnsweringArguments(DataArguments):
         wrong = {"extractive": "prefix", "generative": "bidirectional"}[self.answer_mode]
         if self.attention_direction == wrong:
             raise ValueError(f"--attention_direction {wrong} can't be used with --answer_mode {self.answer_mode}.")
+        if self.mark_matches and self.answer_mode != "extractive":
+            raise ValueError(f"--mark_matches can't be used with --answer_mode {self.answer_mode}; leave it out.")
 
     @property
     def is_embedded(self) -> bool:
@@ -213,31 +222,39 @@ class QuestionAnswering(Task):
             yield from PIECES.findall(text) if self.arguments.characters_apart else [text]
 
     def config_fields(self, splits: dict[str, Rows], saved: dict[str, Any]) -> dict[str, Any]:
-        """`attention_direction`, and for random weights the number of positions.
+        """`attention_direction`, the kinds of tokens, and for random weights the number of positions.
 
         Raises:
-            ValueError: if the direction is asked of a model that has none.
+            ValueError: if a direction or kinds are asked of a model that has none.
         """
         asked = self.arguments.attention_direction
+        types = {"type_vocab_size": TOKEN_TYPES} if self.arguments.mark_matches else {}
         if not saved:
             # docs/results.md, question_placement: causal reading learns fastest
             default = "causal" if self.arguments.answer_mode == "extractive" else "prefix"
             self.direction = asked or default
-            return {"attention_direction": self.direction, "max_position_embeddings": self.arguments.max_seq_length}
+            positions = self.arguments.max_seq_length
+            return {"attention_direction": self.direction, "max_position_embeddings": positions, **types}
         kind = saved.get("model_type")
-        if asked not in (None, "causal") and kind not in SOURCES:
-            raise ValueError(f"--attention_direction {asked}: a model of model_type {kind!r} is causal; leave it out.")
+        if kind not in SOURCES:
+            self._refuse_for_others(kind)
         known = saved.get("attention_direction") or "causal"
         self.direction = asked or known
-        return {"attention_direction": self.direction} if self.direction != known else {}
+        return types | ({"attention_direction": self.direction} if self.direction != known else {})
+
+    def _refuse_for_others(self, model_type: Any) -> None:
+        """Raises ValueError for what is asked for, but only models of ours have."""
+        asked = self.arguments.attention_direction
+        if asked not in (None, "causal"):
+            raise ValueError(
+                f"--attention_direction {asked}: a model of model_type {model_type!r} is causal; leave it out."
+            )
+        if self.arguments.mark_matches:
+            raise ValueError(f"--mark_matches: a model of model_type {model_type!r} reads no marks; leave it out.")
 
     def model_config(self, config: Any) -> Any:
         if not hasattr(type(config), "attention_direction"):
-            if self.arguments.attention_direction not in (None, "causal"):
-                raise ValueError(
-                    f"--attention_direction {self.arguments.attention_direction}: a model of model_type "
-                    f"{config.model_type!r} is causal; leave it out."
-                )
+            self._refuse_for_others(config.model_type)
             self.direction = "causal"
             vars(config).pop("attention_direction", None)  # it has no effect there, and would be saved as if it had
         return config

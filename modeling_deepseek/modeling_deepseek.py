@@ -754,11 +754,16 @@ class DeepSeekForTokenClassification(DeepSeekPreTrainedModel):
 
 
 class DeepSeekForQuestionAnswering(DeepSeekPreTrainedModel):
-    """Extractive answers: for each token, how well the answer starts and ends there."""
+    """Extractive answers: for each token, how well the answer starts and ends there.
+
+    With `config.type_vocab_size` it is told what kind each token is of, such as which ones the question has too.
+    """
 
     def __init__(self, config: DeepSeekConfig):
         super().__init__(config)
         self.model = DeepSeekModel(config)
+        if config.type_vocab_size:
+            self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
@@ -772,14 +777,29 @@ class DeepSeekForQuestionAnswering(DeepSeekPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         start_positions: torch.Tensor | None = None,
         end_positions: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> QuestionAnsweringModelOutput:
-        """Arguments as in `DeepSeekModel.forward`, and start_positions, end_positions: [B], the answer's first and
-        last token; positions outside of the sequence are left out of the loss.
+        """Arguments as in `DeepSeekModel.forward`, and
+
+        start_positions, end_positions: [B], the answer's first and last token; positions outside of the sequence are
+            left out of the loss.
+        token_type_ids: [B, S] kinds of tokens, below `config.type_vocab_size`; absent, all are 0.
 
         Returns:
             `start_logits` and `end_logits`, [B, S].
+
+        Raises:
+            ValueError: for kinds of tokens if the model knows none.
         """
+        if hasattr(self, "token_type_embeddings"):
+            if inputs_embeds is None:
+                inputs_embeds, input_ids = self.model.embed_tokens(input_ids), None
+            if token_type_ids is None:
+                token_type_ids = torch.zeros((1, 1), dtype=torch.long, device=inputs_embeds.device)
+            inputs_embeds = inputs_embeds + self.token_type_embeddings(token_type_ids)
+        elif token_type_ids is not None:
+            raise ValueError("this model knows no kinds of tokens; set config.type_vocab_size, or leave token_type_ids")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from finetune_deepseek import __main__ as command
+from finetune_deepseek.answer import Reader
 from finetune_deepseek.arguments import parse_command
 from finetune_deepseek.extractive import NOWHERE, best_spans
 from finetune_deepseek.metrics import CmrcScores, SquadScores
@@ -232,6 +234,7 @@ def test_bad_rows_end_in_one_line(rows, message):
         ({"null_score_diff_threshold": 1.0}, "add it"),
         ({"attention_direction": "prefix"}, "can't be used with --answer_mode extractive"),
         ({"max_seq_length": 20, "doc_stride": 15}, "leaves"),
+        ({"mark_matches": True, "answer_mode": "generative"}, "--mark_matches can't be used with"),
         ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor"),
     ],
 )
@@ -287,6 +290,34 @@ def test_windows_overlap_and_cover_the_passage(tokenizer):
     )
 
 
+@pytest.mark.parametrize("placement", ["first", "both"])
+def test_tokens_of_the_passage_are_marked_where_the_question_has_them(tokenizer, placement):
+    """In another case and behind a space too, but not for a part of a character in common."""
+    arguments = QuestionAnsweringArguments(
+        train_file="x.json", max_seq_length=34, doc_stride=3, question_placement=placement
+    )
+    layout = Layout(tokenizer, arguments, True)
+    passage = layout.encoder.passage("rome. Where bob lives in 龘, Oslo in Rome.")
+    marked, around = set(), set()
+    for window in layout.windows("Where is Rome 龙?", passage):
+        assert len(window.token_type_ids) == len(window.input_ids)
+        end = window.begin + window.length
+        around |= {*window.token_type_ids[: window.begin], *window.token_type_ids[end:]}
+        for place in range(window.begin, end):
+            assert window.token_type_ids[place] in (1, 2)
+            if window.token_type_ids[place] == 2:
+                marked.add(passage.offsets[window.first + place - window.begin])
+    asked = set(layout.encoder.ids("Where is Rome 龙?"))
+    names = {token: tokenizer.decode([token]) for token in {*asked, *passage.ids}}
+    words = {name.strip().lower() for token, name in names.items() if token in asked and "\ufffd" not in name}
+    expected = {
+        offset
+        for token, offset in zip(passage.ids, passage.offsets, strict=True)
+        if token in asked or ("\ufffd" not in names[token] and names[token].strip().lower() in words)
+    }
+    assert around == {0} and marked == expected and len(expected) > 3
+
+
 def test_targets_point_at_the_answer_or_at_the_end(tokenizer):
     arguments = QuestionAnsweringArguments(train_file="x.json", max_seq_length=18, doc_stride=2)
     task = QuestionAnswering(arguments, 0)
@@ -331,7 +362,7 @@ def test_a_span_is_found_in_whichever_window_it_stands(tokenizer):
     text = "Cid has a red fox. " * 4 + "Ann lives in Rome. " + "Dora has a blue bird. " * 4
     rows, _ = read([flat("1", text, "Where does Ann live?", "Rome", text.find("Rome")), flat(*ROWS[2])])
     features = task.features(rows, tokenizer, is_training=False)
-    assert len(features[0]["windows"]) > 3
+    assert len(features[0]["input_ids"]) > 3
     wanted = {task.layout.encoder.ids(word)[0]: score for word, score in ((" Rome", 9.0), (" red", 4.0))}
 
     def model(input_ids, attention_mask, start_positions, end_positions):
@@ -430,6 +461,35 @@ def test_placement_and_direction_are_kept(tmp_path, monkeypatch, capsys, placeme
     assert again["eval_loss"] == pytest.approx(results["eval_loss"], rel=1e-5)
 
 
+def test_a_reader_that_is_told_of_matches_keeps_being_told(tmp_path, monkeypatch, capsys):
+    results = learn(tmp_path, mark_matches=True)
+    assert results["test_exact_match"] == 100
+    assert json.loads((tmp_path / "out/config.json").read_text())["type_vocab_size"] == 3
+    argv = ["evaluate", "question_answering", str(tmp_path / "out"), "--validation_file", str(tmp_path / "rows.jsonl")]
+    monkeypatch.setattr(sys, "argv", ["", *argv, "--output_dir", str(tmp_path / "again"), "--use_cpu", "True"])
+    assert command.main() == 0, capsys.readouterr().err
+    again = json.loads((tmp_path / "again/all_results.json").read_text())
+    assert again["eval_loss"] == pytest.approx(results["eval_loss"], rel=1e-5)
+    reader = Reader.load(str(tmp_path / "out"))
+    assert reader.task.arguments.mark_matches
+    assert [text for text, _ in reader([(row[2], row[1]) for row in ROWS])] == [row[3] for row in ROWS]
+    # Without marks the same weights read something else, so the marks did arrive above.
+    blind = Reader.load(str(tmp_path / "out"))
+    blind.task.arguments.mark_matches = False
+    assert reader([(ROWS[0][2], ROWS[0][1])])[0][1] != pytest.approx(blind([(ROWS[0][2], ROWS[0][1])])[0][1], rel=1e-3)
+
+
+def test_adapters_learn_the_marks_in_full(tmp_path):
+    learn(tmp_path, max_steps=1, output_dir=tmp_path / "base")
+    opened = {"preset": None, "config_overrides": None, "vocab_size": None, "model_name_or_path": tmp_path / "base"}
+    learn(tmp_path, **opened, mark_matches=True, use_peft=True, lora_target=["attention"], max_steps=2)
+    weights = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert weights["base_model.model.token_type_embeddings.weight"].shape[0] == 3
+    again = learn(tmp_path, **opened | {"model_name_or_path": tmp_path / "out"}, mark_matches=True, do_train=False,
+                  output_dir=tmp_path / "again")  # fmt: skip
+    assert np.isfinite(again["test_loss"])
+
+
 def test_another_models_reader_is_trained_the_same_way(tmp_path):
     """A peer of transformers, from its config: causal, and not saved as anything else."""
     peer = Path(__file__).parents[2] / "benchmarks/peers/llama_reader"
@@ -440,6 +500,10 @@ def test_another_models_reader_is_trained_the_same_way(tmp_path):
     opened = {"preset": None, "config_overrides": None, "vocab_size": None, "model_name_or_path": tmp_path / "out"}
     with pytest.raises(ValueError, match="--attention_direction bidirectional: .* leave out --native"):
         learn(tmp_path, **opened, native=True, attention_direction="bidirectional", output_dir=tmp_path / "native")
+    with pytest.raises(ValueError, match="--mark_matches: .* leave out --native"):
+        learn(tmp_path, **opened, native=True, mark_matches=True, output_dir=tmp_path / "native")
+    with pytest.raises(ValueError, match="--mark_matches: a model of model_type 'llama' reads no marks; leave it out"):
+        learn(tmp_path, preset=None, config_overrides=None, config_name=peer, mark_matches=True)
 
 
 @pytest.mark.parametrize("placement", ["first", "both"])

@@ -155,6 +155,27 @@ def test_answer_loss_is_the_mean_over_both_ends(name):
     torch.testing.assert_close(result.loss, sum(by_hand) / 2)
 
 
+def test_kinds_of_tokens_are_added_to_their_embeddings(name, tmp_path):
+    """Against embeddings made by hand; a checkpoint without kinds gets new ones and keeps the rest."""
+    plain, ids = tiny(name, DeepSeekForQuestionAnswering), token_ids(2, 5)
+    with pytest.raises(ValueError, match="set config.type_vocab_size, or leave token_type_ids"):
+        plain(ids, token_type_ids=ids)
+    plain.save_pretrained(tmp_path / "plain")
+    model = DeepSeekForQuestionAnswering.from_pretrained(tmp_path / "plain", type_vocab_size=3).eval()
+    model.save_pretrained(tmp_path / "typed")
+    again = DeepSeekForQuestionAnswering.from_pretrained(tmp_path / "typed").eval()
+    types = torch.tensor([[0, 2, 1, 1, 0], [2, 0, 0, 1, 2]])
+    embeddings = plain.model.embed_tokens(ids)
+    with torch.no_grad():
+        for given, kinds in ((types, types), (None, torch.zeros_like(types))):
+            expected = plain(inputs_embeds=embeddings + model.token_type_embeddings.weight[kinds]).start_logits
+            assert_close(again(ids, token_type_ids=given).start_logits, expected)
+            found = again(inputs_embeds=again.model.embed_tokens(ids), token_type_ids=given)
+            assert_close(found.start_logits, expected)
+    model.train()(ids, token_type_ids=types, start_positions=ids[:, 0] * 0, end_positions=ids[:, 0] * 0).loss.backward()
+    assert (model.token_type_embeddings.weight.grad.norm(dim=1) > 0).all()
+
+
 def test_heads_return_no_loss_without_labels(model):
     if isinstance(model, DeepSeekModel):
         return
