@@ -486,7 +486,7 @@ def test_adapters_learn_the_marks_in_full(tmp_path):
     weights = load_file(tmp_path / "out/adapter_model.safetensors")
     assert weights["base_model.model.token_type_embeddings.weight"].shape[0] == 3
     again = learn(tmp_path, **opened | {"model_name_or_path": tmp_path / "out"}, mark_matches=True, do_train=False,
-                  output_dir=tmp_path / "again")  # fmt: skip
+                  do_predict=True, output_dir=tmp_path / "again")  # fmt: skip
     assert np.isfinite(again["test_loss"])
 
 
