@@ -6,7 +6,7 @@ Its last token sees everything, whatever the attention's direction; pointing at 
 
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -155,6 +155,6 @@ class Layout:
     def _word(self, token: int) -> str | int:
         """A token without the space before it and without capitals; its id if it is but a part of a character."""
         if token not in self.words:
-            text = self.encoder.tokenizer.decode([token])
+            text = cast(str, self.encoder.tokenizer.decode([token]))
             self.words[token] = token if "\ufffd" in text else text.strip().lower()
         return self.words[token]

@@ -228,6 +228,8 @@ class QuestionAnswering(Task):
             ValueError: if a direction or kinds are asked of a model that has none.
         """
         asked = self.arguments.attention_direction
+        if saved.get("type_vocab_size") == TOKEN_TYPES and self.arguments.answer_mode == "extractive":
+            self.arguments.mark_matches = True  # what has been told of them goes on so
         types = {"type_vocab_size": TOKEN_TYPES} if self.arguments.mark_matches else {}
         if not saved:
             # docs/results.md, question_placement: causal reading learns fastest

@@ -473,6 +473,9 @@ def test_a_reader_that_is_told_of_matches_keeps_being_told(tmp_path, monkeypatch
     reader = Reader.load(str(tmp_path / "out"))
     assert reader.task.arguments.mark_matches
     assert [text for text, _ in reader([(row[2], row[1]) for row in ROWS])] == [row[3] for row in ROWS]
+    opened = {"preset": None, "config_overrides": None, "vocab_size": None, "model_name_or_path": tmp_path / "out"}
+    learn(tmp_path, **opened, max_steps=1, output_dir=tmp_path / "further")
+    assert run_settings(str(tmp_path / "further"), "main", "question_answering")["mark_matches"] is True
     # Without marks the same weights read something else, so the marks did arrive above.
     blind = Reader.load(str(tmp_path / "out"))
     blind.task.arguments.mark_matches = False
