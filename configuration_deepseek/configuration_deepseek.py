@@ -113,6 +113,9 @@ class DeepSeekConfig(PreTrainedConfig):
         item_text_encoder: "trunk", or "bag_of_words", the mean of the tokens' embeddings: for texts without an order,
             such as categories, and so cheap that all items are encoded at each step.
         item_id_embeddings: add to each text's vector one that is learned for the item.
+        num_item_neighbors: add to the scores what training histories say by counting, keeping so many entries of an
+            item (item_counts.py). 0: nothing is counted. item_neighbor_weight is the weight of the likeness to the
+            last item_neighbor_window items, item_transition_weight that of what came right after the last one.
         user_features, context_features: columns of a user, and of an interaction, each with its known values. Values
             are numbered from 1 through all columns in the order of their names, the user's first; 0 is none or
             unknown. `None`: there are no such tokens.
@@ -229,6 +232,10 @@ class DeepSeekConfig(PreTrainedConfig):
     item_text_length: int = 32
     item_text_encoder: str = "trunk"
     item_id_embeddings: bool = False
+    num_item_neighbors: int = 0
+    item_neighbor_window: int = 10
+    item_neighbor_weight: float = 0.0
+    item_transition_weight: float = 0.0
     user_features: dict[str, list[str]] | None = None
     context_features: dict[str, list[str]] | None = None
     # embedding
@@ -515,6 +522,9 @@ class DeepSeekConfig(PreTrainedConfig):
         _require_word("item_text_encoder", self.item_text_encoder, ITEM_TEXT_ENCODER_WORDS)
         _require(self.num_item_negatives > 0, f"num_item_negatives={self.num_item_negatives} must be positive")
         _require(0 <= self.gbce_calibration <= 1, f"gbce_calibration={self.gbce_calibration} must be between 0 and 1")
+        for name in ("num_item_neighbors", "item_neighbor_weight", "item_transition_weight"):
+            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        _require(self.item_neighbor_window > 0, f"item_neighbor_window={self.item_neighbor_window} must be positive")
         for name in ("user_features", "context_features"):
             self._validate_features(name, getattr(self, name))
         if self.num_items is None:

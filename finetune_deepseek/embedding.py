@@ -263,7 +263,7 @@ class Embedding(Task):
             "retrieval_signature": f"{len({row['target'] for row in rows}):,} passages of the split, ties against us"
         }
 
-    def after_evaluation(self) -> dict[str, Any]:
+    def after_evaluation(self, folder: Path) -> dict[str, Any]:
         """Choose the weights of the fused ranking, unless they are given.
 
         Queries that stand with several passages are left out, unless all do: they can't say which one is meant.

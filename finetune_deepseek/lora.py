@@ -200,7 +200,8 @@ def apply_lora(model: PreTrainedModel, arguments: LoraArguments, task_type: str 
             f"({', '.join(DEFAULT_GROUPS)}); name groups after --lora_target."
         )
     config = lora_config(arguments, groups, task_type, targets, prediction_layers(model))
-    whole = [name for name in ("pooling", "side_features", "token_type_embeddings") if isinstance(getattr(model, name, None), nn.Module)]
+    small = ("pooling", "side_features", "token_type_embeddings")
+    whole = [name for name in small if isinstance(getattr(model, name, None), nn.Module)]
     if whole:
         config.modules_to_save = whole  # learned like a head: in full beside the adapters, and saved with them
     if groups == [OWN_TARGETS]:

@@ -19,7 +19,7 @@ SEPARATOR = "\n"
 
 
 class Window(NamedTuple):
-    """Token ids; their kinds (see `Layout`); where the passage begins, which of its tokens that is, how many follow."""
+    """Token ids; their kinds (see `Layout`); where the passage begins, which of its tokens that is, how many come."""
 
     input_ids: list[int]
     token_type_ids: list[int]

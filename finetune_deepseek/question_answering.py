@@ -89,8 +89,8 @@ class QuestionAnsweringArguments(DataArguments):
     mark_matches: bool = field(
         default=False,
         metadata={
-            "help": "Tell the model which tokens are the passage's and which of them the question has too. From random "
-            "weights few questions don't teach that."
+            "help": "Tell the model which tokens are the passage's, and which of them the question has too: from "
+            "random weights few questions don't teach that."
         },
     )
     score_by: Literal["auto", "words", "characters"] = field(

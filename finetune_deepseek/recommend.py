@@ -129,7 +129,7 @@ class Recommender:
             have changed. With a filter the search is exact always.
 
     Raises:
-        ValueError: if faiss isn't installed, or the model has no item vectors to search.
+        ValueError: if faiss isn't installed, or the model has no item vectors to search or counts beside them.
     """
 
     def __init__(
@@ -143,6 +143,8 @@ class Recommender:
             raise ValueError(f"index={index!r}: it is exact or faiss")
         if index == "faiss" and not hasattr(model, "last_states"):
             raise ValueError(f"{type(model).__name__} has no item vectors that faiss could search; use index='exact'")
+        if index == "faiss" and hasattr(model, "item_counts"):
+            raise ValueError("a model with counted items (--item_counts) is searched exactly; use index='exact'")
         self.search = {"search": ItemIndex()} if index == "faiss" else {}
         self.model = model.eval()
         self.tokenizer = tokenizer
@@ -271,9 +273,10 @@ class Recommender:
         """How much each known item of the history that the model reads carried the score of `item`.
 
         Args:
-            method: `integrated_gradients` (Sundararajan et al., arXiv 1703.01365): the shares add up to the score
-                minus that of a history of average items, up to the error of `steps`. `attention`: the last position's
-                attention weights, mean over layers and heads; where the model looked, not why.
+            method: `integrated_gradients` (Sundararajan et al., arXiv 1703.01365): the shares add up to the score,
+                without what is counted, minus that of a history of average items, up to the error of `steps`.
+                `attention`: the last position's attention weights, mean over layers and heads; where the model
+                looked, not why.
             user_features, context_features: as for one history in `recommend`; they stay as they are, and what
                 attention goes to them is not shown.
 

@@ -39,6 +39,7 @@ from .interactions import (
     simulated,
     split_file_rows,
 )
+from .item_counting import KEPT, WEIGHTS, best_count_weights, count_items
 from .item_dropout import item_dropout
 from .item_svd import add_item_svd
 from .optimization import IGNORED_LABEL
@@ -118,6 +119,13 @@ class RecommendationArguments(FeatureArguments):
         default="random",
         metadata={"help": "svd: item vectors of a new model begin with which items share users, and words if any."},
     )
+    item_counts: bool = field(
+        default=False,
+        metadata={
+            "help": "Add item-kNN over the last items and transitions from the last one to a new model's scores, by "
+            "weights chosen on validation (--do_eval)."
+        },
+    )
     baselines: bool = field(
         default=True, metadata={"help": "Score popularity, transitions and item-kNN beside the model (--do_predict)."}
     )
@@ -141,6 +149,8 @@ class RecommendationArguments(FeatureArguments):
             raise ValueError("--items_file: SASRec reads no texts; leave out one of it and --sasrec.")
         if self.sasrec and (flags := self.feature_flags):
             raise ValueError(f"--{flags[0]}: SASRec reads no features; leave out it or --sasrec.")
+        if self.sasrec and self.item_counts:
+            raise ValueError("--item_counts: SASRec has none; leave out it or --sasrec.")
         self.check_features(self.dataset_name == "ml-100k", has_contexts=not (self.data_dir or files))
         for name in ("max_train_samples", "max_eval_samples", "max_predict_samples", "k_core", "max_text_length"):
             value = getattr(self, name)
@@ -242,7 +252,9 @@ class Recommendation(Task):
         self.catalogue: TextCatalogue | None = None  # where items are texts
         self.side = FeatureColumns(arguments)
         self.is_new = True
-        self.histories: list[list[str]] = []  # of training, for --init_items
+        self.histories: list[list[str]] = []  # of training, for --init_items and --item_counts
+        self.model: Any = None  # one whose counts have no weights yet
+        self.tried = np.empty((0, 0))  # ranks of the latest predictions by each of WEIGHTS
         if arguments.items_file:
             self.tokenizer_class = None  # the model's own, of words
         self.others: dict[str, pd.Series] = {}
@@ -368,13 +380,17 @@ class Recommendation(Task):
 
     def config_fields(self, splits: dict[str, Rows], saved: dict[str, Any]) -> dict[str, Any]:
         self.is_new = not saved
-        if self.arguments.init_items == "svd" and "train" in splits:
+        if (self.arguments.init_items == "svd" or self.arguments.item_counts) and "train" in splits:
             self.histories = splits["train"]["source"]
+        if self.arguments.item_counts and saved:
+            raise ValueError("--item_counts: a saved model keeps its own; leave it out.")
         if saved.get("num_items") and self.catalogue is None:
             raise ValueError("The items of this model are texts: name them by --items_file.")
         fields: dict[str, Any] = {} if saved else {"max_position_embeddings": self.arguments.max_length}
         if self.catalogue is not None:
             fields |= self.catalogue.config_fields(saved, self.arguments.max_text_length)
+        if self.arguments.item_counts:
+            fields["num_item_neighbors"] = KEPT
         columns, notes = self.side.config_fields(splits.get("train"), saved)
         self._note(*notes)
         return fields | columns
@@ -382,9 +398,14 @@ class Recommendation(Task):
     def prepare_model(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         if self.catalogue is not None:
             self._note(self.catalogue.prepare(model, tokenizer))
-        if self.histories and self.is_new:
-            numbers = self.item_numbers(tokenizer)
-            numbered = [[numbers[item] for item in history] for history in self.histories]
+        if not self.histories or not self.is_new:
+            return
+        numbers = self.item_numbers(tokenizer)
+        numbered = [[numbers[item] for item in history] for history in self.histories]
+        if self.arguments.item_counts:
+            model.item_counts.fill(*count_items(numbered, len(numbers), model.config.num_item_neighbors))
+            self.model = model
+        if self.arguments.init_items == "svd":
             weight, texts = model.get_input_embeddings().weight, None
             if self.catalogue is not None:
                 if not model.config.item_id_embeddings:
@@ -474,14 +495,40 @@ class Recommendation(Task):
         scores = model(**{name: inputs[name] for name in names}).logits.float()
         targets, seen = inputs["target"], inputs["seen"]
         scores[:, PADDING] = float("-inf")
+        tried = self._tried_ranks(scores, inputs)
         loss = torch.nn.functional.cross_entropy(scores, targets, ignore_index=PADDING)
         ranks = target_ranks(scores, targets, seen, PADDING)
         best = scores.scatter_(1, seen, float("-inf")).topk(min(SHOWN_ITEMS, scores.shape[1] - 1))
         items = best.indices.masked_fill(best.values == float("-inf"), PADDING)
-        return loss, torch.cat((ranks[:, None], items), dim=1)
+        return loss, torch.cat((ranks[:, None], *tried, items), dim=1)
+
+    def _tried_ranks(self, scores: torch.Tensor, inputs: dict[str, Any]) -> list[torch.Tensor]:
+        """The targets' ranks by each of WEIGHTS, as columns, where they are to be chosen."""
+        if self.model is None:
+            return []
+        near, after = self.model.item_counts.scores(inputs["input_ids"])
+        sums = (scores + weights[0] * near + weights[1] * after for weights in WEIGHTS)
+        return [target_ranks(total, inputs["target"], inputs["seen"], PADDING)[:, None] for total in sums]
+
+    def after_evaluation(self, folder: Path) -> dict[str, Any]:
+        """Choose the weights of what is counted, and have the saved model know them."""
+        if self.model is None:
+            return {}
+        weights, scores = best_count_weights(self.tried)
+        names = ("item_neighbor_weight", "item_transition_weight")
+        chosen = dict(zip(names, weights, strict=True))
+        for name, weight in chosen.items():
+            setattr(self.model.config, name, weight)
+        write_text(folder / "config.json", self.model.config.to_json_string())
+        self.model = None
+        named = ", ".join(f"{name} {weight:g}" for name, weight in chosen.items())
+        self._note(f"of {len(WEIGHTS)} weights of what is counted validation HR@10 chose {named}")
+        return prefixed("eval", scores) | chosen
 
     def decode(self, outputs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
         tokens = np.array(sorted(self.numbers, key=self.numbers.__getitem__), dtype=object)
+        if self.model is not None:
+            self.tried, outputs = outputs[:, 1 : 1 + len(WEIGHTS)], np.delete(outputs, slice(1, 1 + len(WEIGHTS)), 1)
         return [
             {"rank": int(row[0]), "items": tokens[row[1:][row[1:] > PADDING]].tolist()} for row in outputs.astype(int)
         ]

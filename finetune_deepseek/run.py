@@ -265,7 +265,7 @@ class Run:
 
     def evaluate(self) -> None:
         results = self.trainer.evaluate(metric_key_prefix="eval") | self._count("validation", "eval")
-        self._record("eval", results | self.task.after_evaluation())
+        self._record("eval", results | self.task.after_evaluation(self.folder))
 
     def predict(self) -> None:
         """Score the test split and its baseline; write and show the predictions."""

@@ -104,8 +104,9 @@ class Task(ABC):
     def score(self, predictions: list[Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Scores (numbers) and their signatures (texts) of one prediction per row."""
 
-    def after_evaluation(self) -> dict[str, Any]:
-        """What is chosen by the validation split once it is scored (--do_eval), before the card is written."""
+    def after_evaluation(self, folder: Path) -> dict[str, Any]:
+        """What is chosen by the validation split once it is scored (--do_eval), before the card is written; what the
+        model in the folder needs of it is written there."""
         return {}
 
     def check_splits(self, splits: dict[str, Rows], tokenizer: PreTrainedTokenizerBase) -> Report:

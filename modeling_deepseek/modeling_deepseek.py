@@ -44,6 +44,7 @@ from .checkpoint_keys import LAYER, differing_copies, register_conversions, shar
 from .configuration_deepseek import HEADS_BY_OWN_AUTO_CLASS, DeepSeekConfig
 from .contrastive import matryoshka_loss, truncated
 from .indexer import DeepSeekIndexer
+from .item_counts import NO_ITEM, DeepSeekItemCounts
 from .item_losses import FULL_SOFTMAX_ITEMS, draw_negatives, item_loss
 from .item_ranking import allowed_items, item_scores, pad_histories, top_k
 from .item_texts import ITEM_PADDING, NO_TOKEN, DeepSeekItemTexts, PickedItems
@@ -155,6 +156,11 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
             init.constant_(module.tokens, NO_TOKEN)
             if hasattr(module, "identities"):
                 init.zeros_(module.identities.weight)
+        elif isinstance(module, DeepSeekItemCounts):
+            for table, value in ((module.neighbors, NO_ITEM), (module.followers, NO_ITEM)):
+                init.constant_(table, value)
+            for table in (module.similarities, module.transitions):
+                init.zeros_(table)
 
     # transformers finds out by reading this file's text whether implementations may be chosen; ours are in siblings.
     @classmethod
@@ -799,7 +805,7 @@ class DeepSeekForQuestionAnswering(DeepSeekPreTrainedModel):
                 token_type_ids = torch.zeros((1, 1), dtype=torch.long, device=inputs_embeds.device)
             inputs_embeds = inputs_embeds + self.token_type_embeddings(token_type_ids)
         elif token_type_ids is not None:
-            raise ValueError("this model knows no kinds of tokens; set config.type_vocab_size, or leave token_type_ids")
+            raise ValueError("this model knows no kinds of tokens; set config.type_vocab_size or leave token_type_ids")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -866,6 +872,8 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
 
     With `config.user_features` or `config.context_features` what is known of the user stands before the history, and
     the context of each interaction before its item (side_features.py).
+
+    With `config.num_item_neighbors` what is counted of items is added to the scores, not to the loss (item_counts.py).
     """
 
     def __init__(self, config: DeepSeekConfig):
@@ -877,6 +885,8 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
             self.item_texts = DeepSeekItemTexts(config)
         if config.user_features or config.context_features:
             self.side_features = DeepSeekSideFeatures(config)
+        if config.num_item_neighbors:
+            self.item_counts = DeepSeekItemCounts(*item_numbers(config), config)
         if not config.tie_item_embeddings:
             self.item_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
@@ -912,6 +922,8 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
             raise ValueError("the items of this model are ids without text; make it with config.num_items")
         numbers = self.item_texts.append(texts)
         self.config.num_items += len(numbers)
+        if hasattr(self, "item_counts"):
+            self.item_counts.append(len(numbers))
         return numbers
 
     def get_output_embeddings(self) -> nn.Module | None:
@@ -946,6 +958,7 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
         user_features: [B, F] numbers of values, 0 where there is none or it is unknown; absent, all are 0.
         context_features: [B, S, C], the same for the interaction that follows each item, the last being the one asked
             for. What is recorded of the layers counts these tokens too, and a cache can't be gone on with.
+        inputs_embeds: in place of the input_ids; then nothing that is counted of the items is added to the scores.
 
         Returns:
             `logits` [B, V] or [B, C]: the scores of all items after the last one of each row, the lowest number for
@@ -954,9 +967,13 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
 
         Raises:
             ValueError: for a batch in which nothing tells where a sequence ends; for features of a model without such,
-                or of another shape; with features for a cache that isn't empty, or position_ids.
+                or of another shape; with features for a cache that isn't empty, or position_ids; with counted items
+                for a cache that isn't empty.
         """
         side = feature_reader(self, user_features, context_features)
+        history = input_ids
+        if hasattr(self, "item_counts") and past_key_values is not None and past_key_values.get_seq_length():
+            raise ValueError("a model with counted items can't go on from a cache; give whole histories")
         _, padding = item_numbers(self.config)
         if attention_mask is None and input_ids is not None:
             attention_mask = torch.ne(input_ids, padding).long()
@@ -997,10 +1014,14 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
             picked = picked or PickedItems(self.item_embeddings(), None)
             if candidates is not None:
                 logits = torch.einsum("bd,bcd->bc", last, picked.read(candidates))
+                if hasattr(self, "item_counts") and history is not None:
+                    logits = logits + self.item_counts(history).gather(1, candidates)
                 logits = logits.masked_fill(candidates == padding, torch.finfo(logits.dtype).min)
             else:
                 logits = item_scores(last, picked.vectors)
                 lowest = torch.finfo(logits.dtype).min
+                if hasattr(self, "item_counts") and history is not None:
+                    logits += self.item_counts(history)
                 logits.index_fill_(1, torch.tensor([padding], device=last.device), lowest)  # in place: it is large
         if labels is not None and candidates is not None:
             loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
@@ -1059,7 +1080,8 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
         return total / (known.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
     def last_states(self, input_ids: torch.Tensor, **kwargs) -> torch.Tensor:
-        """Histories [B, S], padded on the right -> [B, D], whose products with the item_embeddings are the scores."""
+        """Histories [B, S], padded on the right -> [B, D], whose products with the item_embeddings are the scores,
+        without what is counted."""
         first = input_ids[:, :1]  # one candidate in place of the whole catalogue
         outputs = self(input_ids=input_ids, candidates=first, output_hidden_states=True, use_cache=False, **kwargs)
         mask = torch.ne(input_ids, item_numbers(self.config)[1]).long()
@@ -1099,8 +1121,10 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
 
         Raises:
             ValueError: for an empty history, a number that is no item or no value of its column, features of a model
-                without such, or if nothing is left to choose from.
+                without such, another search for a model with counted items, or if nothing is left to choose from.
         """
+        if search is not None and hasattr(self, "item_counts"):
+            raise ValueError("a model with counted items is searched exactly; leave out the search")
         side = feature_reader(self, user_features, context_features)
         num_items, padding = item_numbers(self.config)
         rows: Any

@@ -72,7 +72,7 @@ def test_fusion_weights_are_chosen_on_validation_and_kept(learned, tmp_path):
     assert Retriever.load(str(tmp_path / "out")).weights == (1, 0, 0)
 
 
-def test_queries_of_several_passages_choose_no_weights(monkeypatch):
+def test_queries_of_several_passages_choose_no_weights(monkeypatch, tmp_path):
     task = Embedding(EmbeddingArguments(validation_file="unread"), seed=0)
     task.queries, task.targets = ["who?", "what is red", "who?", "who?"], [0, 0, 1, 1]
     task.similarities = dict.fromkeys(range(4), (np.arange(2), np.ones(2)))
@@ -80,9 +80,9 @@ def test_queries_of_several_passages_choose_no_weights(monkeypatch):
     monkeypatch.setattr(
         task, "_rankings", lambda numbers: seen.append(numbers) or (dict.fromkeys(FUSED, ONE), np.array([0]))
     )
-    assert task.after_evaluation()["fusion_queries"] == 1 and seen == [[1]]
+    assert task.after_evaluation(tmp_path)["fusion_queries"] == 1 and seen == [[1]]
     task.weights, task.queries[1] = (), "who?"
-    assert task.after_evaluation()["fusion_queries"] == 4
+    assert task.after_evaluation(tmp_path)["fusion_queries"] == 4
 
 
 def test_the_saved_model_keeps_its_prefixes_and_gives_the_same_ranking(learned):

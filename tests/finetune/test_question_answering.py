@@ -303,10 +303,10 @@ def test_tokens_of_the_passage_are_marked_where_the_question_has_them(tokenizer,
         assert len(window.token_type_ids) == len(window.input_ids)
         end = window.begin + window.length
         around |= {*window.token_type_ids[: window.begin], *window.token_type_ids[end:]}
-        for place in range(window.begin, end):
-            assert window.token_type_ids[place] in (1, 2)
-            if window.token_type_ids[place] == 2:
-                marked.add(passage.offsets[window.first + place - window.begin])
+        for number in range(window.begin, end):
+            assert window.token_type_ids[number] in (1, 2)
+            if window.token_type_ids[number] == 2:
+                marked.add(passage.offsets[window.first + number - window.begin])
     asked = set(layout.encoder.ids("Where is Rome 龙?"))
     names = {token: tokenizer.decode([token]) for token in {*asked, *passage.ids}}
     words = {name.strip().lower() for token, name in names.items() if token in asked and "\ufffd" not in name}
