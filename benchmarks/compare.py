@@ -6,8 +6,8 @@ For each system the flag under `choose` is tried with each of its values, and th
 there is kept; then every seed is run with every system in turn (A B A B). What is found in --output, or in
 docs/results/NAME.json from earlier calls, isn't repeated; table and JSON are written at the end. A value `{data}` in a
 flag stands for --data, `{runs}` for this table's folder in --output, `{here}` for the folder of the YAML file.
-`include` names a table whose keys this one adds to or replaces, and `curve` has scores of the evaluations during
-training, which are printed below the table.
+`include` names a table whose keys this one adds to or replaces, `curve` has scores of the evaluations during training,
+which are printed below the table, and with `processes` in place of a flag so many of them train in parallel.
 """
 
 import argparse
@@ -51,14 +51,19 @@ def run(task: str, settings: dict[str, Any], folder: Path, places: dict[str, str
     """The results of one run; those on disk if it was done before."""
     results = folder / "all_results.json"
     if not results.is_file():
+        settings = {"processes": 1, **settings}
+        processes = settings.pop("processes")
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         words = flags({**settings, "output_dir": str(folder), "overwrite_output_dir": True}, places)
         folder.mkdir(parents=True, exist_ok=True)
         print(time.strftime("%H:%M"), shlex.join(words), flush=True)
         with open(f"{folder}.log", "w") as log:
             threads = str(settings.get("cpu_threads", ""))
             environment = os.environ | ({"OMP_NUM_THREADS": threads} if threads else {})
-            command = [sys.executable, "-m", "finetune_deepseek", "finetune", task, *words]
-            subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            command = [*(launcher if processes > 1 else []), "-m", "finetune_deepseek", "finetune", task, *words]
+            subprocess.run(
+                [sys.executable, *command], check=True, stdout=log, stderr=subprocess.STDOUT, env=environment
+            )
     return json.loads(results.read_text())
 
 

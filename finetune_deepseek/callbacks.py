@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -23,7 +24,10 @@ class PlotCallback(TrainerCallback):
 
 
 class TimeLimitCallback(TrainerCallback, ExportableState):
-    """Ends training after so many minutes of it, evaluations and saving included; a resumed run goes on counting."""
+    """Ends training after so many minutes of it, evaluations and saving included; a resumed run goes on counting.
+
+    Of several processes the first one's clock counts: they must agree on the last step, and on the learning rate.
+    """
 
     def __init__(self, minutes: float, elapsed: float = 0.0) -> None:
         self.minutes, self.elapsed = minutes, elapsed
@@ -39,14 +43,18 @@ class TimeLimitCallback(TrainerCallback, ExportableState):
 
     @property
     def share(self) -> float:
-        """How much of the time has passed, from 0 to 1."""
-        self._count()
+        """How much of the time had passed at the end of the latest step, from 0 to 1."""
         return min(1.0, self.elapsed / 60 / self.minutes)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.last = time.monotonic()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._count()
+        if args.world_size > 1:
+            elapsed = torch.tensor(self.elapsed, device=args.device)
+            torch.distributed.broadcast(elapsed, src=0)
+            self.elapsed = elapsed.item()
         if self.share >= 1:
             control.should_training_stop = True
 
