@@ -19,9 +19,9 @@ from reading_data import read
 from finetune_deepseek.lexical_retrieval import (
     BM25,
     WORDS_ALONE,
-    CharacterTfidf,
     best_weights,
     fused_scores,
+    part_terms,
     ranks_of,
     retrieval_scores,
     tfidf_scores,
@@ -49,9 +49,7 @@ def scores(retriever: Retriever, texts: dict[str, str], queries: list[dict[str, 
     index = PassageIndex([Passage(text, name) for name, text in texts.items()], embeddings, retriever, {})
     found = {"tfidf": tfidf_scores(questions, list(texts.values()))}
     found |= {mode: np.stack([index.scores(q, mode) for q in questions]) for mode in ("bm25", "dense", "fused")}
-    found["words"] = fused_scores(
-        [found["bm25"], np.stack([index.characters.scores(q) for q in questions])], WORDS_ALONE
-    )
+    found["words"] = fused_scores([found["bm25"], np.stack([index.parts.scores(q) for q in questions])], WORDS_ALONE)
     results: dict[str, float] = {}
     for name, ranking in found.items():
         results |= prefixed(name, retrieval_scores(ranks_of(ranking, targets)))
@@ -59,13 +57,13 @@ def scores(retriever: Retriever, texts: dict[str, str], queries: list[dict[str, 
 
 
 def best_words(validation: Path) -> tuple[float, ...]:
-    """The best weights of BM25 and character n-grams on validation questions that stand with one passage only."""
+    """The best weights of BM25 of words and of parts on validation questions that stand with one passage only."""
     rows = [json.loads(line) for line in validation.read_text(encoding="utf-8").splitlines()]
     texts = list(dict.fromkeys(row["passage"] for row in rows))
     asked = Counter(query for query, _ in {(row["query"], row["passage"]) for row in rows})
     rows = [row for row in rows if asked[row["query"]] == 1]
     targets = np.array([texts.index(row["passage"]) for row in rows])
-    rankings = [ranking(texts) for ranking in (BM25, CharacterTfidf)]
+    rankings = [BM25(texts), BM25(texts, part_terms)]
     return best_weights([np.stack([r.scores(row["query"]) for row in rows]) for r in rankings], targets)
 
 
@@ -102,12 +100,12 @@ def main() -> None:
 
 def notes(training: dict[str, Any], weights: tuple[float, ...], words: tuple[float, ...]) -> str:
     """What the retriever is and how its weights were chosen, as Markdown lines."""
-    bm25, characters, dense = weights
+    bm25, parts, dense = weights
     return (
         f"\nThe retriever has {training['parameters_total']:,} parameters. The weights are BM25 {bm25:g}, "
-        f"character n-grams {characters:g}, vectors {dense:g},\nby {training['fusion_queries']:,} questions (R@1 "
+        f"parts of words {parts:g}, vectors {dense:g},\nby {training['fusion_queries']:,} questions (R@1 "
         f"{training['eval_fused_r@1']:.3f}, MRR {training['eval_fused_mrr']:.3f}). Without vectors the best are BM25 "
-        f"{words[0]:g},\ncharacter n-grams {words[1]:g}; by default {WORDS_ALONE[0]:g} and {WORDS_ALONE[1]:g}.\n"
+        f"{words[0]:g},\nparts of words {words[1]:g}; by default {WORDS_ALONE[0]:g} and {WORDS_ALONE[1]:g}.\n"
     )
 
 

@@ -23,10 +23,10 @@ from .lexical_retrieval import (
     BM25,
     DEFAULT_WEIGHTS,
     FUSED,
-    CharacterTfidf,
     best_weights,
     fused_scores,
     has_bm25,
+    part_terms,
     ranks_of,
     retrieval_scores,
     tfidf_scores,
@@ -70,8 +70,8 @@ class EmbeddingArguments(DataArguments):
     fusion_weights: list[float] | None = field(
         default=None,
         metadata={
-            "help": "Weights of BM25, character n-grams and vectors in the fused ranking, saved in the card; chosen "
-            "on the validation split (--do_eval) if not given.",
+            "help": "Weights of BM25, BM25 of parts of words and vectors in the fused ranking, saved in the card; "
+            "chosen on the validation split (--do_eval) if not given.",
             "metavar": "WEIGHT",
         },
     )
@@ -275,7 +275,7 @@ class Embedding(Task):
         telling = [number for number in numbers if asked[self.queries[number]] == 1] or numbers
         print(f"choosing the weights of the fused ranking by {len(telling):,} of {len(numbers):,} queries")
         rankings, targets = self._rankings(telling)
-        self.weights = best_weights([rankings[name] for name in FUSED], targets)
+        self.weights = best_weights([rankings[name] for name in FUSED], targets, is_sparing=True)
         named_weights = dict(zip(FUSED, self.weights, strict=True))
         print("fused by the weights", ", ".join(f"{name} {weight:g}" for name, weight in named_weights.items()))
         scores = retrieval_scores(ranks_of(fused_scores([rankings[name] for name in FUSED], self.weights), targets))
@@ -289,7 +289,7 @@ class Embedding(Task):
         targets = np.searchsorted(found, [self.targets[number] for number in numbers])
         rankings = {"dense": np.stack([self.similarities[number][1] for number in numbers])}
         if has_bm25():
-            for name, ranking in (("bm25", BM25(passages)), ("characters", CharacterTfidf(passages))):
+            for name, ranking in (("bm25", BM25(passages)), ("parts", BM25(passages, part_terms))):
                 rankings[name] = np.stack([ranking.scores(query) for query in queries])
         return rankings, targets
 

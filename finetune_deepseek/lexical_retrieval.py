@@ -6,7 +6,7 @@ Words are runs of letters and digits in lower case; Chinese and Japanese, which 
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 
 import numpy as np
@@ -15,11 +15,13 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 CHARACTERS = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 TERM = re.compile(rf"[{CHARACTERS}]|[^\W{CHARACTERS}]+")
 CHARACTER = re.compile(rf"[{CHARACTERS}]")
-# What is fused, in the order of its weights: BM25, character n-grams (`CharacterTfidf`), the vectors of a model.
-FUSED = ("bm25", "characters", "dense")
+RUN = re.compile(rf"[{CHARACTERS}]+|[^\W{CHARACTERS}]+")
+PARTS, CHARACTER_PARTS = (3, 4, 5), (1, 2, 3)  # lengths of the parts of words, and of runs of characters
+# What is fused, in the order of its weights: BM25 of words, BM25 of parts of words, the vectors of a model.
+FUSED = ("bm25", "parts", "dense")
 # Weights where no retriever has its own, chosen on the validation questions of benchmarks/xquad_r.yaml.
-DEFAULT_WEIGHTS = (0.6, 0.2, 0.2)
-WORDS_ALONE = (0.6, 0.4)  # without vectors, chosen on the same questions
+DEFAULT_WEIGHTS = (0.5, 0.4, 0.1)
+WORDS_ALONE = (0.5, 0.5)  # without vectors, chosen on the same questions
 WEIGHT_STEPS = 10
 
 
@@ -41,6 +43,16 @@ def bm25_terms(text: str) -> list[str]:
     return found + [a + b for a, b in pairs if CHARACTER.fullmatch(a) and CHARACTER.fullmatch(b)]
 
 
+def part_terms(text: str) -> list[str]:
+    """Parts of words, of which the first and last bear a space, and runs of up to three characters that aren't spelt:
+    "foxes" shares most of its parts with "fox", and a misspelt name with its name."""
+    found = []
+    for run in RUN.findall(text.lower()):
+        word, lengths = (run, CHARACTER_PARTS) if CHARACTER.match(run) else (f" {run} ", PARTS)
+        found += [word[start : start + n] for n in lengths for start in range(len(word) - n + 1)]
+    return found
+
+
 def tfidf_scores(queries: Sequence[str], passages: Sequence[str]) -> np.ndarray:
     """Cosines [Q, P] of TF-IDF vectors, with logarithmic term counts."""
     vectorizer = TfidfVectorizer(analyzer=tfidf_terms, sublinear_tf=True)
@@ -58,18 +70,24 @@ def has_bm25() -> bool:
 
 
 class BM25:
-    """Okapi BM25 as Lucene counts it (k1 = 1.5, b = 0.75), by bm25s."""
+    """Okapi BM25 as Lucene counts it (k1 = 1.5, b = 0.75), by bm25s.
 
-    def __init__(self, passages: Sequence[str]) -> None:
-        """Raises:
+    Args:
+        passages: texts.
+        analyze: the terms of a text, such as `bm25_terms` or `part_terms`.
+
+    Raises:
         ValueError: if bm25s isn't installed.
-        """
+    """
+
+    def __init__(self, passages: Sequence[str], analyze: Callable[[str], list[str]] = bm25_terms) -> None:
         if not has_bm25():
             raise ValueError('BM25 needs the package bm25s: pip install "deepseek-hf[retrieval]".')
         import bm25s
 
         self.num_passages = len(passages)
-        tokens = [bm25_terms(passage) for passage in passages]
+        self.analyze = analyze
+        tokens = [analyze(passage) for passage in passages]
         self.counts = Counter(term for words in tokens for term in set(words))  # passages that have a term
         self.index = bm25s.BM25(method="lucene") if any(tokens) else None  # bm25s refuses an empty vocabulary
         if self.index is not None:
@@ -77,7 +95,7 @@ class BM25:
 
     def scores(self, query: str) -> np.ndarray:
         """[P], 0 for passages that share no word."""
-        known = bm25_terms(query)
+        known = self.analyze(query)
         if self.index is None or not known:
             return np.zeros(self.num_passages, dtype=np.float32)
         return np.asarray(self.index.get_scores(known))
@@ -87,24 +105,12 @@ class BM25:
 
         A term that no passage has weighs most, so that a question about something else finds little.
         """
-        asked, known = set(bm25_terms(query)), set(bm25_terms(passage))
+        asked, known = set(self.analyze(query)), set(self.analyze(passage))
         weights = {
             term: math.log1p((self.num_passages - self.counts[term] + 0.5) / (self.counts[term] + 0.5))
             for term in asked
         }
         return sum(weights[term] for term in asked & known) / sum(weights.values()) if asked else 0.0
-
-
-class CharacterTfidf:
-    """TF-IDF of 2 to 4 neighbouring characters within words: "fusion" finds "fused", and a misspelt name its name."""
-
-    def __init__(self, passages: Sequence[str]) -> None:
-        self.vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4), sublinear_tf=True)
-        self.vectors = self.vectorizer.fit_transform(passages)
-
-    def scores(self, query: str) -> np.ndarray:
-        """Cosines [P], 0 for passages that share nothing."""
-        return (self.vectors @ self.vectorizer.transform([query]).T).toarray()[:, 0]
 
 
 def fused_scores(rankings: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
@@ -124,23 +130,32 @@ def scaled(scores: np.ndarray) -> np.ndarray:
     return positive / np.maximum(positive.max(axis=-1, keepdims=True), np.finfo(np.float32).tiny)
 
 
-def best_weights(rankings: Sequence[np.ndarray], targets: np.ndarray) -> tuple[float, ...]:
+def best_weights(rankings: Sequence[np.ndarray], targets: np.ndarray, is_sparing: bool = False) -> tuple[float, ...]:
     """The weights, in tenths, with the highest MRR of the fused ranking; of several the first in order.
 
     Args:
         rankings: scores [Q, P] each.
         targets: [Q], the number of each query's passage.
+        is_sparing: of the weights that are behind by chance alone, at most one standard error of the difference by
+            query, take those with the least of the last ranking (Breiman et al.'s rule of 1984): vectors were trained
+            on passages like these, and are worth less elsewhere.
     """
     parts = [scaled(ranking) for ranking in rankings]
     grid = [
         tenths for tenths in product(range(WEIGHT_STEPS, -1, -1), repeat=len(parts)) if sum(tenths) == WEIGHT_STEPS
     ]
 
-    def mrr(tenths: tuple[int, ...]) -> float:
+    def reciprocal_ranks(tenths: tuple[int, ...]) -> np.ndarray:
         fused = np.sum([weight * part for weight, part in zip(tenths, parts, strict=True)], axis=0)
-        return retrieval_scores(ranks_of(fused, targets))["mrr"]
+        return 1 / ranks_of(fused, targets)
 
-    return tuple(tenth / WEIGHT_STEPS for tenth in max(grid, key=mrr))
+    found = {tenths: reciprocal_ranks(tenths) for tenths in grid}
+    best = max(grid, key=lambda tenths: found[tenths].mean())
+    if is_sparing:
+        behind = {tenths: found[best] - ranks for tenths, ranks in found.items()}
+        level = [t for t in grid if behind[t].mean() <= behind[t].std() / math.sqrt(len(targets))]
+        best = max(level, key=lambda tenths: (-tenths[-1], found[tenths].mean()))
+    return tuple(tenth / WEIGHT_STEPS for tenth in best)
 
 
 def ranks_of(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:

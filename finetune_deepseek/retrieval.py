@@ -31,7 +31,7 @@ from . import model_card
 from .data import READERS, read_file
 from .encoding import encode
 from .files import replaced_folder, write_json, write_text
-from .lexical_retrieval import BM25, DEFAULT_WEIGHTS, WORDS_ALONE, CharacterTfidf, fused_scores
+from .lexical_retrieval import BM25, DEFAULT_WEIGHTS, WORDS_ALONE, fused_scores, part_terms
 from .loading import is_deepseek, named_source
 
 INDEX_FILE, PASSAGES_FILE, EMBEDDINGS_FILE = "index.json", "passages.jsonl", "embeddings.safetensors"
@@ -69,7 +69,7 @@ class FoundPassage(Passage):
 
 @dataclass(frozen=True)
 class Retriever:
-    """An embedding model, its tokenizer, and the weights of BM25, character n-grams and its vectors when all are used.
+    """An embedding model, its tokenizer, and the weights of BM25, BM25 of parts and its vectors when all are used.
 
     A model that was trained here may have weights of its own in its card.
     """
@@ -234,8 +234,8 @@ class PassageIndex:
         self.faiss = flat_index(embeddings) if use_faiss and embeddings is not None else None
 
     @cached_property
-    def characters(self) -> CharacterTfidf:
-        return CharacterTfidf([passage.text for passage in self.passages])
+    def parts(self) -> BM25:
+        return BM25([passage.text for passage in self.passages], part_terms)
 
     @classmethod
     def open(
@@ -337,8 +337,8 @@ class PassageIndex:
         """The k best passages, best first; only such that share a word with the question, if words alone decide.
 
         Args:
-            mode: "bm25", "dense" (by vectors), or "fused" (the weighted mean of BM25, character n-grams and, with a
-                retriever, vectors); None is fused with a retriever, else bm25.
+            mode: "bm25", "dense" (by vectors), or "fused" (the weighted mean of BM25, BM25 of parts of words and, with
+                a retriever, vectors); None is fused with a retriever, else bm25.
 
         Raises:
             ValueError: if k is less than 1, or the mode needs a retriever.
@@ -380,7 +380,7 @@ class PassageIndex:
             vectors = self._similarities(question, k if mode == "dense" else len(self.passages))
         if mode == "dense" and vectors is not None:
             return vectors, vectors
-        words = [self.bm25.scores(question), self.characters.scores(question)]
+        words = [self.bm25.scores(question), self.parts.scores(question)]
         if vectors is None or self.retriever is None:
             return fused_scores(words, WORDS_ALONE), None
         return fused_scores([*words, vectors], self.retriever.weights), vectors

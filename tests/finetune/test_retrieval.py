@@ -81,7 +81,7 @@ def test_vectors_find_what_they_are_nearest_to(knowledge, tmp_path, retriever):
     by_vectors = index.search("fox", k=3, mode="dense")
     assert [passage.text for passage in by_vectors] == [texts[place] for place in similar.argsort(descending=True)]
     assert by_vectors[0].score == pytest.approx(similar.max().item(), rel=1e-4)
-    words = [index.bm25.scores("fox"), index.characters.scores("fox")]
+    words = [index.bm25.scores("fox"), index.parts.scores("fox")]
     expected = fused_scores([*words, similar.numpy()], retriever.weights)
     fused = index.search("fox", k=3)
     assert {p.text: p.score for p in fused} == pytest.approx(dict(zip(texts, expected, strict=True)), rel=1e-4)
