@@ -2,12 +2,14 @@
 
     python benchmarks/reading_data.py --data ../shared/data --output runs/results/reading
 
-A tenth of the training passages, drawn by hash of their text, is validation with all its questions. Training questions
-about a passage of the test file are left out (PolicyQA's dev shares two passages with its test).
+A tenth of the training passages, drawn by hash of their text, is validation with all its questions (not for the
+retriever). Training questions about a passage of the test file are left out (PolicyQA's dev shares two passages with its
+test).
 
 - cmrc: CMRC 2018's trial questions and DRCD's dev (Traditional; the tables convert it) to CMRC's dev
 - policyqa: PolicyQA's dev to its test
-- retriever: questions and passages of all of these, in Simplified Chinese and English, without a test file
+- retriever: questions and passages of PolicyQA's dev and test and of DRCD's dev, in Simplified Chinese; validation is
+  CMRC 2018's trial and dev, a source that training doesn't have, for a retriever is used on others too
 """
 
 import argparse
@@ -59,9 +61,10 @@ def main() -> None:
     write_split(output / "cmrc", trial + drcd, cmrc, "context")
     write_split(output / "policyqa", policies, policies_test, "context")
     simplify = simplifier()
-    pairs = [(row["question"], row["context"]) for row in trial + cmrc + policies + policies_test]
-    pairs += [(simplify(row["question"]), simplify(row["context"])) for row in drcd]
-    write_split(output / "retriever", [{"query": q, "passage": p} for q, p in pairs], [], "passage")
+    retriever = {"train": policies + policies_test + drcd, "validation": trial + cmrc}
+    for split, rows in retriever.items():
+        pairs = ({"query": simplify(row["question"]), "passage": simplify(row["context"])} for row in rows)
+        write(output / "retriever" / f"{split}.jsonl", pairs)
 
 
 if __name__ == "__main__":
