@@ -3,8 +3,8 @@
     python benchmarks/reading_data.py --data ../shared/data --output runs/results/reading
 
 A tenth of the training passages, drawn by hash of their text, is validation with all its questions (not for the
-retriever). Training questions about a passage of the test file are left out (PolicyQA's dev shares two passages with its
-test).
+retriever). Training questions about a passage of the test file are left out (PolicyQA's dev shares two passages with
+its test).
 
 - cmrc: CMRC 2018's trial questions and DRCD's dev (Traditional; the tables convert it) to CMRC's dev
 - policyqa: PolicyQA's dev to its test
