@@ -506,7 +506,8 @@ def test_another_models_reader_is_trained_the_same_way(tmp_path):
     with pytest.raises(ValueError, match="--mark_matches: .* leave out --native"):
         learn(tmp_path, **opened, native=True, mark_matches=True, output_dir=tmp_path / "native")
     with pytest.raises(ValueError, match="--mark_matches: a model of model_type 'llama' reads no marks; leave it out"):
-        learn(tmp_path, preset=None, config_overrides=None, config_name=peer, mark_matches=True)
+        learn(tmp_path, preset=None, config_overrides=None, config_name=peer, mark_matches=True,
+              output_dir=tmp_path / "marked")  # fmt: skip
 
 
 @pytest.mark.parametrize("placement", ["first", "both"])
