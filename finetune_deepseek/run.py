@@ -250,14 +250,16 @@ class Run:
 
     def train(self) -> None:
         if self.args.overwrite_output_dir and self.checkpoint is None:
-            for old in self.folder.glob("checkpoint-*"):
-                shutil.rmtree(old)
+            with self.args.main_process_first(local=False, desc="removal of old checkpoints"):
+                for old in self.folder.glob("checkpoint-*"):
+                    shutil.rmtree(old)
         metrics = self.trainer.train(resume_from_checkpoint=self.checkpoint).metrics
         train = self.features["train"]
         if isinstance(train, Dataset) and self.checkpoint is None:
             tokens = metrics["epoch"] * sum(train["length"])  # without padding
             metrics["train_tokens_per_second"] = round(tokens / metrics["train_runtime"], 1)
         if self.args.average_checkpoints:
+            self.trainer.accelerator.wait_for_everyone()  # the first process may still be saving the last one
             average_checkpoints(self.model, self.folder, self.args.average_checkpoints)
         self.trainer.save_model()
         self.trainer.save_state()

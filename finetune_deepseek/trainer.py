@@ -202,6 +202,8 @@ class FinetuneTrainer(Seq2SeqTrainer):
         return torch.utils.data.SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:  # Trainer calls it in every process, and one writes
+            return super()._save(output_dir, state_dict)
         # Trainer switches config.use_cache off for its own forwards; a saved model should generate fast.
         config: Any = self.model.config
         use_cache, config.use_cache = config.use_cache, True

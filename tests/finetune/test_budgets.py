@@ -93,10 +93,14 @@ def test_training_ends_with_the_time(finetune, data, tmp_path, monkeypatch):
 
 
 def test_two_processes_end_with_the_first_ones_time(data, tmp_path):
-    """They take the same number of steps, whatever their own clocks say; else the slower one would wait forever."""
+    """They take the same number of steps, whatever their own clocks say; else the slower one would wait forever.
+
+    One of them saves, at every step here, so that a second writer of the same folder would be met.
+    """
     settings = TINY | data | {
         "output_dir": tmp_path / "out", "do_train": True, "train_minutes": 0.03, "tokens_per_batch": 16,
-        "lr_scheduler_type": "linear", "ddp_backend": "gloo",
+        "lr_scheduler_type": "linear", "ddp_backend": "gloo", "save_strategy": "steps", "save_steps": 1,
+        "average_checkpoints": 2, "overwrite_output_dir": True,
     }  # fmt: skip
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, "-m", "finetune_deepseek", "finetune", "translation", *flags(settings)]
@@ -106,6 +110,7 @@ def test_two_processes_end_with_the_first_ones_time(data, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     state = json.loads((tmp_path / "out/trainer_state.json").read_text())
     assert state["global_step"] > 1 and (tmp_path / "out/model.safetensors").is_file()
+    assert done.stdout.count("averaged the weights of checkpoint-") == 1
 
 
 def test_a_resumed_clock_goes_on():
