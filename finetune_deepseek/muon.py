@@ -6,7 +6,8 @@ serve both (arXiv 2502.16982, section 2.2).
 """
 
 from collections.abc import Iterable
-from typing import Any
+from functools import cache
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,9 +15,18 @@ from torch import nn
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic whose iterates take singular values of 0..1 to about 1
 
 
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has instructions for products of bfloat16; otherwise torch goes by way of float32."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def orthogonalized(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """[..., m, n] -> the same singular vectors with all singular values near 1 (0.7 to 1.2), in bfloat16."""
-    x = matrices.bfloat16()
+    """[..., m, n] -> the same singular vectors with all singular values near 1 (0.7 to 1.2), in bfloat16.
+
+    In float32 where the processor has no instructions for bfloat16, which is then several times slower.
+    """
+    x = matrices.float() if matrices.device.type == "cpu" and not multiplies_bfloat16() else matrices.bfloat16()
     is_tall = x.shape[-2] > x.shape[-1]
     if is_tall:
         x = x.mT
@@ -36,6 +46,7 @@ class Muon(torch.optim.Optimizer):
         lr, weight_decay: for all groups that don't name their own.
         betas, eps: AdamW's.
         momentum: Muon's, in Nesterov's form.
+        processes: how many have the same weights and gradients (DDP): each orthogonalizes its part of the matrices.
     """
 
     def __init__(
@@ -46,10 +57,12 @@ class Muon(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         momentum: float = 0.95,
+        processes: int = 1,
     ) -> None:
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "muon": False})
         rest = [group for group in self.param_groups if not group["muon"]]
         self.adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay) if rest else None
+        self.processes = processes
         self._share_state()
 
     def _share_state(self) -> None:
@@ -67,23 +80,41 @@ class Muon(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            if group["muon"]:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        self._step_matrix(parameter, parameter.grad, group)
+        moved = [
+            (parameter, group)
+            for group in self.param_groups
+            if group["muon"]
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        directions = (self._momentum(parameter, group["momentum"]) for parameter, group in moved)
+        for (parameter, group), direction in zip(moved, self._orthogonalized(directions), strict=True):
+            parameter.mul_(1 - group["lr"] * group["weight_decay"])
+            parameter.add_(direction.to(parameter.dtype), alpha=-group["lr"] * 0.2 * max(parameter.shape[-2:]) ** 0.5)
         if self.adamw:
             self.adamw.step()
         return loss
 
-    def _step_matrix(self, parameter: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> None:
-        state = self.state[parameter]
+    def _momentum(self, parameter: torch.Tensor, momentum: float) -> torch.Tensor:
+        state, gradient = self.state[parameter], cast(torch.Tensor, parameter.grad)
         if not state:
             state["momentum"] = torch.zeros_like(gradient)
-        state["momentum"].lerp_(gradient, 1 - group["momentum"])
-        direction = orthogonalized(gradient.lerp(state["momentum"], group["momentum"]))
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(direction.to(parameter.dtype), alpha=-group["lr"] * 0.2 * max(parameter.shape[-2:]) ** 0.5)
+        state["momentum"].lerp_(gradient, 1 - momentum)
+        return gradient.lerp(state["momentum"], momentum)
+
+    def _orthogonalized(self, directions: Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:
+        if self.processes == 1:
+            return map(orthogonalized, directions)
+        directions, own = list(directions), torch.distributed.get_rank()
+        parts = [
+            orthogonalized(direction) if number % self.processes == own else torch.zeros_like(direction)
+            for number, direction in enumerate(directions)
+        ]
+        # Adding zeros is exact, so that all go on with the same weights.
+        everything = torch.cat([part.flatten().to(directions[0].dtype) for part in parts])
+        torch.distributed.all_reduce(everything)
+        pieces = everything.split([direction.numel() for direction in directions])
+        return [piece.view_as(direction) for piece, direction in zip(pieces, directions, strict=True)]
 
 
 def muon_groups(model: nn.Module, decayed: Iterable[str], weight_decay: float) -> list[dict[str, Any]]:

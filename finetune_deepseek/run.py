@@ -36,6 +36,7 @@ from .files import write_json, write_text
 from .freezing import freeze_weights, trained_weights
 from .loading import load_model, load_tokenizer, parse_overrides, saved_config
 from .lora import apply_lora, census, census_table
+from .muon import multiplies_bfloat16
 from .optimization import recipe
 from .task import Rows, Task
 from .trainer import FinetuneTrainer, numbers, prefixed
@@ -207,6 +208,8 @@ class Run:
             print(f"trained weights: {trained_weights(self.model, self.args)}")
             for name, text in recipe(self.args, self.model.config).items():
                 print(f"{name}: {text}")
+            if self.args.bf16 and self.args.use_cpu and not multiplies_bfloat16():
+                print("bf16: this processor has no instructions for it, so that --bf16 false is several times faster")
         print()
 
     def _generation_config(self) -> GenerationConfig | None:

@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 from transformers import GenerationConfig, Seq2SeqTrainer, Trainer
 from transformers.trainer_utils import SchedulerType
+from transformers.training_args import ParallelMode
 
 from modeling_deepseek import DeepSeekForCausalLM
 
@@ -137,6 +138,11 @@ class FinetuneTrainer(Seq2SeqTrainer):
         names = set(self.get_decay_parameter_names(self.model))
         return [p for name, p in self.model.named_parameters() if name in names and p.requires_grad]
 
+    def _has_replicas(self) -> bool:
+        """Whether the processes train copies of the whole model (DDP), rather than parts of one."""
+        is_divided = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.accelerator.parallelism_config
+        return self.args.parallel_mode is ParallelMode.DISTRIBUTED and not is_divided
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
         if is_new and self.args.optim == MUON:
@@ -146,6 +152,7 @@ class FinetuneTrainer(Seq2SeqTrainer):
                 lr=args.learning_rate,
                 betas=(args.adam_beta1, args.adam_beta2),
                 eps=args.adam_epsilon,
+                processes=args.world_size if self._has_replicas() else 1,
             )
         optimizer = super().create_optimizer(model)
         if is_new and self.args.l1:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from configuration_deepseek import preset
 from finetune_deepseek.muon import Muon, muon_groups, orthogonalized
@@ -61,26 +61,48 @@ def test_a_step_by_hand():
     torch.testing.assert_close(vector, twin)
 
 
-def test_state_goes_on_after_loading():
-    def steps(model, optimizer, seeds):
-        for seed in seeds:
-            ids = torch.randint(0, 50, (2, 6), generator=torch.Generator().manual_seed(seed))
-            model(ids, labels=ids).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+def take_steps(model, optimizer, seeds):
+    for seed in seeds:
+        ids = torch.randint(0, 50, (2, 6), generator=torch.Generator().manual_seed(seed))
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
 
+
+def test_state_goes_on_after_loading():
     def new_optimizer(model):
         return Muon(muon_groups(model, set(), 0.0), lr=0.01)
 
     whole, half = a_model(), a_model()
-    steps(whole, new_optimizer(whole), range(4))
+    take_steps(whole, new_optimizer(whole), range(4))
     optimizer = new_optimizer(half)
-    steps(half, optimizer, range(2))
+    take_steps(half, optimizer, range(2))
     resumed = new_optimizer(half)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    steps(half, resumed, range(2, 4))
+    take_steps(half, resumed, range(2, 4))
     for one, other in zip(whole.parameters(), half.parameters(), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def steps_of_one(process, processes, folder):
+    """Two steps with the same gradients in every process; the first of them saves its weights."""
+    file = f"file://{folder / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=file, rank=process, world_size=processes)
+    model = a_model()
+    optimizer = Muon(muon_groups(model, set(), 0.0), lr=0.01, processes=processes)
+    take_steps(model, optimizer, range(2))
+    save_file({name: value.detach() for name, value in model.named_parameters()}, folder / f"{process}.safetensors")
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_share_the_work_and_step_as_one(tmp_path):
+    torch.multiprocessing.spawn(steps_of_one, (2, tmp_path), nprocs=2)
+    alone = a_model()
+    take_steps(alone, Muon(muon_groups(alone, set(), 0.0), lr=0.01), range(2))
+    first, second = (load_file(tmp_path / f"{process}.safetensors") for process in range(2))
+    for name, parameter in alone.named_parameters():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], parameter.detach())
 
 
 def test_by_flag_and_resumed(finetune, data, tmp_path):
@@ -90,3 +112,13 @@ def test_by_flag_and_resumed(finetune, data, tmp_path):
     whole, again = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "again"))
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert "muon, learning rate 0.01" in (tmp_path / "whole" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_a_slow_bfloat16_is_said(knows, finetune, data, tmp_path, monkeypatch, capsys):
+    """Where the processor lacks it, the iterations run in float32 too."""
+    monkeypatch.setattr("finetune_deepseek.muon.multiplies_bfloat16", lambda: knows)
+    monkeypatch.setattr("finetune_deepseek.run.multiplies_bfloat16", lambda: knows)
+    assert orthogonalized(torch.randn(3, 4)).dtype == (torch.bfloat16 if knows else torch.float32)
+    finetune(output_dir=tmp_path / "out", do_train=True, max_steps=1, bf16=True, use_cpu=True, **data)
+    assert ("--bf16 false is several times faster" in capsys.readouterr().out) is not knows
