@@ -51,8 +51,8 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    beside = path.with_name(f".{path.name}.saving")
+    """Write a file whole or not at all, also where several processes of a training write the same."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.saving")
     try:
         beside.write_text(text, encoding="utf-8")
         os.replace(beside, path)

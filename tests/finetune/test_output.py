@@ -2,6 +2,8 @@
 
 import os
 import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,3 +87,13 @@ def test_loss_plot_without_any_loss(tmp_path):
     plot_losses([], tmp_path / "loss_plot.png")
     plot_losses([{"step": 1, "loss": 2.0}, {"step": 1, "eval_loss": 2.5}], tmp_path / "loss_plot.png")
     assert os.listdir(tmp_path) == ["loss_plot.png"]
+
+
+def test_processes_that_write_the_same_file_do_not_meet(tmp_path):
+    """With one name beside the file for all, the later rename would find nothing to rename."""
+    path = tmp_path / "config.json"
+    code = "import sys, pathlib; from finetune_deepseek.files import write_text; path = pathlib.Path(sys.argv[1])\n"
+    code += "for _ in range(500): write_text(path, 'content')"
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT) for _ in range(2)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert path.read_text() == "content" and list(tmp_path.iterdir()) == [path]
