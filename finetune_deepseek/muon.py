@@ -5,6 +5,7 @@ iterations; scaled by 0.2 sqrt(longer side) its step is of AdamW's size, so that
 serve both (arXiv 2502.16982, section 2.2).
 """
 
+import platform
 from collections.abc import Iterable
 from functools import cache
 from typing import Any, cast
@@ -17,8 +18,10 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic whose iterates take s
 
 @cache
 def multiplies_bfloat16() -> bool:
-    """Whether this processor has instructions for products of bfloat16; otherwise torch goes by way of float32."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    """Whether torch has this processor's own instructions for products of bfloat16; else it goes by way of float32."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def orthogonalized(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:

@@ -209,7 +209,7 @@ class Run:
             for name, text in recipe(self.args, self.model.config).items():
                 print(f"{name}: {text}")
             if self.args.bf16 and self.args.use_cpu and not multiplies_bfloat16():
-                print("bf16: this processor has no instructions for it, so that --bf16 false is several times faster")
+                print("bf16: without instructions for it on this processor, --bf16 false is several times as fast")
         print()
 
     def _generation_config(self) -> GenerationConfig | None:
