@@ -175,7 +175,7 @@ def write_table(
             cells = [number(v[0]) if len(set(v)) == 1 else f"{number(mean(v))} ± {number(stdev(v))}" for v in values]
             lines.append(f"| {name} | mean ± s.d. | {' | '.join(cells)} |")
     for (name, seed), results in rows.items():
-        if "curve" in table:
+        if results.get("curve"):
             heads = ["step", "epoch", *table["curve"].values()]
             lines += [
                 "",
@@ -190,7 +190,7 @@ def write_table(
         lines += ["", f"Not run yet: {', '.join(open_runs)}."]
     script = table.get("script", "benchmarks/compare.py")
     command = f"python {script} {path} --data DATA --output runs/results"
-    lines += ["", f"Command: `{command}`", *protocol(table, chosen, next(iter(rows.values())))]
+    lines += ["", f"Command: `{command}`", *protocol(table, chosen, max(rows.values(), key=len))]
     write_section(table["name"], lines)
 
 
