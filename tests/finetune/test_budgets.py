@@ -100,7 +100,7 @@ def test_two_processes_end_with_the_first_ones_time(data, tmp_path):
     settings = TINY | data | {
         "output_dir": tmp_path / "out", "do_train": True, "train_minutes": 0.03, "tokens_per_batch": 16,
         "lr_scheduler_type": "linear", "ddp_backend": "gloo", "save_strategy": "steps", "save_steps": 1,
-        "average_checkpoints": 2, "overwrite_output_dir": True,
+        "average_checkpoints": 2, "overwrite_output_dir": True, "optim": "muon",
     }  # fmt: skip
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, "-m", "finetune_deepseek", "finetune", "translation", *flags(settings)]
