@@ -109,6 +109,8 @@ class Muon(torch.optim.Optimizer):
         if self.processes == 1:
             return map(orthogonalized, directions)
         directions, own = list(directions), torch.distributed.get_rank()
+        if not directions:
+            return []
         parts = [
             orthogonalized(direction) if number % self.processes == own else torch.zeros_like(direction)
             for number, direction in enumerate(directions)

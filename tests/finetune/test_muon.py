@@ -85,13 +85,17 @@ def test_state_goes_on_after_loading():
 
 
 def steps_of_one(process, processes, folder):
-    """Two steps with the same gradients in every process; the first of them saves its weights."""
+    """Two steps with the same gradients in every process; each saves its weights. Without matrices, too."""
     file = f"file://{folder / 'store'}"
     torch.distributed.init_process_group("gloo", init_method=file, rank=process, world_size=processes)
     model = a_model()
     optimizer = Muon(muon_groups(model, set(), 0.0), lr=0.01, processes=processes)
     take_steps(model, optimizer, range(2))
     save_file({name: value.detach() for name, value in model.named_parameters()}, folder / f"{process}.safetensors")
+    vector = torch.nn.Parameter(torch.zeros(3))
+    vector.grad = torch.ones(3)
+    Muon([{"params": [vector], "muon": False}], lr=0.01, processes=processes).step()
+    assert vector.max() < 0
     torch.distributed.destroy_process_group()
 
 
