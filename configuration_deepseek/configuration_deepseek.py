@@ -137,7 +137,7 @@ class DeepSeekConfig(PreTrainedConfig):
     """
 
     model_type = "deepseek"
-    keys_to_ignore_at_inference = ["past_key_values", "mtp_loss"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "mtp_loss"]
     attribute_map: ClassVar[dict[str, str]] = {
         "num_experts": "n_routed_experts",
         "num_local_experts": "n_routed_experts",

@@ -155,14 +155,14 @@ def candidate_scores(
         ids = suffix_ids[:, start : start + step].flatten(0, 1)
         mask = suffix_mask[:, start : start + step].flatten(0, 1)
         times = len(ids) // users
-        cache = copy.deepcopy(first.past_key_values)  # reading a candidate writes into it
+        cache = copy.deepcopy(first.cache)  # reading a candidate writes into it
         cache.batch_repeat_interleave(times)
         before = prefix_mask.repeat_interleave(times, 0)
         logits = model(
             input_ids=ids,
             attention_mask=torch.cat((before, mask), dim=1),
             position_ids=(before.sum(1, keepdim=True) + mask.cumsum(1) - 1).clamp(min=0),
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
             logits_to_keep=1 if answers else 0,
         ).logits

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 
 from .attention_core import attend
 from .attention_mla import DeepSeekMultiHeadLatentAttention
+from .cache import takes_cache
 from .indexer import DeepSeekIndexer, select_keys
 
 CHUNK_ELEMENTS = 2**26  # at most about so many numbers in the scores and gathered rows of one chunk of queries
@@ -29,12 +30,13 @@ class DeepSeekSparseAttention(DeepSeekMultiHeadLatentAttention):
         super().__init__(config, layer_idx)
         self.indexer = DeepSeekIndexer(config)
 
+    @takes_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         output_index_scores: bool = False,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -49,20 +51,20 @@ class DeepSeekSparseAttention(DeepSeekMultiHeadLatentAttention):
         with torch.set_grad_enabled(torch.is_grad_enabled() and output_index_scores):
             index_keys = self.indexer.keys(hidden_states, position_embeddings).to(rows.dtype)  # [B, 1, S, W]
         seen: int | torch.Tensor = 0
-        if past_key_values is not None:
-            seen = past_key_values.get_seq_length(self.layer_idx)
+        if cache is not None:
+            seen = cache.get_seq_length(self.layer_idx)
             seen = seen if isinstance(seen, int) else seen.clone()  # the update counts on in place
-            rows, index_keys = past_key_values.update(rows, index_keys, self.layer_idx)
+            rows, index_keys = cache.update(rows, index_keys, self.layer_idx)
 
         selection = Selection(self, hidden_states, query_latent, position_embeddings, index_keys, attention_mask, seen)
         if output_index_scores:
             selection.score_all()
         if rows.shape[2] <= self.indexer.topk:
-            output, weights = self.attend_all(query, rows, seen, attention_mask, past_key_values, **kwargs)
+            output, weights = self.attend_all(query, rows, seen, attention_mask, cache, **kwargs)
             return self.o_proj(output.flatten(2)), weights
         up_projection = None
         if self.gathering_is_cheaper(query.shape[2], rows.shape[2]):
-            up_projection = self.up_projection(rows, past_key_values)
+            up_projection = self.up_projection(rows, cache)
         if up_projection is None:
             output, weights = self.attend_expanded(query, rows, selection.whole_mask(), **kwargs)
         else:

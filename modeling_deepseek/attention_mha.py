@@ -9,6 +9,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from .attention_core import attend
+from .cache import takes_cache
 from .layers import DeepSeekRMSNorm
 from .rope import apply_rotary
 
@@ -35,12 +36,13 @@ class DeepSeekMultiHeadAttention(nn.Module):
             self.q_norm = DeepSeekRMSNorm(config.head_dim, config.rms_norm_eps)
             self.k_norm = DeepSeekRMSNorm(config.head_dim, config.rms_norm_eps)
 
+    @takes_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, S, D] -> [B, S, D] and the attention weights [B, H, S, T] where the implementation gives them."""
@@ -54,7 +56,7 @@ class DeepSeekMultiHeadAttention(nn.Module):
             query, key = self.q_norm(query), self.k_norm(key)
         query = apply_rotary(query, *position_embeddings, self.config.rope_interleave)
         key = apply_rotary(key, *position_embeddings, self.config.rope_interleave)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         output, weights = attend(self, query, key, value, attention_mask, self.scaling, **kwargs)
         return self.o_proj(output.flatten(2)), weights

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 from .attention_core import attend
+from .cache import takes_cache
 from .layers import DeepSeekRMSNorm
 from .rope import apply_rotary, yarn_softmax_factor
 
@@ -48,22 +49,23 @@ class DeepSeekMultiHeadLatentAttention(nn.Module):
         self.kv_b_proj = nn.Linear(self.latent, self.num_heads * (self.nope + config.v_head_dim), bias=False)
         self.o_proj = nn.Linear(self.num_heads * config.v_head_dim, config.hidden_size, bias=bias)
 
+    @takes_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         attention_mask: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, S, D] -> [B, S, D] and the attention weights [B, H, S, T] where the implementation gives them."""
         query = self.query(self.query_latent(hidden_states), position_embeddings)  # [B, H, S, n + r]
         rows = self.latent_rows(hidden_states, position_embeddings)  # [B, 1, S, R + r]
         seen: int | torch.Tensor = 0
-        if past_key_values is not None:
-            seen = past_key_values.get_seq_length(self.layer_idx)
-            rows, _ = past_key_values.update(rows, rows[..., :0], self.layer_idx)
-        output, weights = self.attend_all(query, rows, seen, attention_mask, past_key_values, **kwargs)
+        if cache is not None:
+            seen = cache.get_seq_length(self.layer_idx)
+            rows, _ = cache.update(rows, rows[..., :0], self.layer_idx)
+        output, weights = self.attend_all(query, rows, seen, attention_mask, cache, **kwargs)
         return self.o_proj(output.flatten(2)), weights
 
     def attend_all(
@@ -72,7 +74,7 @@ class DeepSeekMultiHeadLatentAttention(nn.Module):
         rows: torch.Tensor,
         seen: int | torch.Tensor,
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention over all rows, in the cheaper form: [B, H, S, n + r], [B, 1, T, R + r] -> [B, S, H, v], weights.
@@ -81,15 +83,15 @@ class DeepSeekMultiHeadLatentAttention(nn.Module):
             seen: how many of the rows were cached before this call.
         """
         up_projection = None
-        if past_key_values is not None and self.absorbing_is_cheaper(query.shape[2], seen):
-            up_projection = self.up_projection(rows, past_key_values)
+        if cache is not None and self.absorbing_is_cheaper(query.shape[2], seen):
+            up_projection = self.up_projection(rows, cache)
         if up_projection is None:
             return self.attend_expanded(query, rows, attention_mask, **kwargs)
         return self.attend_absorbed(query, rows, up_projection, attention_mask, **kwargs)
 
-    def up_projection(self, rows: torch.Tensor, past_key_values: Cache | None) -> torch.Tensor | None:
+    def up_projection(self, rows: torch.Tensor, cache: Cache | None) -> torch.Tensor | None:
         """`up_projection_of` our projection: [H (n + v), R], or `None`."""
-        cache_layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        cache_layer = None if cache is None else cache.layers[self.layer_idx]
         return up_projection_of(self.kv_b_proj, rows, self.latent, cache_layer)
 
     def query_latent(self, hidden_states: torch.Tensor) -> torch.Tensor:

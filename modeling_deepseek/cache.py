@@ -11,8 +11,13 @@ buffer as it lies (keys = whole rows, values = their first columns) and never co
 transformers' table of cache layers is process-wide. Each word has a dynamic and a static layer.
 """
 
+import inspect
+from collections.abc import Callable
+from functools import wraps
+
 import torch
-from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers import __version__
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 CACHE_IMPLEMENTATIONS = ("dynamic", "static", "offloaded", "offloaded_static")
 
@@ -24,6 +29,41 @@ def refuse_cache_implementation(word: str | None) -> None:
         raise ValueError(f"cache_implementation {word!r} is not supported by DeepSeek models; use one of {supported}")
     if word is not None and "offloaded" in word and not torch.accelerator.is_available():
         raise ValueError(f"cache_implementation {word!r} needs an accelerator, and there is none; use 'dynamic'")
+
+
+def takes_cache(forward: Callable) -> Callable:
+    """Decorate a forward with an argument `cache`, outermost: it takes `past_key_values` too, the word before
+    transformers 5.24, shows both in its signature (`generate` looks there), and lets no cache pass unread.
+
+    Raises:
+        TypeError: for a cache under another word, which `**kwargs` would swallow; for one under both words; for the
+            tuples that were caches before transformers 5.
+    """
+
+    @wraps(forward)
+    def with_cache(self, *args, **kwargs):
+        if "past_key_values" in kwargs:
+            older = kwargs.pop("past_key_values")
+            if older is not None and kwargs.get("cache") is not None:
+                raise TypeError(
+                    f"{type(self).__name__} got a cache and past_key_values, two words for one; give cache"
+                )
+            kwargs["cache"] = kwargs.get("cache") if older is None else older
+        for word, value in kwargs.items():
+            if isinstance(value, Cache) and word != "cache":
+                raise TypeError(
+                    f"{type(self).__name__} (transformers {__version__}) got its cache under the unknown name {word!r}"
+                    " and would not read it; give it as cache, and if generate called, install the newest deepseek-hf"
+                )
+        if isinstance(kwargs.get("cache"), (tuple, list)):
+            raise TypeError(f"{type(self).__name__} got a tuple as cache; give a Cache of transformers")
+        return forward(self, *args, **kwargs)
+
+    signature = inspect.signature(forward)
+    words = [*signature.parameters.values()]
+    older = inspect.Parameter("past_key_values", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Cache | None)
+    with_cache.__signature__ = signature.replace(parameters=[*words[:-1], older, words[-1]])  # type: ignore[attr-defined]
+    return with_cache
 
 
 class _Buffer:
@@ -50,7 +90,7 @@ class GrowingLayer(DynamicLayer):
     _layer_type = "deepseek_kv"
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
+        self.device = key_states.device
         self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
         self._key_buffer, self._value_buffer = _Buffer(self.keys), _Buffer(self.values)
         self.is_initialized = True

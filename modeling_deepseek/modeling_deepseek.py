@@ -8,6 +8,7 @@ a generation.
 Letters: B batch, S tokens of this call, T tokens including cached ones, D hidden width, V vocabulary.
 """
 
+import inspect
 import os
 import tempfile
 import warnings
@@ -17,12 +18,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import __version__
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin, GenerationMode
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.masking_utils import create_causal_mask, create_masks_for_generate
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     MoeCausalLMOutputWithPast,
     MoeModelOutputWithPast,
@@ -38,7 +38,14 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention_dsa import DeepSeekSparseAttention
 from .attention_mha import DeepSeekMultiHeadAttention
 from .attention_mla import DeepSeekMultiHeadLatentAttention
-from .cache import GrowingLayer, LatentLayer, StaticKeyValueLayer, StaticLatentLayer, refuse_cache_implementation
+from .cache import (
+    GrowingLayer,
+    LatentLayer,
+    StaticKeyValueLayer,
+    StaticLatentLayer,
+    refuse_cache_implementation,
+    takes_cache,
+)
 from .checkpoint_files import CheckpointError, in_turn, naming_the_broken_file, open_slices, unlisted, writing_beside
 from .checkpoint_keys import LAYER, differing_copies, register_conversions, shared_mtp_keys, take_mtp_keys
 from .configuration_deepseek import HEADS_BY_OWN_AUTO_CLASS, DeepSeekConfig
@@ -57,6 +64,14 @@ from .quantization import DequantizedSlice, dequantized
 from .rope import DeepSeekRotaryEmbedding
 from .routers import DeepSeekTopKRouter
 from .side_features import DeepSeekSideFeatures
+from .tested_versions import tell_if_untested
+from .transformers_names import (
+    GradientCheckpointingLayer,
+    answers_to_both,
+    create_causal_mask,
+    create_masks_for_generate,
+    in_library_words,
+)
 
 ATTENTIONS = {
     "mha": DeepSeekMultiHeadAttention,
@@ -69,6 +84,7 @@ logger = logging.get_logger(__name__)
 register_conversions()
 
 
+@answers_to_both
 @dataclass
 class DeepSeekModelOutput(MoeModelOutputWithPast):
     """transformers' output of a trunk, and `state_before_norm` [B, S, D] if it was asked for."""
@@ -76,11 +92,18 @@ class DeepSeekModelOutput(MoeModelOutputWithPast):
     state_before_norm: torch.Tensor | None = None
 
 
+@answers_to_both
 @dataclass
 class DeepSeekCausalLMOutput(MoeCausalLMOutputWithPast):
     """transformers' output of a language model, and `mtp_loss`: mean loss of the prediction layers, not weighted."""
 
     mtp_loss: torch.Tensor | None = None
+
+
+@answers_to_both
+@dataclass
+class DeepSeekSequenceOutput(SequenceClassifierOutputWithPast):
+    """transformers' output of a model that gives one vector of scores per sequence."""
 
 
 @dataclass
@@ -126,13 +149,13 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["DeepSeekDecoderLayer", "DeepSeekMTPLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias", "gate.weight"]
     _can_record_outputs = {
         "hidden_states": DeepSeekDecoderLayer,
         # each attention once: sparse attention is a subclass of the latent one
@@ -183,6 +206,7 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """As transformers', but a damaged file is named."""
+        tell_if_untested()
         with naming_the_broken_file(pretrained_model_name_or_path):
             return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
@@ -219,6 +243,7 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
         """As transformers', but a save that fails leaves the folder as it was."""
+        tell_if_untested()
         if kwargs.get("distributed_checkpoint"):  # all processes write to one folder, and need its true name
             return super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
         with writing_beside(save_directory) as beside:
@@ -298,6 +323,7 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
                 )
         return model
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -305,7 +331,7 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         block_sequence_ids: torch.Tensor | None = None,
@@ -319,7 +345,7 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
             attention_mask: [B, T] with 0 at padding on either side, or a ready [B or 1, 1 or H, S, T] mask.
             position_ids: [B or 1, S]; counted from the cache if absent. Positions that restart in a row mark packed
                 documents, which then do not see each other.
-            past_key_values: a cache of transformers; with `use_cache` one is made if absent.
+            cache: a cache of transformers; with `use_cache` one is made if absent.
             block_sequence_ids: [B, S]; tokens of equal number see each other in both directions, -1 is causal. Absent
                 it is -1, or 0 with `attention_direction` "bidirectional".
             output_state_before_norm: return the state that the final norm gets, too.
@@ -339,17 +365,17 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if self.config.attention_direction == "bidirectional":
-            if use_cache or past_key_values is not None:
+            if use_cache or cache is not None:
                 raise ValueError("bidirectional attention has no cache: every token may change with what follows it")
             if block_sequence_ids is None:
                 block_sequence_ids = torch.zeros(
                     inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device
                 )
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        mask = self.causal_mask(inputs_embeds, attention_mask, position_ids, past_key_values, block_sequence_ids)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        mask = self.causal_mask(inputs_embeds, attention_mask, position_ids, cache, block_sequence_ids)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
 
@@ -360,12 +386,12 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
                 attention_mask=mask,
                 position_ids=position_ids,
                 position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
+                cache=cache,
                 **kwargs,
             )
         return DeepSeekModelOutput(
             last_hidden_state=self.norm(hidden_states),
-            past_key_values=past_key_values,
+            cache=cache,
             state_before_norm=hidden_states if output_state_before_norm else None,
         )
 
@@ -416,7 +442,7 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         block_sequence_ids: torch.Tensor | None = None,
     ) -> Any:
         """The mask of this call, in the form that the attention implementation asks for; built once for all layers."""
@@ -426,14 +452,14 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
                     f"{self.config._attn_implementation} has no mask for attention in both directions; "
                     "set attn_implementation to sdpa, eager or flex_attention"
                 )
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             block_sequence_ids = nn.functional.pad(block_sequence_ids, (int(seen), 0), value=-1)
         if position_ids is not None and inputs_embeds.shape[1] > 1:
             # transformers looks for packed documents only without a mask and a cache: let those that say nothing
             # count as absent, and tell padding by positions, else documents leak into each other.
-            if past_key_values is not None and not past_key_values.is_compileable:
-                past_key_values = past_key_values if past_key_values.get_seq_length() else None
-            if attention_mask is not None and attention_mask.ndim == 2 and past_key_values is None:
+            if cache is not None and not cache.is_compileable:
+                cache = cache if cache.get_seq_length() else None
+            if attention_mask is not None and attention_mask.ndim == 2 and cache is None:
                 visible = attention_mask.bool()
                 positions = torch.where(visible, position_ids, -2)  # each pad becomes a document of its own
                 restarts = visible[:, 1:] & (positions[:, 1:] <= positions.cummax(-1).values[:, :-1])
@@ -443,7 +469,7 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             position_ids=position_ids,
             block_sequence_ids=block_sequence_ids,
         )
@@ -469,6 +495,16 @@ def labelled_positions(hidden_states: torch.Tensor, labels: torch.Tensor | None)
     return hidden_states[:, :-1][is_target].unsqueeze(0), targets[is_target].unsqueeze(0)
 
 
+def tells_prompt(prepare_inputs: Callable) -> None:
+    """Raise TypeError if `generate` no longer says `is_first_iteration`, which alone tells a prompt from what follows:
+    its tokens would silently be read causally."""
+    if "is_first_iteration" not in inspect.signature(prepare_inputs).parameters:
+        raise TypeError(
+            f"transformers {__version__} does not tell prefix attention where the prompt ends; install the newest "
+            "deepseek-hf"
+        )
+
+
 class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
     """The language model: next-token logits over the vocabulary.
 
@@ -478,6 +514,7 @@ class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    generate = in_library_words(GenerationMixin.generate)
 
     def __init__(self, config: DeepSeekConfig):
         super().__init__(config)
@@ -505,13 +542,14 @@ class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
         shared = shared_mtp_keys(config)
         return {key: entry for key, entry in ahead.items() if key not in shared}
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -538,7 +576,7 @@ class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -569,7 +607,7 @@ class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
             loss=loss,
             mtp_loss=mtp_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
@@ -631,8 +669,10 @@ class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
         is_split = generation_config.prefill_chunk_size or generation_mode == GenerationMode.ASSISTED_GENERATION
-        if self.config.attention_direction == "prefix" and is_split:
-            raise ValueError("prefix attention reads the prompt alone and as a whole: no assistant, no chunks")
+        if self.config.attention_direction == "prefix":
+            if is_split:
+                raise ValueError("prefix attention reads the prompt alone and as a whole: no assistant, no chunks")
+            tells_prompt(super().prepare_inputs_for_generation)
         refuse_cache_implementation(generation_config.cache_implementation)
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
 
@@ -654,18 +694,19 @@ class DeepSeekForSequenceClassification(DeepSeekPreTrainedModel):
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs,
-    ) -> SequenceClassifierOutputWithPast:
+    ) -> DeepSeekSequenceOutput:
         """Arguments as in `DeepSeekModel.forward`, and labels: [B] classes or targets, or [B, num_labels].
 
         Returns:
@@ -678,7 +719,7 @@ class DeepSeekForSequenceClassification(DeepSeekPreTrainedModel):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -689,10 +730,10 @@ class DeepSeekForSequenceClassification(DeepSeekPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
-        return SequenceClassifierOutputWithPast(
+        return DeepSeekSequenceOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -724,13 +765,14 @@ class DeepSeekForTokenClassification(DeepSeekPreTrainedModel):
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -745,7 +787,7 @@ class DeepSeekForTokenClassification(DeepSeekPreTrainedModel):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -773,13 +815,14 @@ class DeepSeekForQuestionAnswering(DeepSeekPreTrainedModel):
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         start_positions: torch.Tensor | None = None,
         end_positions: torch.Tensor | None = None,
@@ -810,7 +853,7 @@ class DeepSeekForQuestionAnswering(DeepSeekPreTrainedModel):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
@@ -932,13 +975,14 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
     def set_output_embeddings(self, new_embeddings: Any) -> None:
         self.item_head = new_embeddings
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -947,7 +991,7 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
         user_features: torch.Tensor | None = None,
         context_features: torch.Tensor | None = None,
         **kwargs,
-    ) -> SequenceClassifierOutputWithPast:
+    ) -> DeepSeekSequenceOutput:
         """Arguments as in `DeepSeekModel.forward`, the input_ids [B, S] being item numbers, oldest first, and
 
         labels: [B, S], usually the input_ids, -100 where there is nothing to learn; shifted here, so that every item
@@ -972,12 +1016,12 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
         """
         side = feature_reader(self, user_features, context_features)
         history = input_ids
-        if hasattr(self, "item_counts") and past_key_values is not None and past_key_values.get_seq_length():
+        if hasattr(self, "item_counts") and cache is not None and cache.get_seq_length():
             raise ValueError("a model with counted items can't go on from a cache; give whole histories")
         _, padding = item_numbers(self.config)
         if attention_mask is None and input_ids is not None:
             attention_mask = torch.ne(input_ids, padding).long()
-            if past_key_values is not None and past_key_values.get_seq_length():
+            if cache is not None and cache.get_seq_length():
                 attention_mask = None  # it would have to cover the cached items too
         picked = None
         if self.config.num_items is not None and input_ids is not None:
@@ -985,7 +1029,7 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
             inputs_embeds, input_ids = picked.read(input_ids), None  # the mask says what is padding
         mask = attention_mask
         if side is not None:
-            if position_ids is not None or (past_key_values is not None and past_key_values.get_seq_length()):
+            if position_ids is not None or (cache is not None and cache.get_seq_length()):
                 raise ValueError(
                     "a model with user or context features counts positions itself and can't go on from a cache; give "
                     "whole histories, without position_ids"
@@ -997,7 +1041,7 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
             input_ids=input_ids,
             attention_mask=mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -1026,10 +1070,10 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
         if labels is not None and candidates is not None:
             loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
             loss = loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
-        return SequenceClassifierOutputWithPast(
+        return DeepSeekSequenceOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.cache,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -1189,6 +1233,7 @@ class DeepSeekForEmbedding(DeepSeekPreTrainedModel):
         pool = self.pooling if self.config.pooling == "latent" else POOLING_FUNCTIONS[self.config.pooling]
         return truncated(pool(hidden_states, is_token.to(hidden_states.device)), None)
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -1211,8 +1256,8 @@ class DeepSeekForEmbedding(DeepSeekPreTrainedModel):
         Raises:
             ValueError: for a cache, and for labels without passages.
         """
-        if kwargs.pop("use_cache", None) or kwargs.get("past_key_values") is not None:
-            raise ValueError("an embedding is made of a whole text at once; leave use_cache and past_key_values out")
+        if kwargs.pop("use_cache", None) or kwargs.get("cache") is not None:
+            raise ValueError("an embedding is made of a whole text at once; leave use_cache and cache out")
         if labels is not None and passage_input_ids is None:
             raise ValueError("labels say which passage is a query's, but there are no passage_input_ids")
         outputs = self.model(

@@ -127,7 +127,7 @@ def decode(model, ids: torch.Tensor, lengths: list[int], **arguments) -> torch.T
     """Logits of a prompt and pieces after it, with a cache."""
     cache = DynamicCache(config=getattr(model, "config", None))
     pieces = ids.split(lengths, dim=1)
-    return torch.cat([model(piece, past_key_values=cache, **arguments).logits for piece in pieces], dim=1)
+    return torch.cat([model(piece, cache=cache, **arguments).logits for piece in pieces], dim=1)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -149,9 +149,9 @@ def test_absorbed_equals_expanded(model, implementation: str, batch: int):
 def test_absorbed_gives_the_attention_weights(model):
     model.set_attn_implementation("eager")
     ids = token_ids(3, PROMPT + 3)
-    cache = model(ids[:, :PROMPT], use_cache=True).past_key_values
+    cache = model(ids[:, :PROMPT], use_cache=True).cache
     with counting_absorbed() as absorbed:
-        ours = model(ids[:, PROMPT:], past_key_values=cache, output_attentions=True).attentions
+        ours = model(ids[:, PROMPT:], cache=cache, output_attentions=True).attentions
     assert absorbed.call_count == 2
     whole = model(ids, output_attentions=True).attentions
     for a, b in zip(ours, whole, strict=True):
@@ -186,10 +186,10 @@ def test_decode_neither_expands_nor_copies_the_cache(model, implementation: str,
     model.set_attn_implementation(implementation)
     config, ids = model.config, token_ids(batch, PROMPT + 1 + queries)
     cache = DynamicCache(config=config)
-    model(ids[:, :PROMPT], past_key_values=cache)
-    model(ids[:, PROMPT : PROMPT + 1], past_key_values=cache)  # the buffer doubles here, and has room afterwards
+    model(ids[:, :PROMPT], cache=cache)
+    model(ids[:, PROMPT : PROMPT + 1], cache=cache)  # the buffer doubles here, and has room afterwards
     with NewTensors() as decoding:
-        model(ids[:, PROMPT + 1 :], past_key_values=cache)
+        model(ids[:, PROMPT + 1 :], cache=cache)
 
     cached = batch * (PROMPT + 1) * (config.kv_lora_rank + config.qk_rope_head_dim)
     expanded = batch * config.num_attention_heads * (PROMPT + 1) * min(config.qk_nope_head_dim, config.v_head_dim)
@@ -199,7 +199,7 @@ def test_decode_neither_expands_nor_copies_the_cache(model, implementation: str,
     assert not large, f"decode makes tensors as large as the cache ({limit} elements): {large}"
 
     with never_absorbing(), NewTensors() as expanding:  # the recorder does see an expansion
-        model(ids[:, -1:], past_key_values=cache)
+        model(ids[:, -1:], cache=cache)
     heads, widths = config.num_attention_heads, config.qk_nope_head_dim + config.v_head_dim
     assert any(torch.Size(shape).numel() >= batch * heads * PROMPT * widths for _, shape in expanding.made)
 
@@ -214,9 +214,9 @@ def test_several_queries_see_only_what_is_before_them(model, implementation: str
     if padded:
         mask[0, :9] = 0
     cache = DynamicCache(config=model.config)
-    model(ids[:, :PROMPT], attention_mask=mask[:, :PROMPT], past_key_values=cache)
+    model(ids[:, :PROMPT], attention_mask=mask[:, :PROMPT], cache=cache)
     with counting_absorbed() as absorbed:
-        ours = model(ids[:, PROMPT:], attention_mask=mask, past_key_values=cache).logits
+        ours = model(ids[:, PROMPT:], attention_mask=mask, cache=cache).logits
     assert absorbed.call_count == 2
     assert_close(ours, model(ids, attention_mask=mask).logits[:, PROMPT:], "logits of the last three")
 
@@ -466,7 +466,7 @@ def test_an_adapter_changed_during_a_decode_is_honoured(name: str):
         for i, piece in enumerate(ids.split([PROMPT, 2, 2], dim=1)):
             if i == 2:
                 SWITCHES[name](model)
-            logits.append(model(piece, past_key_values=cache).logits)
+            logits.append(model(piece, cache=cache).logits)
         return torch.cat(logits, dim=1)
 
     ours = run()

@@ -80,7 +80,7 @@ def test_a_second_prompt_follows_the_cache(name):
     labels = labels_of([[0] * 3 + [-1] * 2 + [1] * 4], ids)
     whole = outputs(model, ids, labels=labels)
     cached = model(ids[:, :5], labels=labels[:, :5], use_cache=True)
-    rest = model(ids[:, 5:], past_key_values=cached.past_key_values, block_sequence_ids=torch.zeros(1, 4).long())
+    rest = model(ids[:, 5:], cache=cached.cache, block_sequence_ids=torch.zeros(1, 4).long())
     assert_close(rest.logits, whole[:, 5:])
 
 

@@ -223,7 +223,7 @@ def test_gradients_through_the_models_cache(name: str):
     expected = torch.autograd.grad(model(ids).logits.pow(2).mean(), parameters)
     cache, logits = DynamicCache(config=model.config), []
     for piece in ids.split([7, 1, 1, 4], dim=1):
-        logits.append(model(piece, past_key_values=cache).logits)
+        logits.append(model(piece, cache=cache).logits)
     gradients = torch.autograd.grad(torch.cat(logits, dim=1).pow(2).mean(), parameters)
     for key, ours, reference in zip(names, gradients, expected, strict=True):
         assert_close(ours, reference, f"gradient of {key}")
@@ -247,7 +247,7 @@ def test_transformers_caches_are_made_of_our_layers(name: str, dynamic: type, st
 @torch.no_grad()
 def test_latents_are_what_is_cached(name: str):
     config = preset(name)
-    cache = DeepSeekForCausalLM(config).eval()(torch.randint(3, 97, (2, 7)), use_cache=True).past_key_values
+    cache = DeepSeekForCausalLM(config).eval()(torch.randint(3, 97, (2, 7)), use_cache=True).cache
     numbers_per_token = sum(layer.keys.shape[1] * layer.keys.shape[-1] for layer in cache.layers)
     numbers_per_token += sum(layer.values.shape[1] * layer.values.shape[-1] for layer in cache.layers)
     latents = (config.kv_lora_rank or 0) + config.qk_rope_head_dim + (config.index_head_dim or 0)
@@ -266,7 +266,7 @@ def test_static_cache(name: str, implementation: str):
     ids = torch.randint(3, 97, (2, 13))
     cache = StaticCache(config=config, max_cache_len=16)
     for _ in range(2):  # the second time after a reset
-        logits = [model(piece, past_key_values=cache).logits for piece in ids.split([7, 1, 1, 3, 1], dim=1)]
+        logits = [model(piece, cache=cache).logits for piece in ids.split([7, 1, 1, 3, 1], dim=1)]
         assert_close(torch.cat(logits, dim=1), model(ids).logits, "logits with a static cache")
         cache.reset()
 

@@ -96,11 +96,11 @@ def test_cached_steps_equal_one_call(model, chunks):
     ids, trunk = token_ids(2, 9), model.base_model
     with torch.no_grad():
         whole = trunk(ids, use_cache=False)
-        assert whole.past_key_values is None
+        assert whole.cache is None
         cache, parts = None, []
         for part in ids.split(chunks, dim=1):
-            step = trunk(part, past_key_values=cache, use_cache=True)
-            cache = step.past_key_values
+            step = trunk(part, cache=cache, use_cache=True)
+            cache = step.cache
             parts.append(step.last_hidden_state)
     assert cache.get_seq_length() == 9
     assert_close(torch.cat(parts, dim=1), whole.last_hidden_state)
@@ -176,8 +176,8 @@ def test_attentions_of_absorbed_decode_equal_those_of_one_call(model):
     eager.set_attn_implementation("eager")
     with torch.no_grad():
         whole = eager(ids, output_attentions=True).attentions
-        cache = eager(ids[:, :6], use_cache=True).past_key_values
-        step = eager(ids[:, 6:], past_key_values=cache, output_attentions=True).attentions
+        cache = eager(ids[:, :6], use_cache=True).cache
+        step = eager(ids[:, 6:], cache=cache, output_attentions=True).attentions
     for all_rows, last_row in zip(whole, step, strict=True):
         assert_close(last_row, all_rows[:, :, -1:])
 

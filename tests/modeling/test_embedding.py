@@ -160,8 +160,8 @@ def test_the_trunk_of_an_embedding_model_says_what_it_lacks(tmp_path):
 
 def test_what_cant_be_embedded_is_one_line():
     model, ids = tiny("tiny_llm", DeepSeekForEmbedding), token_ids(1, 4)
-    for wrong in ({"use_cache": True}, {"past_key_values": model.model(ids, use_cache=True).past_key_values}):
-        with pytest.raises(ValueError, match="leave use_cache and past_key_values out"):
+    for wrong in ({"use_cache": True}, {"cache": model.model(ids, use_cache=True).cache}):
+        with pytest.raises(ValueError, match="leave use_cache and cache out"):
             model(ids, **wrong)
     with pytest.raises(ValueError, match="there are no passage_input_ids"):
         model(ids, labels=torch.tensor([0]))

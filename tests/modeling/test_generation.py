@@ -109,10 +109,10 @@ def test_static_cache_equals_dynamic(causal, beams):
 def test_a_static_cache_of_ones_own(causal):
     ids = token_ids(2, 6)
     cache = StaticCache(causal.config, max_cache_len=32)
-    got = causal.generate(ids, past_key_values=cache, disable_compile=True, **GREEDY)
+    got = causal.generate(ids, cache=cache, disable_compile=True, **GREEDY)
     assert torch.equal(got, by_whole_passes(causal, ids))
     cache.reset()
-    again = causal.generate(ids, past_key_values=cache, disable_compile=True, **GREEDY)
+    again = causal.generate(ids, cache=cache, disable_compile=True, **GREEDY)
     assert torch.equal(again, got)
 
 
@@ -125,29 +125,29 @@ def test_embeddings_as_the_prompt(causal):
 def test_continuing_from_a_returned_cache(causal):
     ids = token_ids(1, 6)
     first = causal.generate(ids, return_dict_in_generate=True, **GREEDY)
-    cache = first.past_key_values
+    cache = first.cache
     assert cache.get_seq_length() == 6 + NEW - 1  # the last token has not been read yet
     turn = torch.cat((first.sequences, token_ids(1, 5, seed=1)), dim=1)
     expected = by_whole_passes(causal, turn)
     kept = copy.deepcopy(cache)
-    assert torch.equal(causal.generate(turn, past_key_values=cache, **GREEDY), expected)
+    assert torch.equal(causal.generate(turn, cache=cache, **GREEDY), expected)
     kept.crop(-3)
-    assert torch.equal(causal.generate(turn, past_key_values=kept, **GREEDY), expected)
+    assert torch.equal(causal.generate(turn, cache=kept, **GREEDY), expected)
 
 
 def test_one_prompt_cache_serves_several_continuations(causal):
     prompt = token_ids(1, 9)
     with torch.no_grad():
-        cache = causal(prompt, past_key_values=DynamicCache(config=causal.config), use_cache=True).past_key_values
+        cache = causal(prompt, cache=DynamicCache(config=causal.config), use_cache=True).cache
     for seed in (1, 2):
         ids = torch.cat((prompt, token_ids(1, 3, seed=seed)), dim=1)
-        got = causal.generate(ids, past_key_values=copy.deepcopy(cache), **GREEDY)
+        got = causal.generate(ids, cache=copy.deepcopy(cache), **GREEDY)
         assert torch.equal(got, by_whole_passes(causal, ids))
 
 
 def test_a_cache_without_a_config_works_too(causal):
     ids = token_ids(2, 6)
-    got = causal.generate(ids, past_key_values=DynamicCache(), **GREEDY)
+    got = causal.generate(ids, cache=DynamicCache(), **GREEDY)
     assert torch.equal(got, by_whole_passes(causal, ids))
 
 

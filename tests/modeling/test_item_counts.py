@@ -119,9 +119,9 @@ def test_what_counts_cant_do_is_refused():
     model, _ = counting_model()
     with pytest.raises(ValueError, match="searched exactly; leave out the search"):
         model.recommend([1], search=lambda *_: None)
-    cache = model(HISTORIES, use_cache=True).past_key_values
+    cache = model(HISTORIES, use_cache=True).cache
     with pytest.raises(ValueError, match="can't go on from a cache; give whole histories"):
-        model(HISTORIES[:, :1], past_key_values=cache)
+        model(HISTORIES[:, :1], cache=cache)
     for field, value in (("num_item_neighbors", -1), ("item_neighbor_window", 0), ("item_transition_weight", -0.5)):
         with pytest.raises(ValueError, match=f"{field}={value} must"):
             preset("tiny_llm", **{field: value})

@@ -195,7 +195,7 @@ def test_the_cache_goes_on_with_a_history():
     with torch.no_grad():
         whole = model(torch.tensor([[3, 1, 6]])).logits
         first = model(torch.tensor([[3, 1]]), use_cache=True)
-        assert_close(model(torch.tensor([[6]]), past_key_values=first.past_key_values).logits, whole)
+        assert_close(model(torch.tensor([[6]]), cache=first.cache).logits, whole)
 
 
 def test_new_items_are_learned_into_a_cycle():

@@ -3,11 +3,14 @@
 import json
 import os
 
+import peft
 import pytest
 import torch
+from packaging import version
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from configuration_deepseek import DeepSeekConfig
 from modeling_deepseek import DeepSeekForCausalLM, DeepSeekModel
@@ -100,8 +103,11 @@ def test_a_given_state_dict_is_saved_and_left_alone(tmp_path):
     assert not any(tensor.any() for tensor in weights_of(tmp_path).values())
 
 
+@pytest.mark.skipif(
+    version.parse(peft.__version__) < version.parse(MIN_PEFT_VERSION),
+    reason=f"transformers' own load_adapter asks for peft {MIN_PEFT_VERSION}",
+)
 def test_adapters_are_saved_beside_the_weights(tmp_path):
-    peft = pytest.importorskip("peft")
     model = tiny("tiny_v3")
     model.save_pretrained(tmp_path)
     before = weights_of(tmp_path)
@@ -122,7 +128,8 @@ def test_loading_in_another_type(causal, dtype, tmp_path):
     causal.save_pretrained(tmp_path)
     loaded = DeepSeekForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     expected = {"bfloat16": torch.bfloat16, "auto": torch.float32}.get(dtype, dtype)
-    assert {p.dtype for p in loaded.parameters()} == {expected}
+    for key, parameter in loaded.named_parameters():
+        assert parameter.dtype == (torch.float32 if key.endswith("gate.weight") else expected), key
     for key, buffer in loaded.named_buffers():
         assert buffer.dtype == torch.float32, key
         assert torch.equal(buffer, causal.get_buffer(key)), key

@@ -246,9 +246,9 @@ def test_forward_refuses_what_it_cant_lay_out():
         model(ids, user_features=torch.zeros(2, 3, dtype=torch.long))
     with pytest.raises(ValueError, match=r"one that says which items are padding, \[2, 4\]"):
         model(ids, attention_mask=torch.ones(2, 1, 4, 4))
-    cache = model(ids, use_cache=True).past_key_values
+    cache = model(ids, use_cache=True).cache
     with pytest.raises(ValueError, match="can't go on from a cache"):
-        model(ids, past_key_values=cache)
+        model(ids, cache=cache)
     plain = tiny("tiny_llm", DeepSeekForRecommendation)
     for call in (plain, plain.recommend):
         with pytest.raises(ValueError, match="this model reads no user or context features"):

@@ -172,7 +172,7 @@ def test_gathered_equals_masked(implementation: str, side: str, chunk_elements: 
         for piece in ids.split([3, 14, 1, 1, 3, 9], dim=1):
             end += piece.shape[1]
             given = {key: value[:, :end] for key, value in arguments.items()}
-            pieces.append(outputs(model, piece, past_key_values=cache, **given))
+            pieces.append(outputs(model, piece, cache=cache, **given))
         assert calls.call_count == 3 + 5 * 3
     assert_close(torch.cat(pieces, dim=1)[seen.bool()], expected[seen.bool()], "in pieces")
 
@@ -223,7 +223,7 @@ def test_the_cheaper_form_is_taken():
             gathered.reset_mock()
         cache = DynamicCache(config=model.config)
         for position in range(9):  # a decoded token gathers as soon as there is something to leave out
-            outputs(model, token_ids(1, 1), past_key_values=cache)
+            outputs(model, token_ids(1, 1), cache=cache)
             assert gathered.call_count == max(0, position - 4)
         with torch.enable_grad():
             model(token_ids(1, 31))
@@ -307,7 +307,7 @@ class TestWithoutPreference:
         model, dense = models
         ids, cache = token_ids(2, 21), StaticCache(config=model.config, max_cache_len=40)
         with torch.no_grad():
-            pieces = [model(piece, past_key_values=cache).logits for piece in ids.split([13, 1, 1, 5, 1], dim=1)]
+            pieces = [model(piece, cache=cache).logits for piece in ids.split([13, 1, 1, 5, 1], dim=1)]
         assert_close(torch.cat(pieces, dim=1), self.window(dense, ids), "static cache")
 
 
@@ -329,9 +329,9 @@ def test_a_decode_step_reads_the_selected_rows_only(batch: int):
     model, ids = tiny("tiny_v32", **SIZES), token_ids(batch, KEYS)
     cache = DynamicCache(config=model.config)
     for piece in ids[:, :-1].split([KEYS - 2, 1], dim=1):  # the buffer doubles after the prompt, and then has room
-        model(piece, past_key_values=cache)
+        model(piece, cache=cache)
     with NewTensors() as decoding:
-        model(ids[:, -1:], past_key_values=cache)
+        model(ids[:, -1:], cache=cache)
     rows, shape = most_rows_over_all_keys(decoding.made)
     assert rows == batch * INDEX_HEADS, f"more than the indexer's scores runs over all keys: {shape}"
     large = [shape for _, shape in decoding.made if KEYS in shape[:-1] and len(shape) > 1]
@@ -340,7 +340,7 @@ def test_a_decode_step_reads_the_selected_rows_only(batch: int):
 
     cache.crop(-1)
     with form("masked"), NewTensors() as masking:  # the recorder does see dense attention
-        model(ids[:, -1:], past_key_values=cache)
+        model(ids[:, -1:], cache=cache)
     assert any(KEYS in shape[:-1] and len(shape) > 1 for _, shape in masking.made)
 
 
@@ -416,9 +416,9 @@ def test_asking_for_scores_changes_nothing_else():
 def test_scores_of_decoded_tokens():
     model, ids = tiny("tiny_v32"), token_ids(2, 13)
     whole = model.model(ids, output_index_scores=True).index_scores
-    cache = model.model(ids[:, :9]).past_key_values
+    cache = model.model(ids[:, :9]).cache
     with form("gathered"):
-        ours = model.model(ids[:, 9:], past_key_values=cache, output_index_scores=True).index_scores
+        ours = model.model(ids[:, 9:], cache=cache, output_index_scores=True).index_scores
     for a, b in zip(ours, whole, strict=True):
         assert_close(a, b[:, 9:], "scores of the last four")
 

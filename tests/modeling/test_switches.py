@@ -160,9 +160,9 @@ def test_absorbed_decode_hands_over_the_cached_rows_themselves(name, word, monke
     monkeypatch.setattr(attention_core, "eager_attention", spy)
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, "sdpa", spy)
     with torch.no_grad():
-        cache = model(token_ids(2, 9), use_cache=True).past_key_values
+        cache = model(token_ids(2, 9), use_cache=True).cache
         handed.clear()
-        model(token_ids(2, 1), past_key_values=cache)
+        model(token_ids(2, 1), cache=cache)
     assert handed == [(layer.keys.data_ptr(),) * 2 for layer in cache.layers]
 
 
