@@ -667,14 +667,21 @@ class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
         ]
         return torch.stack(losses).mean()
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode, *args, **kwargs):
-        is_split = generation_config.prefill_chunk_size or generation_mode == GenerationMode.ASSISTED_GENERATION
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+    ):
+        is_assisted = generation_mode == GenerationMode.ASSISTED_GENERATION
+        is_split = generation_config.prefill_chunk_size or is_assisted
         if self.config.attention_direction == "prefix":
             if is_split:
                 raise ValueError("prefix attention reads the prompt alone and as a whole: no assistant, no chunks")
             tells_prompt(super().prepare_inputs_for_generation)
         refuse_cache_implementation(generation_config.cache_implementation)
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+        # A static cache has no row for the last token, which nobody reads; but a wrong guess of it is verified.
+        rows = max_cache_length + is_assisted
+        return super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, rows
+        )
 
     def init_continuous_batching(self, *args, **kwargs):
         """Refused, for its paged cache cannot hold latents. `generate_batch` and `generate` get here too."""

@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import CompileConfig, DynamicCache, StaticCache
+from transformers.cache_utils import StaticLayer
 
 from modeling_deepseek import DeepSeekForCausalLM
 from tests.modeling.conftest import outputs, tiny, token_ids
@@ -104,6 +105,30 @@ def test_static_cache_equals_dynamic(causal, beams):
     assert torch.equal(causal.generate(ids, cache_implementation="static", **arguments), expected)
     chunked = causal.generate(ids, prefill_chunk_size=3, **arguments)
     assert torch.equal(chunked, expected)
+
+
+needs_cropping = pytest.mark.skipif(
+    not StaticLayer.is_croppable, reason="static layers of this transformers can't be cropped (5.24 can)"
+)
+
+
+@needs_cropping
+def test_a_cropped_static_cache_goes_on_as_if_the_tokens_had_not_been(causal):
+    ids = token_ids(1, 12)
+    cache = StaticCache(causal.config, max_cache_len=16)
+    with torch.no_grad():
+        causal(torch.cat((ids[:, :8], ids[:, :3]), dim=1), cache=cache)
+        cache.crop(-3)
+        assert int(cache.get_seq_length()) == 8
+        assert_close(causal(ids[:, 8:], cache=cache).logits, causal(ids, use_cache=False).logits[:, 8:])
+
+
+@needs_cropping
+@pytest.mark.parametrize("arguments", [{"prompt_lookup_num_tokens": 2}, {"assistant_early_exit": 1}], ids=str)
+def test_speculation_on_a_static_cache_equals_greedy(causal, arguments):
+    ids = token_ids(1, 6).repeat(1, 2)
+    got = causal.generate(ids, cache_implementation="static", disable_compile=True, **GREEDY, **arguments)
+    assert torch.equal(got, by_whole_passes(causal, ids))
 
 
 def test_a_static_cache_of_ones_own(causal):
@@ -220,3 +245,16 @@ def test_static_cache_compiles_decoding(compiled):
     model.forward = torch.compile(model.forward, backend="eager", fullgraph=True)
     got = model.generate(ids, cache_implementation="static", **GREEDY)
     assert torch.equal(got, expected)
+
+
+@needs_cropping
+@pytest.mark.slow
+@pytest.mark.parametrize("compiled", ["tiny_llm", "tiny_v3", "tiny_v32"])
+def test_speculation_on_a_static_cache_compiles_its_steps(compiled):
+    model, ids = tiny(compiled, **({} if compiled == "tiny_llm" else {"moe_intermediate_size": 16})), token_ids(1, 6)
+    ids = ids.repeat(1, 2)
+    config = CompileConfig(backend="eager", fullgraph=True)
+    config._compile_all_devices = True  # transformers compiles on accelerators only unless told so
+    arguments = {"cache_implementation": "static", "prompt_lookup_num_tokens": 2, "compile_config": config}
+    assert torch.equal(model.generate(ids, **arguments, **GREEDY), by_whole_passes(model, ids))
+    assert model._compiled_call is not None
