@@ -29,8 +29,8 @@ from transformers.utils.logging import disable_progress_bar
 from . import model_card
 from .arguments import ModelArguments, parse_verb
 from .batches import batches_by_length
+from .data.files import read_lines, write_text
 from .extractive import ExtractiveReader
-from .files import read_lines, write_text
 from .loading import load_model, load_tokenizer, saved_config
 from .question_answering import MODEL_SETTINGS, QuestionAnswering, QuestionAnsweringArguments
 from .question_answering_baselines import floor_answers

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.data import Sampler
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from .data import DataArguments, check_columns, joined, named, open_splits, progress, utf8_text
+from .data.sources import DataArguments, check_columns, joined, named, open_splits, progress, utf8_text
 from .metrics import Accuracy, LabelSetF1, MacroF1, RegressionErrors
 from .reranker import pair_text
 from .task import CausalCollator, Rows, Task

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_deepseek import AutoModelForEmbedding
 
-from .data import DataArguments, check_columns, joined, named, open_splits, utf8_text
+from .data.sources import DataArguments, check_columns, joined, named, open_splits, utf8_text
 from .encoding import token_ids
 from .lexical_retrieval import (
     BM25,

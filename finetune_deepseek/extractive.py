@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForQuestionAnswering, PreTrainedTokenizerBase
 
-from .data import progress
+from .data.sources import progress
 from .passages import Layout, Passage
 from .task import CausalCollator, Rows
 

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
-from .data import progress
+from .data.sources import progress
 from .optimization import IGNORED_LABEL
 from .passages import Layout
 from .task import CausalCollator, Rows, beam_search

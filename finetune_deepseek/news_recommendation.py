@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_deepseek import AutoModelForRecommendation
 
-from .data import SPLITS
+from .data.sources import SPLITS
 from .mind import TEXT_FIELDS, read_behaviors, read_news
 from .ranking import bootstrap_interval, impression_scores
 from .recommendation import TEXT_CARD_CODE

@@ -20,10 +20,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from configuration_deepseek.official import SOURCES
 
-from .checks import HAN, Report, finding, looks_mojibake
-from .data import SPLITS, DataArguments, Part, joined, named, open_splits, utf8_text
+from .data.files import write_json
+from .data.pair_checks import HAN, Report, finding, looks_mojibake
+from .data.sources import SPLITS, DataArguments, Part, joined, named, open_splits, utf8_text
 from .extractive import ExtractiveReader
-from .files import write_json
 from .generative import GenerativeReader
 from .metrics import CmrcScores, SquadScores
 from .passages import PIECES, TOKEN_TYPES, Layout

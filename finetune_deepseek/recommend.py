@@ -26,6 +26,7 @@ from modeling_deepseek.modeling_deepseek import feature_reader, item_numbers
 
 from . import model_card
 from .arguments import parse_verb
+from .data.files import replaced_folder
 from .encoding import token_ids
 from .feature_columns import (
     FEATURES,
@@ -36,7 +37,6 @@ from .feature_columns import (
     require_known,
     unknown_notes,
 )
-from .files import replaced_folder
 from .interactions import (
     as_text,
     clean,

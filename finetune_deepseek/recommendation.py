@@ -21,9 +21,9 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from modeling_deepseek import AutoModelForRecommendation
 
 from .arguments import ModelArguments
-from .data import SPLITS, find_files
+from .data.files import write_text
+from .data.sources import SPLITS, find_files
 from .feature_columns import FEATURES, FeatureArguments, FeatureColumns, empty_values
-from .files import write_text
 from .interactions import (
     ML_100K_USERS,
     SplitRows,

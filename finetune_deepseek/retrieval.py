@@ -28,9 +28,9 @@ from modeling_deepseek import DeepSeekForEmbedding
 from tokenization_deepseek import DeepSeekTokenizer
 
 from . import model_card
-from .data import READERS, read_file
+from .data.files import replaced_folder, write_json, write_text
+from .data.sources import READERS, read_file
 from .encoding import encode
-from .files import replaced_folder, write_json, write_text
 from .lexical_retrieval import BM25, DEFAULT_WEIGHTS, WORDS_ALONE, fused_scores, part_terms
 from .loading import is_deepseek, named_source
 

@@ -31,8 +31,8 @@ from . import model_card
 from .arguments import Stage, TrainingArguments, check_output_dir
 from .averaging import average_checkpoints
 from .callbacks import PlotCallback
-from .checks import Report, fault_list, report_markdown, report_text
-from .files import write_json, write_text
+from .data.files import write_json, write_text
+from .data.pair_checks import Report, fault_list, report_markdown, report_text
 from .freezing import freeze_weights, trained_weights
 from .loading import load_model, load_tokenizer, parse_overrides, saved_config
 from .lora import apply_lora, census, census_table

@@ -25,7 +25,7 @@ from modeling_deepseek.item_ranking import allowed_items, pad_histories
 
 from . import model_card
 from .arguments import ModelArguments
-from .files import write_text
+from .data.files import write_text
 from .item_titles import read_titles, with_titles
 from .item_vectors import neighbour_vectors, read_item_vectors
 from .loading import named_source

@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from configuration_deepseek import DeepSeekConfig
 from modeling_deepseek import DeepSeekForEmbedding
 
+from .data.files import write_json
 from .encoding import token_ids
-from .files import write_json
 from .retrieval import Retriever
 
 try:

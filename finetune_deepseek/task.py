@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 from tokenization_deepseek import train_tokenizer
 
 from .arguments import ModelArguments
-from .checks import Report
+from .data.pair_checks import Report
 from .optimization import IGNORED_LABEL
 
 Rows: TypeAlias = Dataset | IterableDataset

@@ -28,7 +28,7 @@ from modeling_deepseek import DeepSeekForCausalLM
 from .arguments import MUON, TrainingArguments, nearest_match
 from .batches import TokenBatchSampler
 from .callbacks import TimeLimitCallback
-from .files import replaced_folder
+from .data.files import replaced_folder
 from .muon import Muon, muon_groups
 from .optimization import (
     MULTI_STEP,

@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from . import model_card
 from .arguments import ModelArguments, parse_verb
 from .batches import batches_by_length
-from .files import read_lines, write_text
+from .data.files import read_lines, write_text
 from .loading import load_model, load_tokenizer
 from .translation import MODEL_SETTINGS, LanguagePair, Translation, TranslationArguments
 

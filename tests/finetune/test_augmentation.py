@@ -7,7 +7,14 @@ from collections import Counter
 import pytest
 from datasets import Dataset, IterableDataset
 
-from finetune_deepseek.augmentation import OPERATIONS, AugmentationArguments, Augmenter, Words, augment, read_synonyms
+from finetune_deepseek.data.augmentation import (
+    OPERATIONS,
+    AugmentationArguments,
+    Augmenter,
+    Words,
+    augment,
+    read_synonyms,
+)
 from finetune_deepseek.translation import Translation, TranslationArguments
 from tokenization_deepseek import train_tokenizer
 

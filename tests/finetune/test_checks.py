@@ -6,7 +6,7 @@ import pytest
 from datasets import Dataset, IterableDataset
 
 from finetune_deepseek.__main__ import guarded
-from finetune_deepseek.checks import CHECKS, MOJIBAKE, check_pairs, fault_list, report_markdown, report_text
+from finetune_deepseek.data.pair_checks import CHECKS, MOJIBAKE, check_pairs, fault_list, report_markdown, report_text
 
 from .conftest import TINY, flags, write_jsonl
 

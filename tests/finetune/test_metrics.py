@@ -12,6 +12,7 @@ import pytest
 import sacrebleu
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 
+from finetune_deepseek.data.moses import moses_lower
 from finetune_deepseek.metrics import (
     BLEU_TOKENIZERS,
     Accuracy,
@@ -23,7 +24,6 @@ from finetune_deepseek.metrics import (
     bleu_tokenizer,
     translation_metrics,
 )
-from finetune_deepseek.moses import moses_lower
 
 ENGLISH = (["the cat sat on a mat", "a dog barked!", ""], ["the cat sat on the mat", "a dog barked!", "silence"])
 CHINESE = (["2026年1月5日星期一", "5公里以外"], ["2026年1月5日星期二", "5公里以外"])

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 
 from finetune_deepseek.__main__ import guarded
 from finetune_deepseek.callbacks import plot_losses
-from finetune_deepseek.files import replaced_folder, write_text
+from finetune_deepseek.data.files import replaced_folder, write_text
 from finetune_deepseek.model_card import SLOT, TEMPLATE, fill
 
 from .conftest import TINY, flags
@@ -92,7 +92,9 @@ def test_loss_plot_without_any_loss(tmp_path):
 def test_processes_that_write_the_same_file_do_not_meet(tmp_path):
     """With one name beside the file for all, the later rename would find nothing to rename."""
     path = tmp_path / "config.json"
-    code = "import sys, pathlib; from finetune_deepseek.files import write_text; path = pathlib.Path(sys.argv[1])\n"
+    code = (
+        "import sys, pathlib; from finetune_deepseek.data.files import write_text; path = pathlib.Path(sys.argv[1])\n"
+    )
     code += "for _ in range(500): write_text(path, 'content')"
     processes = [subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT) for _ in range(2)]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]

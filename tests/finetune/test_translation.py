@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset
 
 from finetune_deepseek.__main__ import guarded
-from finetune_deepseek.data import find_files
+from finetune_deepseek.data.sources import find_files
 from finetune_deepseek.optimization import IGNORED_LABEL
 from finetune_deepseek.translate import translate
 from finetune_deepseek.translation import Translation, TranslationArguments
