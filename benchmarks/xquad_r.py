@@ -27,8 +27,8 @@ from finetune_deepseek.lexical_retrieval import (
     tfidf_scores,
 )
 from finetune_deepseek.retrieval import Passage, PassageIndex, Retriever
-from finetune_deepseek.run import data_hash
-from finetune_deepseek.trainer import prefixed
+from finetune_deepseek.training.run import data_hash
+from finetune_deepseek.training.trainer import prefixed
 
 LANGUAGES = {"en": "English", "zh": "Chinese"}
 

@@ -50,7 +50,7 @@ def task_class(name: str) -> Any:
     Raises:
         ValueError: if there is none.
     """
-    from .arguments import nearest_match
+    from .training.arguments import nearest_match
 
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}{nearest_match(name, TASKS)}; there is {', '.join(TASKS)}.")
@@ -65,8 +65,8 @@ def finetune(argv: Sequence[str]) -> None:
         ValueError: with one line, for bad input.
     """
     # Imported here, since torch and transformers take seconds and --help of the command needs neither.
-    from .arguments import parse_command
-    from .run import run_stages
+    from .training.arguments import parse_command
+    from .training.run import run_stages
 
     task = task_class(argv[0])
     run_stages(task, parse_command(task.name, task.arguments_class, argv[1:], task.recipe, task.examples))
@@ -82,9 +82,9 @@ def score(verb: str, flag: str, argv: Sequence[str]) -> None:
     Raises:
         ValueError: with one line, for bad input.
     """
-    from .arguments import parse_command
-    from .model_card import run_settings
-    from .run import run_stages
+    from .training.arguments import parse_command
+    from .training.model_card import run_settings
+    from .training.run import run_stages
 
     if set(argv) & {"-h", "--help", "--help_all"}:
         return finetune(argv)

@@ -16,7 +16,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from .data.files import read_lines, write_text
-from .loading import load_model, load_tokenizer
+from .training.loading import load_model, load_tokenizer
 from .translate import TranslateArguments, make_task, translate_lines
 from .translation import Translation, TranslationArguments
 

@@ -31,9 +31,9 @@ from .lexical_retrieval import (
     retrieval_scores,
     tfidf_scores,
 )
-from .model_card import table
-from .task import CausalCollator, Rows, Task
-from .trainer import prefixed
+from .training.model_card import table
+from .training.task import CausalCollator, Rows, Task
+from .training.trainer import prefixed
 
 SHOWN_PASSAGES = 5  # kept per scored query
 # What a trained model depends on: written into its card, and taken from there by evaluate and predict.

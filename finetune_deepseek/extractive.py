@@ -16,7 +16,7 @@ from transformers import AutoModelForQuestionAnswering, PreTrainedTokenizerBase
 
 from .data.sources import progress
 from .passages import Layout, Passage
-from .task import CausalCollator, Rows
+from .training.task import CausalCollator, Rows
 
 NOWHERE = 1 << 30  # beyond any window: such positions are left out of the loss
 WINDOWS_AT_ONCE = 64

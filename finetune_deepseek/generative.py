@@ -8,9 +8,9 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
 from .data.sources import progress
-from .optimization import IGNORED_LABEL
 from .passages import Layout
-from .task import CausalCollator, Rows, beam_search
+from .training.optimization import IGNORED_LABEL
+from .training.task import CausalCollator, Rows, beam_search
 
 
 class GenerativeReader:

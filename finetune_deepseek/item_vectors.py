@@ -11,10 +11,10 @@ from scipy import sparse
 from sklearn.decomposition import TruncatedSVD
 
 from .interactions import as_text
-from .loading import saved_config
 from .recommend import load
 from .recommendation import PADDING
 from .retrieval import Retriever
+from .training.loading import saved_config
 
 NEIGHBOURHOOD = 3  # items that are this near each other in a history count as neighbours
 SVD_SIZE = 32

@@ -17,14 +17,14 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from .arguments import ModelArguments
 from .interactions import SplitRows, as_text, read_columns, require_column, split_file_rows
 from .item_titles import read_titles, with_titles
-from .optimization import IGNORED_LABEL
 from .ranking import ranking_scores, target_ranks
 from .recommendation import PADDING, PADDING_TOKEN, Recommendation, RecommendationArguments, find_split_files
 from .recommendation_baselines import BASELINES
-from .task import CausalCollator, Rows, Task
+from .training.arguments import ModelArguments
+from .training.optimization import IGNORED_LABEL
+from .training.task import CausalCollator, Rows, Task
 
 # Letters: B users, C candidates, P tokens before a candidate, T tokens of a candidate and what follows it.
 YES, NO = " yes", " no"

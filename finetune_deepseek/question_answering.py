@@ -25,13 +25,13 @@ from .data.pair_checks import HAN, Report, finding, looks_mojibake
 from .data.sources import SPLITS, DataArguments, Part, joined, named, open_splits, utf8_text
 from .extractive import ExtractiveReader
 from .generative import GenerativeReader
-from .metrics import CmrcScores, SquadScores
 from .passages import PIECES, TOKEN_TYPES, Layout
 from .question_answering_baselines import FLOORS, NAMES, floor_answers
 from .squad import Questions, simplifier
-from .task import Rows, Task
 from .territories import territory_rows
-from .trainer import prefixed
+from .training.metrics import CmrcScores, SquadScores
+from .training.task import Rows, Task
+from .training.trainer import prefixed
 
 READERS: dict[str, Any] = {"extractive": ExtractiveReader, "generative": GenerativeReader}
 NBEST_FILE = "nbest_predictions.json"

@@ -24,8 +24,6 @@ from transformers.utils.logging import disable_progress_bar
 from modeling_deepseek import AutoModelForRecommendation
 from modeling_deepseek.modeling_deepseek import feature_reader, item_numbers
 
-from . import model_card
-from .arguments import parse_verb
 from .data.files import replaced_folder
 from .encoding import token_ids
 from .feature_columns import (
@@ -48,10 +46,12 @@ from .interactions import (
     split_file_rows,
 )
 from .item_index import ItemIndex
-from .loading import named_source, saved_config
 from .news_recommendation import NewsRecommendation
 from .recommendation import Recommendation
 from .text_catalogue import CATALOGUE_FOLDER, PADDING, catalogue_tokenizer
+from .training import model_card
+from .training.arguments import parse_verb
+from .training.loading import named_source, saved_config
 
 EXAMPLES = """examples:
   deepseek-hf recommend runs/movies --history items.json --k 10

@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from modeling_deepseek import AutoModelForRecommendation
 
-from .arguments import ModelArguments
 from .data.files import write_text
 from .data.sources import SPLITS, find_files
 from .feature_columns import FEATURES, FeatureArguments, FeatureColumns, empty_values
@@ -42,13 +41,14 @@ from .interactions import (
 from .item_counting import KEPT, WEIGHTS, best_count_weights, count_items
 from .item_dropout import item_dropout
 from .item_svd import add_item_svd
-from .optimization import IGNORED_LABEL
 from .ranking import bootstrap_interval, comparison, per_user, ranking_scores, target_ranks
 from .recommendation_baselines import baseline_ranks
 from .sasrec import sasrec_config
-from .task import CausalCollator, Rows, Task
 from .text_catalogue import PADDING, PADDING_TOKEN, TextCatalogue, catalogue_tokenizer, read_items
-from .trainer import prefixed
+from .training.arguments import ModelArguments
+from .training.optimization import IGNORED_LABEL
+from .training.task import CausalCollator, Rows, Task
+from .training.trainer import prefixed
 
 SHOWN_ITEMS = 20  # recommendations that are kept per scored user
 RANKS_FILE = "user_ranks.csv"

@@ -23,18 +23,18 @@ from transformers.utils import cached_file
 
 from modeling_deepseek.item_ranking import allowed_items, pad_histories
 
-from . import model_card
-from .arguments import ModelArguments
 from .data.files import write_text
 from .item_titles import read_titles, with_titles
 from .item_vectors import neighbour_vectors, read_item_vectors
-from .loading import named_source
-from .optimization import IGNORED_LABEL
 from .ranking import target_ranks
 from .recommend import Recommender
 from .recommendation import PADDING, PADDING_TOKEN, Recommendation, RecommendationArguments
 from .residual_quantizer import distinct_codes, residual_codes
-from .task import CausalCollator, Rows
+from .training import model_card
+from .training.arguments import ModelArguments
+from .training.loading import named_source
+from .training.optimization import IGNORED_LABEL
+from .training.task import CausalCollator, Rows
 from .trie import CodeTrie, beam_items
 
 # Letters: B users, M beams, N items, L digits.

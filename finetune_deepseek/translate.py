@@ -15,11 +15,11 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from . import model_card
-from .arguments import ModelArguments, parse_verb
-from .batches import batches_by_length
 from .data.files import read_lines, write_text
-from .loading import load_model, load_tokenizer
+from .training import model_card
+from .training.arguments import ModelArguments, parse_verb
+from .training.batches import batches_by_length
+from .training.loading import load_model, load_tokenizer
 from .translation import MODEL_SETTINGS, LanguagePair, Translation, TranslationArguments
 
 EXAMPLES = """examples:

@@ -16,15 +16,15 @@ import numpy as np
 from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from .arguments import nearest_match
 from .data.augmentation import AugmentationArguments, Augmenter
 from .data.moses import moses_lower, signature
 from .data.pair_checks import Report, check_pairs, count_empty_sides, count_long_rows, merged
 from .data.sources import SPLITS, DataArguments, Part, joined, named, open_splits, progress, read_file, utf8_text
-from .metrics import translation_metrics
-from .optimization import IGNORED_LABEL
 from .phrases import corpus_description, default_corpus, nearest_pair_baseline
-from .task import CausalCollator, Rows, Task, beam_search
+from .training.arguments import nearest_match
+from .training.metrics import translation_metrics
+from .training.optimization import IGNORED_LABEL
+from .training.task import CausalCollator, Rows, Task, beam_search
 
 LanguagePair: TypeAlias = tuple[str, str]  # source and target language
 

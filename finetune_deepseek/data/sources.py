@@ -14,8 +14,8 @@ from typing import Any, cast
 
 from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets, load_dataset
 
-from ..arguments import nearest_match
-from ..task import Rows
+from ..training.arguments import nearest_match
+from ..training.task import Rows
 
 SPLITS = ("train", "validation", "test")
 # The file name's ending gives the reader of `datasets`; each may be gzipped.

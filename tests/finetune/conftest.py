@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from finetune_deepseek.arguments import parse_command
-from finetune_deepseek.run import run_stages
+from finetune_deepseek.training.arguments import parse_command
+from finetune_deepseek.training.run import run_stages
 from finetune_deepseek.translation import Translation
 
 PAIRS = [("one", "eins"), ("two birds", "zwei Vögel"), ("three", "drei")]

@@ -4,8 +4,8 @@ import pytest
 
 from finetune_deepseek import TASKS
 from finetune_deepseek.__main__ import guarded
-from finetune_deepseek.arguments import check_output_dir, parse_command
-from finetune_deepseek.loading import parse_overrides
+from finetune_deepseek.training.arguments import check_output_dir, parse_command
+from finetune_deepseek.training.loading import parse_overrides
 from finetune_deepseek.translation import Translation
 
 

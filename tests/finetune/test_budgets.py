@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
 
-from finetune_deepseek import callbacks
 from finetune_deepseek.__main__ import guarded
-from finetune_deepseek.batches import TokenBatchSampler
-from finetune_deepseek.callbacks import TimeLimitCallback
-from finetune_deepseek.optimization import follow_the_clock
+from finetune_deepseek.training import callbacks
+from finetune_deepseek.training.batches import TokenBatchSampler
+from finetune_deepseek.training.callbacks import TimeLimitCallback
+from finetune_deepseek.training.optimization import follow_the_clock
 from modeling_deepseek import DeepSeekForCausalLM
 
 from .conftest import TINY, flags, write_jsonl

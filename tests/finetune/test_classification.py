@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import finetune_deepseek
-from finetune_deepseek.arguments import ModelArguments, parse_command
 from finetune_deepseek.classification import (
     PROBLEMS,
     BalancedSampler,
@@ -27,10 +26,11 @@ from finetune_deepseek.classification import (
     Regression,
     SingleLabel,
 )
-from finetune_deepseek.loading import load_model
-from finetune_deepseek.metrics import LabelSetF1, RegressionErrors
 from finetune_deepseek.reranker import pair_text
-from finetune_deepseek.run import run_stages
+from finetune_deepseek.training.arguments import ModelArguments, parse_command
+from finetune_deepseek.training.loading import load_model
+from finetune_deepseek.training.metrics import LabelSetF1, RegressionErrors
+from finetune_deepseek.training.run import run_stages
 from modeling_deepseek import DeepSeekForCausalLM
 
 from .conftest import TINY, flags

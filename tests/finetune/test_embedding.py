@@ -7,13 +7,13 @@ import pytest
 import torch
 from datasets import Dataset
 
-from finetune_deepseek.arguments import parse_command
 from finetune_deepseek.embedding import Embedding, EmbeddingArguments, EmbeddingCollator
 from finetune_deepseek.encoding import encode, token_ids
 from finetune_deepseek.lexical_retrieval import FUSED
-from finetune_deepseek.model_card import run_settings
 from finetune_deepseek.retrieval import Retriever
-from finetune_deepseek.run import run_stages
+from finetune_deepseek.training.arguments import parse_command
+from finetune_deepseek.training.model_card import run_settings
+from finetune_deepseek.training.run import run_stages
 from modeling_deepseek import DeepSeekForEmbedding
 from tokenization_deepseek import DeepSeekTokenizer, train_tokenizer
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from finetune_deepseek.__main__ import guarded
-from finetune_deepseek.arguments import parse_command
 from finetune_deepseek.feature_columns import known_values, number_values, read_users
 from finetune_deepseek.interactions import (
     ML_100K,
@@ -23,8 +22,9 @@ from finetune_deepseek.interactions import (
 )
 from finetune_deepseek.recommend import load
 from finetune_deepseek.recommendation import Recommendation, RecommendationArguments, item_tokenizer
-from finetune_deepseek.run import run_stages
 from finetune_deepseek.semantic_ids import GenerativeRecommendationArguments
+from finetune_deepseek.training.arguments import parse_command
+from finetune_deepseek.training.run import run_stages
 from modeling_deepseek import AutoModelForRecommendation
 
 from .conftest import flags

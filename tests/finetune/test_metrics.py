@@ -13,7 +13,7 @@ import sacrebleu
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 
 from finetune_deepseek.data.moses import moses_lower
-from finetune_deepseek.metrics import (
+from finetune_deepseek.training.metrics import (
     BLEU_TOKENIZERS,
     Accuracy,
     ChrF2,

@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from finetune_deepseek import __main__ as command
-from finetune_deepseek.model_card import run_settings
+from finetune_deepseek.training.model_card import run_settings
 from finetune_deepseek.translation import Translation, TranslationArguments
 
 from .conftest import TINY, flags

@@ -10,8 +10,8 @@ from transformers import GenerationConfig
 
 import finetune_deepseek
 from finetune_deepseek.__main__ import finetune
-from finetune_deepseek.optimization import IGNORED_LABEL
-from finetune_deepseek.task import CausalCollator, Task
+from finetune_deepseek.training.optimization import IGNORED_LABEL
+from finetune_deepseek.training.task import CausalCollator, Task
 
 from .conftest import TINY, flags
 

@@ -10,9 +10,9 @@ import pytest
 from huggingface_hub import ModelCard
 
 from finetune_deepseek.__main__ import guarded
-from finetune_deepseek.callbacks import plot_losses
 from finetune_deepseek.data.files import replaced_folder, write_text
-from finetune_deepseek.model_card import SLOT, TEMPLATE, fill
+from finetune_deepseek.training.callbacks import plot_losses
+from finetune_deepseek.training.model_card import SLOT, TEMPLATE, fill
 
 from .conftest import TINY, flags
 

@@ -11,7 +11,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import finetune_deepseek
 from configuration_deepseek import preset
 from finetune_deepseek import prompt_ranking
-from finetune_deepseek.arguments import parse_command
 from finetune_deepseek.item_titles import read_titles, with_titles
 from finetune_deepseek.prompt_ranking import (
     Prompt,
@@ -21,7 +20,8 @@ from finetune_deepseek.prompt_ranking import (
     candidate_scores,
     rank,
 )
-from finetune_deepseek.run import run_stages
+from finetune_deepseek.training.arguments import parse_command
+from finetune_deepseek.training.run import run_stages
 from modeling_deepseek import DeepSeekForCausalLM
 from tokenization_deepseek import train_tokenizer
 

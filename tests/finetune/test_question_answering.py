@@ -15,16 +15,16 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from finetune_deepseek import __main__ as command
 from finetune_deepseek.answer import Reader
-from finetune_deepseek.arguments import parse_command
 from finetune_deepseek.extractive import NOWHERE, best_spans
-from finetune_deepseek.metrics import CmrcScores, SquadScores
-from finetune_deepseek.model_card import run_settings
 from finetune_deepseek.passages import Encoder, Layout
 from finetune_deepseek.question_answering import QuestionAnswering, QuestionAnsweringArguments
 from finetune_deepseek.question_answering_baselines import first_sentence, floor_answers, overlap_sentence, sentences
-from finetune_deepseek.run import run_stages
 from finetune_deepseek.squad import Questions, place, simplifier
 from finetune_deepseek.territories import PATTERNS, territory_rows
+from finetune_deepseek.training.arguments import parse_command
+from finetune_deepseek.training.metrics import CmrcScores, SquadScores
+from finetune_deepseek.training.model_card import run_settings
+from finetune_deepseek.training.run import run_stages
 from tokenization_deepseek import train_tokenizer
 
 from .conftest import TINY, flags

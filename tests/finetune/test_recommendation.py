@@ -12,7 +12,6 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 import finetune_deepseek
 from finetune_deepseek.__main__ import guarded
-from finetune_deepseek.arguments import parse_command
 from finetune_deepseek.interactions import as_dataset
 from finetune_deepseek.ranking import target_ranks
 from finetune_deepseek.recommend import Recommender, load
@@ -23,8 +22,9 @@ from finetune_deepseek.recommendation import (
     read_ranks,
 )
 from finetune_deepseek.recommendation_baselines import baseline_ranks
-from finetune_deepseek.run import run_stages
 from finetune_deepseek.sasrec import SASRecForRecommendation
+from finetune_deepseek.training.arguments import parse_command
+from finetune_deepseek.training.run import run_stages
 from modeling_deepseek import AutoModelForRecommendation, DeepSeekForRecommendation
 
 from .conftest import flags

@@ -6,8 +6,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from finetune_deepseek.arguments import parse_command
 from finetune_deepseek.recommendation import RecommendationArguments
+from finetune_deepseek.training.arguments import parse_command
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

@@ -9,8 +9,8 @@ from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV2Config, DeepseekV2ForCausalLM
 
-from finetune_deepseek import run as run_module
-from finetune_deepseek.task import CausalCollator
+from finetune_deepseek.training import run as run_module
+from finetune_deepseek.training.task import CausalCollator
 
 from .conftest import PAIRS, write_jsonl
 
@@ -42,7 +42,7 @@ def continue_prompt(model, tokenizer, prompt):
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
     """One run that learned the three rows, shared by the tests that look at its folder."""
-    from finetune_deepseek.arguments import parse_command
+    from finetune_deepseek.training.arguments import parse_command
     from finetune_deepseek.translation import Translation
 
     from .conftest import TINY, flags
@@ -298,7 +298,7 @@ def test_streaming_equals_reading_whole_in_its_first_step(finetune, data, tmp_pa
 
 
 def test_stages_run_in_order_and_report_together(data, tmp_path):
-    from finetune_deepseek.arguments import parse_command
+    from finetune_deepseek.training.arguments import parse_command
     from finetune_deepseek.translation import Translation
 
     from .conftest import TINY, flags

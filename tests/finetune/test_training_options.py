@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from configuration_deepseek import preset
 from finetune_deepseek.__main__ import guarded
-from finetune_deepseek.arguments import ModelArguments, parse_command
-from finetune_deepseek.callbacks import plot_metrics
 from finetune_deepseek.freezing import freeze_weights
-from finetune_deepseek.loading import with_dropout
 from finetune_deepseek.lora import GROUPS, OTHER, group_of
-from finetune_deepseek.optimization import smoothing_term, target_losses
-from finetune_deepseek.run import Run
+from finetune_deepseek.training.arguments import ModelArguments, parse_command
+from finetune_deepseek.training.callbacks import plot_metrics
+from finetune_deepseek.training.loading import with_dropout
+from finetune_deepseek.training.optimization import smoothing_term, target_losses
+from finetune_deepseek.training.run import Run
 from finetune_deepseek.translation import Translation
 from modeling_deepseek import DeepSeekForCausalLM
 
@@ -67,7 +67,7 @@ def target_log_probabilities(folder, pairs=PAIRS):
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """A model that knows the three rows by half, so that its predictions differ, and the three rows."""
-    from finetune_deepseek.run import run_stages
+    from finetune_deepseek.training.run import run_stages
 
     folder = tmp_path_factory.mktemp("start")
     path = str(write_jsonl(folder / "rows.jsonl", PAIRS))
@@ -377,7 +377,7 @@ def test_metric_plot_is_there_when_there_were_evaluations(continued, tmp_path):
 
 
 def test_metric_plot_has_one_curve_per_score(tmp_path, monkeypatch):
-    from finetune_deepseek import callbacks
+    from finetune_deepseek.training import callbacks
 
     figures = []
     monkeypatch.setattr(callbacks, "save_figure", lambda figure, path: figures.append(figure))

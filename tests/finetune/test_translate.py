@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from finetune_deepseek import __main__ as command
-from finetune_deepseek.batches import batches_by_length
-from finetune_deepseek.model_card import run_settings
+from finetune_deepseek.training.batches import batches_by_length
+from finetune_deepseek.training.model_card import run_settings
 from finetune_deepseek.translate import TranslateArguments, make_task, parse
 
 from .conftest import PAIRS, TINY, flags, write_jsonl

@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from finetune_deepseek.__main__ import guarded
 from finetune_deepseek.data.sources import find_files
-from finetune_deepseek.optimization import IGNORED_LABEL
+from finetune_deepseek.training.optimization import IGNORED_LABEL
 from finetune_deepseek.translate import translate
 from finetune_deepseek.translation import Translation, TranslationArguments
 from tokenization_deepseek import train_tokenizer

@@ -25,11 +25,11 @@ from transformers.training_args import ParallelMode
 
 from modeling_deepseek import DeepSeekForCausalLM
 
+from ..data.files import replaced_folder
+from ..muon import Muon, muon_groups
 from .arguments import MUON, TrainingArguments, nearest_match
 from .batches import TokenBatchSampler
 from .callbacks import TimeLimitCallback
-from .data.files import replaced_folder
-from .muon import Muon, muon_groups
 from .optimization import (
     MULTI_STEP,
     add_l1_gradient,

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 
 from tokenization_deepseek import train_tokenizer
 
+from ..data.pair_checks import Report
 from .arguments import ModelArguments
-from .data.pair_checks import Report
 from .optimization import IGNORED_LABEL
 
 Rows: TypeAlias = Dataset | IterableDataset

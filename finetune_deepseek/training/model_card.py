@@ -17,11 +17,11 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel
 from transformers.utils import cached_file
 
+from ..freezing import trained_weights
 from .arguments import Stage
-from .freezing import trained_weights
 from .optimization import recipe
 
-TEMPLATE = Path(__file__).with_suffix(".md")
+TEMPLATE = Path(__file__).parents[1] / "model_card.md"
 SLOT = re.compile(r"<!-- (\w+) -->[^\n]*")
 GENERATION = """output = model.generate(**inputs, max_new_tokens=64)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))"""

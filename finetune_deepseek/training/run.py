@@ -27,16 +27,16 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from configuration_deepseek.presets import preset
 
+from ..averaging import average_checkpoints
+from ..data.files import write_json, write_text
+from ..data.pair_checks import Report, fault_list, report_markdown, report_text
+from ..freezing import freeze_weights, trained_weights
+from ..lora import apply_lora, census, census_table
+from ..muon import multiplies_bfloat16
 from . import model_card
 from .arguments import Stage, TrainingArguments, check_output_dir
-from .averaging import average_checkpoints
 from .callbacks import PlotCallback
-from .data.files import write_json, write_text
-from .data.pair_checks import Report, fault_list, report_markdown, report_text
-from .freezing import freeze_weights, trained_weights
 from .loading import load_model, load_tokenizer, parse_overrides, saved_config
-from .lora import apply_lora, census, census_table
-from .muon import multiplies_bfloat16
 from .optimization import recipe
 from .task import Rows, Task
 from .trainer import FinetuneTrainer, numbers, prefixed

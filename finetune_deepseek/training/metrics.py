@@ -21,7 +21,7 @@ from sklearn.metrics import (
     precision_recall_fscore_support,
 )
 
-from .data.moses import moses_lower, signature
+from ..data.moses import moses_lower, signature
 
 # Languages written without spaces, or whose words sacrebleu cuts by an extra package (MeCab for Japanese and Korean):
 # they are scored by character, so that a score doesn't depend on what is installed. The signature names the tokenizer.
