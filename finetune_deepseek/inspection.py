@@ -29,7 +29,6 @@ from modeling_deepseek.quantization import SCALE
 from tokenization_deepseek import DeepSeekTokenizer
 
 from .export import Checkpoint, Parser, check_weights, dequantize_at, head_of
-from .lora import OTHER, group_of, plain_name
 from .shards import (
     ADAPTER_FILE,
     DTYPES,
@@ -44,6 +43,7 @@ from .shards import (
     split_experts,
     unread,
 )
+from .training.weights.lora import OTHER, group_of, plain_name
 
 GENERATIONS = {
     "llama": "DeepSeek-LLM, Coder, Math or R1-Distill-Llama",

@@ -17,9 +17,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel
 from transformers.utils import cached_file
 
-from ..freezing import trained_weights
 from .arguments import Stage
 from .optimization import recipe
+from .weights.freezing import trained_weights
 
 TEMPLATE = Path(__file__).parents[1] / "model_card.md"
 SLOT = re.compile(r"<!-- (\w+) -->[^\n]*")

@@ -27,12 +27,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from configuration_deepseek.presets import preset
 
-from ..averaging import average_checkpoints
 from ..data.files import write_json, write_text
 from ..data.pair_checks import Report, fault_list, report_markdown, report_text
-from ..freezing import freeze_weights, trained_weights
-from ..lora import apply_lora, census, census_table
-from ..muon import multiplies_bfloat16
 from . import model_card
 from .arguments import Stage, TrainingArguments, check_output_dir
 from .callbacks import PlotCallback
@@ -40,6 +36,10 @@ from .loading import load_model, load_tokenizer, parse_overrides, saved_config
 from .optimization import recipe
 from .task import Rows, Task
 from .trainer import FinetuneTrainer, numbers, prefixed
+from .weights.averaging import average_checkpoints
+from .weights.freezing import freeze_weights, trained_weights
+from .weights.lora import apply_lora, census, census_table
+from .weights.muon import multiplies_bfloat16
 
 PREDICTIONS_FILE = "generated_predictions.jsonl"
 DATA_REPORT_FILE = "data_report.json"

@@ -26,7 +26,6 @@ from transformers.training_args import ParallelMode
 from modeling_deepseek import DeepSeekForCausalLM
 
 from ..data.files import replaced_folder
-from ..muon import Muon, muon_groups
 from .arguments import MUON, TrainingArguments, nearest_match
 from .batches import TokenBatchSampler
 from .callbacks import TimeLimitCallback
@@ -39,6 +38,7 @@ from .optimization import (
     smooth_labels,
     target_losses,
 )
+from .weights.muon import Muon, muon_groups
 
 
 class FinetuneTrainer(Seq2SeqTrainer):

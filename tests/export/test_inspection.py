@@ -11,8 +11,8 @@ from configuration_deepseek import preset
 from finetune_deepseek.__main__ import main
 from finetune_deepseek.export import export_native, official_weights
 from finetune_deepseek.inspection import active_parameters, cached_width, count_parameters, inspect_checkpoint, size
-from finetune_deepseek.lora import apply_lora, census
 from finetune_deepseek.training.arguments import LoraArguments
+from finetune_deepseek.training.weights.lora import apply_lora, census
 from modeling_deepseek import DeepSeekForCausalLM
 
 

@@ -10,8 +10,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from finetune_deepseek.export import export_adapter, export_bundle, export_native
-from finetune_deepseek.lora import apply_lora
 from finetune_deepseek.training.arguments import LoraArguments
+from finetune_deepseek.training.weights.lora import apply_lora
 from modeling_deepseek import DeepSeekForCausalLM, DeepSeekForSequenceClassification
 from modeling_deepseek.moe import DeepSeekExperts
 from tests.export.conftest import header, logits_of, weights_of

@@ -8,8 +8,16 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCa
 
 import modeling_deepseek  # noqa: F401
 from configuration_deepseek.presets import preset
-from finetune_deepseek.lora import GROUPS, OTHER, apply_lora, attached_layers, census, census_table, choose_groups
 from finetune_deepseek.training.arguments import LoraArguments
+from finetune_deepseek.training.weights.lora import (
+    GROUPS,
+    OTHER,
+    apply_lora,
+    attached_layers,
+    census,
+    census_table,
+    choose_groups,
+)
 
 # Adapted weights per group. tiny_v3 has 3 layers, the first dense: 5 projections with q_lora_rank, 2 expert tensors.
 ATTACHED = {

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configuration_deepseek import preset
-from finetune_deepseek.muon import Muon, muon_groups, orthogonalized
+from finetune_deepseek.training.weights.muon import Muon, muon_groups, orthogonalized
 from modeling_deepseek import DeepSeekForCausalLM
 
 
@@ -121,7 +121,7 @@ def test_by_flag_and_resumed(finetune, data, tmp_path):
 @pytest.mark.parametrize("knows", [True, False])
 def test_a_slow_bfloat16_is_said(knows, finetune, data, tmp_path, monkeypatch, capsys):
     """Where the processor lacks it, the iterations run in float32 too."""
-    monkeypatch.setattr("finetune_deepseek.muon.multiplies_bfloat16", lambda: knows)
+    monkeypatch.setattr("finetune_deepseek.training.weights.muon.multiplies_bfloat16", lambda: knows)
     monkeypatch.setattr("finetune_deepseek.training.run.multiplies_bfloat16", lambda: knows)
     assert orthogonalized(torch.randn(3, 4)).dtype == (torch.bfloat16 if knows else torch.float32)
     finetune(output_dir=tmp_path / "out", do_train=True, max_steps=1, bf16=True, use_cpu=True, **data)

@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from configuration_deepseek import preset
 from finetune_deepseek.__main__ import guarded
-from finetune_deepseek.freezing import freeze_weights
-from finetune_deepseek.lora import GROUPS, OTHER, group_of
 from finetune_deepseek.training.arguments import ModelArguments, parse_command
 from finetune_deepseek.training.callbacks import plot_metrics
 from finetune_deepseek.training.loading import with_dropout
 from finetune_deepseek.training.optimization import smoothing_term, target_losses
 from finetune_deepseek.training.run import Run
+from finetune_deepseek.training.weights.freezing import freeze_weights
+from finetune_deepseek.training.weights.lora import GROUPS, OTHER, group_of
 from finetune_deepseek.translation import Translation
 from modeling_deepseek import DeepSeekForCausalLM
 

@@ -10,8 +10,8 @@ def push(folder):
     import torch
 
     from configuration_deepseek import preset
-    from finetune_deepseek.lora import apply_lora
     from finetune_deepseek.training.arguments import LoraArguments
+    from finetune_deepseek.training.weights.lora import apply_lora
     from modeling_deepseek import DeepSeekForCausalLM
     from tokenization_deepseek import train_tokenizer
 

@@ -17,7 +17,7 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
 
-from .training.arguments import LoraArguments, nearest_match
+from ..arguments import LoraArguments, nearest_match
 
 # Letters: E experts, K experts used per token.
 

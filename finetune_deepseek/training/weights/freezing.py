@@ -6,8 +6,8 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from ..arguments import TrainingArguments, nearest_match
 from .lora import GROUPS, group_of, prediction_layers
-from .training.arguments import TrainingArguments, nearest_match
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
