@@ -133,14 +133,14 @@ def recommend(argv: Sequence[str]) -> None:
 
 def export(argv: Sequence[str]) -> None:
     """Write a checkpoint in the form that others read."""
-    from .export import export
+    from .checkpoints.export import export
 
     export(argv)
 
 
 def inspect(argv: Sequence[str]) -> None:
     """Say what a checkpoint is."""
-    from .inspection import inspect
+    from .checkpoints.inspection import inspect
 
     inspect(argv)
 

@@ -10,9 +10,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from finetune_deepseek import shards
 from finetune_deepseek.__main__ import main
-from finetune_deepseek.export import export_native
+from finetune_deepseek.checkpoints import shards
+from finetune_deepseek.checkpoints.export import export_native
 from modeling_deepseek import DeepSeekForCausalLM
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from configuration_deepseek import preset
-from finetune_deepseek.export import export_native
-from finetune_deepseek.export_gguf import export_gguf, plain_template
+from finetune_deepseek.checkpoints.export import export_native
+from finetune_deepseek.checkpoints.gguf import export_gguf, plain_template
 from tests.export import llama
 from tests.export.conftest import IDS, VOCAB_SIZE, logits_of, tokenizer_of
 from tests.parity.cases import LLAMA3, rope, yarn
@@ -241,7 +241,7 @@ def test_why_llama_cpp_cannot_be_built(monkeypatch, tmp_path):
 
 
 def test_presets_of_the_releases_are_accepted():
-    from finetune_deepseek.export_gguf import architecture_of
+    from finetune_deepseek.checkpoints.gguf import architecture_of
 
     words = {name: architecture_of(preset(name)) for name in ("llm_7b", "moe_16b", "v2_lite", "v2", "v2.5", "v3")}
     assert list(words.values()) == ["llama", "deepseek", *["deepseek2"] * 4]

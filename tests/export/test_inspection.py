@@ -9,8 +9,14 @@ from safetensors import safe_open
 
 from configuration_deepseek import preset
 from finetune_deepseek.__main__ import main
-from finetune_deepseek.export import export_native, official_weights
-from finetune_deepseek.inspection import active_parameters, cached_width, count_parameters, inspect_checkpoint, size
+from finetune_deepseek.checkpoints.export import export_native, official_weights
+from finetune_deepseek.checkpoints.inspection import (
+    active_parameters,
+    cached_width,
+    count_parameters,
+    inspect_checkpoint,
+    size,
+)
 from finetune_deepseek.training.arguments import LoraArguments
 from finetune_deepseek.training.weights.lora import apply_lora, census
 from modeling_deepseek import DeepSeekForCausalLM
@@ -98,7 +104,7 @@ def test_no_weight_is_read(saved, monkeypatch):
             self.file = safe_open(*args, **kwargs)
             self.offset_keys, self.get_slice = self.file.offset_keys, self.file.get_slice
 
-    monkeypatch.setattr("finetune_deepseek.shards.safe_open", Headers)
+    monkeypatch.setattr("finetune_deepseek.checkpoints.shards.safe_open", Headers)
     assert inspect_checkpoint(folder).total > 0
 
 

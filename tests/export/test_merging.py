@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from finetune_deepseek.export import export_adapter, export_bundle, export_native
+from finetune_deepseek.checkpoints.export import export_adapter, export_bundle, export_native
 from finetune_deepseek.training.arguments import LoraArguments
 from finetune_deepseek.training.weights.lora import apply_lora
 from modeling_deepseek import DeepSeekForCausalLM, DeepSeekForSequenceClassification
@@ -194,7 +194,7 @@ MEASURE = """
 import json, sys, threading, time
 import torch
 torch.set_num_threads(1)
-from finetune_deepseek.export import export_native
+from finetune_deepseek.checkpoints.export import export_native
 small, base, adapter, out = sys.argv[1:]
 export_native(small, out + "-warm", adapter=None)  # imports and buffers of the first time
 

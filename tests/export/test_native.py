@@ -8,7 +8,7 @@ import transformers
 from transformers import AutoTokenizer
 
 from configuration_deepseek.official import ARCHITECTURES
-from finetune_deepseek.export import NATIVE_HEADS, export_bundle, export_native
+from finetune_deepseek.checkpoints.export import NATIVE_HEADS, export_bundle, export_native
 from modeling_deepseek import (
     DeepSeekForCausalLM,
     DeepSeekForQuestionAnswering,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from finetune_deepseek.__main__ import guarded
-from finetune_deepseek.export import export_bundle
+from finetune_deepseek.checkpoints.export import export_bundle
 from finetune_deepseek.mind import read_behaviors, read_news
 from finetune_deepseek.news_recommendation import NewsArguments, NewsCollator, NewsRecommendation
 from finetune_deepseek.ranking import impression_scores

@@ -30,8 +30,8 @@ def look(folder):
     import os
     from pathlib import Path
 
-    from finetune_deepseek.export import export_native
-    from finetune_deepseek.inspection import inspect
+    from finetune_deepseek.checkpoints.export import export_native
+    from finetune_deepseek.checkpoints.inspection import inspect
 
     said = {}
     for name in ("model", "adapter"):

@@ -28,6 +28,7 @@ from modeling_deepseek.checkpoint_files import CheckpointError
 from modeling_deepseek.quantization import SCALE
 from tokenization_deepseek import DeepSeekTokenizer
 
+from ..training.weights.lora import OTHER, group_of, plain_name
 from .export import Checkpoint, Parser, check_weights, dequantize_at, head_of
 from .shards import (
     ADAPTER_FILE,
@@ -43,7 +44,6 @@ from .shards import (
     split_experts,
     unread,
 )
-from .training.weights.lora import OTHER, group_of, plain_name
 
 GENERATIONS = {
     "llama": "DeepSeek-LLM, Coder, Math or R1-Distill-Llama",

@@ -31,7 +31,8 @@ from modeling_deepseek.checkpoint_keys import LAYER, shared_mtp_keys, take_mtp_k
 from modeling_deepseek.quantization import QUANTIZED
 from modeling_deepseek.register import MODELS_BY_AUTO_CLASS
 
-from .export_gguf import export_gguf
+from ..training.arguments import nearest_match
+from .gguf import export_gguf
 from .merging import Adapter, merge, open_adapter, write_per_expert
 from .shards import (
     ADAPTER_FILE,
@@ -51,7 +52,6 @@ from .shards import (
     write_shards,
 )
 from .spot_logits import difference, spot_logits
-from .training.arguments import nearest_match
 
 HEADS = {model_class.__name__.removeprefix("DeepSeek"): model_class for model_class in MODELS_BY_AUTO_CLASS.values()}
 # The heads that transformers has for a published model_type, beside ForCausalLM.

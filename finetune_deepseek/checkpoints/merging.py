@@ -19,8 +19,8 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from ..training.weights.lora import GROUPS, plain_name
 from .shards import ADAPTER_FILE, LazyTensor, OpenFiles, Tensors, open_weights, read_json, spots, write_json
-from .training.weights.lora import GROUPS, plain_name
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
