@@ -7,7 +7,7 @@ TASKS = {
     "translation": "finetune_deepseek.translation:Translation",
     "classification": "finetune_deepseek.classification:Classification",
     "question_answering": "finetune_deepseek.question_answering:QuestionAnswering",
-    "embedding": "finetune_deepseek.embedding:Embedding",
+    "embedding": "finetune_deepseek.retrieval.task:Embedding",
     "recommendation": "finetune_deepseek.recommendation:Recommendation",
     "news_recommendation": "finetune_deepseek.news_recommendation:NewsRecommendation",
     "generative_recommendation": "finetune_deepseek.semantic_ids:GenerativeRecommendation",

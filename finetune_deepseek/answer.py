@@ -30,8 +30,8 @@ from .data.files import read_lines, write_text
 from .extractive import ExtractiveReader
 from .question_answering import MODEL_SETTINGS, QuestionAnswering, QuestionAnsweringArguments
 from .question_answering_baselines import floor_answers
-from .reranker import Reranker
-from .retrieval import PassageIndex, Retriever
+from .retrieval.passage_index import PassageIndex, Retriever
+from .retrieval.reranker import Reranker
 from .training import model_card
 from .training.arguments import ModelArguments, parse_verb
 from .training.batches import batches_by_length

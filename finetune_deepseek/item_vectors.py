@@ -13,7 +13,7 @@ from sklearn.decomposition import TruncatedSVD
 from .interactions import as_text
 from .recommend import load
 from .recommendation import PADDING
-from .retrieval import Retriever
+from .retrieval.passage_index import Retriever
 from .training.loading import saved_config
 
 NEIGHBOURHOOD = 3  # items that are this near each other in a history count as neighbours

@@ -25,7 +25,6 @@ from modeling_deepseek import AutoModelForRecommendation
 from modeling_deepseek.modeling_deepseek import feature_reader, item_numbers
 
 from .data.files import replaced_folder
-from .encoding import token_ids
 from .feature_columns import (
     FEATURES,
     known_only,
@@ -48,6 +47,7 @@ from .interactions import (
 from .item_index import ItemIndex
 from .news_recommendation import NewsRecommendation
 from .recommendation import Recommendation
+from .retrieval.encoding import token_ids
 from .text_catalogue import CATALOGUE_FOLDER, PADDING, catalogue_tokenizer
 from .training import model_card
 from .training.arguments import parse_verb

@@ -11,9 +11,9 @@ import torch
 from configuration_deepseek import preset
 from finetune_deepseek import __main__ as command
 from finetune_deepseek.answer import Reader, SentenceReader, answer_questions
-from finetune_deepseek.lexical_retrieval import BM25
-from finetune_deepseek.reranker import Reranker, pair_text
-from finetune_deepseek.retrieval import PassageIndex, Retriever
+from finetune_deepseek.retrieval.lexical import BM25
+from finetune_deepseek.retrieval.passage_index import PassageIndex, Retriever
+from finetune_deepseek.retrieval.reranker import Reranker, pair_text
 from modeling_deepseek import DeepSeekForEmbedding, DeepSeekForRecommendation, DeepSeekForSequenceClassification
 from tokenization_deepseek import train_tokenizer
 

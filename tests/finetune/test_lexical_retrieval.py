@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from finetune_deepseek.lexical_retrieval import (
+from finetune_deepseek.retrieval.lexical import (
     BM25,
     best_weights,
     bm25_terms,

@@ -11,9 +11,9 @@ import torch
 st = pytest.importorskip("sentence_transformers", reason="sentence-transformers is not installed")
 
 from configuration_deepseek import preset  # noqa: E402
-from finetune_deepseek.encoding import encode  # noqa: E402
-from finetune_deepseek.lexical_retrieval import ranks_of, retrieval_scores  # noqa: E402
-from finetune_deepseek.sentence_module import SentenceModule, prompts, write_modules  # noqa: E402
+from finetune_deepseek.retrieval.encoding import encode  # noqa: E402
+from finetune_deepseek.retrieval.lexical import ranks_of, retrieval_scores  # noqa: E402
+from finetune_deepseek.retrieval.sentence_module import SentenceModule, prompts, write_modules  # noqa: E402
 from modeling_deepseek import DeepSeekForEmbedding  # noqa: E402
 from tokenization_deepseek import train_tokenizer  # noqa: E402
 

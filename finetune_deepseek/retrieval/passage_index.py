@@ -27,12 +27,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from modeling_deepseek import DeepSeekForEmbedding
 from tokenization_deepseek import DeepSeekTokenizer
 
-from .data.files import replaced_folder, write_json, write_text
-from .data.sources import READERS, read_file
+from ..data.files import replaced_folder, write_json, write_text
+from ..data.sources import READERS, read_file
+from ..training import model_card
+from ..training.loading import is_deepseek, named_source
 from .encoding import encode
-from .lexical_retrieval import BM25, DEFAULT_WEIGHTS, WORDS_ALONE, fused_scores, part_terms
-from .training import model_card
-from .training.loading import is_deepseek, named_source
+from .lexical import BM25, DEFAULT_WEIGHTS, WORDS_ALONE, fused_scores, part_terms
 
 INDEX_FILE, PASSAGES_FILE, EMBEDDINGS_FILE = "index.json", "passages.jsonl", "embeddings.safetensors"
 FORMAT = 1

@@ -17,9 +17,12 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_deepseek import AutoModelForEmbedding
 
-from .data.sources import DataArguments, check_columns, joined, named, open_splits, utf8_text
+from ..data.sources import DataArguments, check_columns, joined, named, open_splits, utf8_text
+from ..training.model_card import table
+from ..training.task import CausalCollator, Rows, Task
+from ..training.trainer import prefixed
 from .encoding import token_ids
-from .lexical_retrieval import (
+from .lexical import (
     BM25,
     DEFAULT_WEIGHTS,
     FUSED,
@@ -31,9 +34,6 @@ from .lexical_retrieval import (
     retrieval_scores,
     tfidf_scores,
 )
-from .training.model_card import table
-from .training.task import CausalCollator, Rows, Task
-from .training.trainer import prefixed
 
 SHOWN_PASSAGES = 5  # kept per scored query
 # What a trained model depends on: written into its card, and taken from there by evaluate and predict.

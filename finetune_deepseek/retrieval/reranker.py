@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from modeling_deepseek import DeepSeekForSequenceClassification
 from tokenization_deepseek import DeepSeekTokenizer
 
-from .training.batches import batches_by_length
-from .training.loading import is_deepseek, named_source
+from ..training.batches import batches_by_length
+from ..training.loading import is_deepseek, named_source
 
 
 def pair_text(question: str, passage: str) -> str:
