@@ -4,7 +4,7 @@ A task is one file with a subclass of `run.Task`, and one line here.
 """
 
 TASKS = {
-    "translation": "finetune_deepseek.translation:Translation",
+    "translation": "finetune_deepseek.translation.task:Translation",
     "classification": "finetune_deepseek.classification:Classification",
     "question_answering": "finetune_deepseek.question_answering:QuestionAnswering",
     "embedding": "finetune_deepseek.retrieval.task:Embedding",

@@ -112,7 +112,7 @@ def predict(argv: Sequence[str]) -> None:
 
 def translate(argv: Sequence[str]) -> None:
     """Translate lines of text."""
-    from .translate import translate
+    from .translation.translator import translate
 
     translate(argv)
 

@@ -9,7 +9,7 @@ import torch
 
 from finetune_deepseek.training.arguments import parse_command
 from finetune_deepseek.training.run import run_stages
-from finetune_deepseek.translation import Translation
+from finetune_deepseek.translation.task import Translation
 
 PAIRS = [("one", "eins"), ("two birds", "zwei Vögel"), ("three", "drei")]
 

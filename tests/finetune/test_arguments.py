@@ -6,7 +6,7 @@ from finetune_deepseek import TASKS
 from finetune_deepseek.__main__ import guarded
 from finetune_deepseek.training.arguments import check_output_dir, parse_command
 from finetune_deepseek.training.loading import parse_overrides
-from finetune_deepseek.translation import Translation
+from finetune_deepseek.translation.task import Translation
 
 
 def parse(*argv: str, recipe=None):

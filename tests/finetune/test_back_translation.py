@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 
-from finetune_deepseek import back_translation
-from finetune_deepseek.translation import Translation, TranslationArguments
+from finetune_deepseek.translation.task import Translation, TranslationArguments, back_translation
 
 from .conftest import PAIRS, write_jsonl
 

@@ -7,7 +7,7 @@ from math import log, sqrt
 
 import pytest
 
-from finetune_deepseek.phrases import (
+from finetune_deepseek.translation.phrases import (
     COMPOSITIONS,
     CURRENCIES,
     ENGLISH,
@@ -172,7 +172,7 @@ def test_generation_is_fast():
     ],
 )
 def test_bad_arguments_get_one_line(arguments, message, monkeypatch):
-    monkeypatch.setattr("finetune_deepseek.phrases.MAX_DRAWS_PER_ROW", 1e-6)
+    monkeypatch.setattr("finetune_deepseek.translation.phrases.MAX_DRAWS_PER_ROW", 1e-6)
     with pytest.raises(ValueError, match=message) as error:
         default_corpus(**arguments)
     assert "\n" not in str(error.value)

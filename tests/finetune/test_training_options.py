@@ -19,7 +19,7 @@ from finetune_deepseek.training.optimization import smoothing_term, target_losse
 from finetune_deepseek.training.run import Run
 from finetune_deepseek.training.weights.freezing import freeze_weights
 from finetune_deepseek.training.weights.lora import GROUPS, OTHER, group_of
-from finetune_deepseek.translation import Translation
+from finetune_deepseek.translation.task import Translation
 from modeling_deepseek import DeepSeekForCausalLM
 
 from .conftest import PAIRS, TINY, flags, write_jsonl

@@ -9,7 +9,7 @@ import pytest
 from finetune_deepseek import __main__ as command
 from finetune_deepseek.training.batches import batches_by_length
 from finetune_deepseek.training.model_card import run_settings
-from finetune_deepseek.translate import TranslateArguments, make_task, parse
+from finetune_deepseek.translation.translator import TranslateArguments, make_task, parse
 
 from .conftest import PAIRS, TINY, flags, write_jsonl
 
@@ -86,7 +86,7 @@ def test_beam_options_reach_the_search(models, main, monkeypatch):
         seen.append(generation_config)
         return list(lines)
 
-    monkeypatch.setattr("finetune_deepseek.translate.translate_lines", look)
+    monkeypatch.setattr("finetune_deepseek.translation.translator.translate_lines", look)
     argv = ("--num_beams", 4, "--length_penalty", 0.6, "--max_target_length", 9)
     assert main("translate", models / "model", *argv, stdin=b"one\n")[0] == 0
     (found,) = seen

@@ -11,8 +11,8 @@ from datasets import Dataset
 from finetune_deepseek.__main__ import guarded
 from finetune_deepseek.data.sources import find_files
 from finetune_deepseek.training.optimization import IGNORED_LABEL
-from finetune_deepseek.translate import translate
-from finetune_deepseek.translation import Translation, TranslationArguments
+from finetune_deepseek.translation.task import Translation, TranslationArguments
+from finetune_deepseek.translation.translator import translate
 from tokenization_deepseek import train_tokenizer
 
 from .conftest import PAIRS, TINY, flags, write_jsonl

@@ -16,15 +16,15 @@ import numpy as np
 from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from .data.augmentation import AugmentationArguments, Augmenter
-from .data.moses import moses_lower, signature
-from .data.pair_checks import Report, check_pairs, count_empty_sides, count_long_rows, merged
-from .data.sources import SPLITS, DataArguments, Part, joined, named, open_splits, progress, read_file, utf8_text
+from ..data.augmentation import AugmentationArguments, Augmenter
+from ..data.moses import moses_lower, signature
+from ..data.pair_checks import Report, check_pairs, count_empty_sides, count_long_rows, merged
+from ..data.sources import SPLITS, DataArguments, Part, joined, named, open_splits, progress, read_file, utf8_text
+from ..training.arguments import nearest_match
+from ..training.metrics import translation_metrics
+from ..training.optimization import IGNORED_LABEL
+from ..training.task import CausalCollator, Rows, Task, beam_search
 from .phrases import corpus_description, default_corpus, nearest_pair_baseline
-from .training.arguments import nearest_match
-from .training.metrics import translation_metrics
-from .training.optimization import IGNORED_LABEL
-from .training.task import CausalCollator, Rows, Task, beam_search
 
 LanguagePair: TypeAlias = tuple[str, str]  # source and target language
 
@@ -149,7 +149,7 @@ class Translation(Task):
 
     name = "translation"
     arguments_class = TranslationArguments
-    recipe = Path(__file__).with_suffix(".yaml")
+    recipe = Path(__file__).with_name("recipe.yaml")
     examples = """examples:
   deepseek-hf finetune translation --output_dir runs/quickstart
       both stages of the built-in recipe: English-Chinese from scratch, then a German LoRA adapter

@@ -15,10 +15,10 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from .data.files import read_lines, write_text
-from .training.loading import load_model, load_tokenizer
-from .translate import TranslateArguments, make_task, translate_lines
-from .translation import Translation, TranslationArguments
+from ..data.files import read_lines, write_text
+from ..training.loading import load_model, load_tokenizer
+from .task import Translation, TranslationArguments
+from .translator import TranslateArguments, make_task, translate_lines
 
 BATCH_SIZE = 64
 
