@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import finetune_deepseek
-from finetune_deepseek.classification import (
+from finetune_deepseek.classification.task import (
     PROBLEMS,
     BalancedSampler,
     Classification,
