@@ -6,7 +6,7 @@ A task is one file with a subclass of `run.Task`, and one line here.
 TASKS = {
     "translation": "finetune_deepseek.translation.task:Translation",
     "classification": "finetune_deepseek.classification.task:Classification",
-    "question_answering": "finetune_deepseek.question_answering:QuestionAnswering",
+    "question_answering": "finetune_deepseek.question_answering.task:QuestionAnswering",
     "embedding": "finetune_deepseek.retrieval.task:Embedding",
     "recommendation": "finetune_deepseek.recommendation:Recommendation",
     "news_recommendation": "finetune_deepseek.news_recommendation:NewsRecommendation",

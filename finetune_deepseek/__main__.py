@@ -119,7 +119,7 @@ def translate(argv: Sequence[str]) -> None:
 
 def answer(argv: Sequence[str]) -> None:
     """Answer questions from a knowledge base."""
-    from .answer import answer
+    from .question_answering.answering import answer
 
     answer(argv)
 

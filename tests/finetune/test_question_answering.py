@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from finetune_deepseek import __main__ as command
-from finetune_deepseek.answer import Reader
-from finetune_deepseek.extractive import NOWHERE, best_spans
-from finetune_deepseek.passages import Encoder, Layout
-from finetune_deepseek.question_answering import QuestionAnswering, QuestionAnsweringArguments
-from finetune_deepseek.question_answering_baselines import first_sentence, floor_answers, overlap_sentence, sentences
-from finetune_deepseek.squad import Questions, place, simplifier
-from finetune_deepseek.territories import PATTERNS, territory_rows
+from finetune_deepseek.question_answering.answering import Reader
+from finetune_deepseek.question_answering.extractive import NOWHERE, best_spans
+from finetune_deepseek.question_answering.floors import first_sentence, floor_answers, overlap_sentence, sentences
+from finetune_deepseek.question_answering.squad import Questions, place, simplifier
+from finetune_deepseek.question_answering.task import QuestionAnswering, QuestionAnsweringArguments
+from finetune_deepseek.question_answering.territories import PATTERNS, territory_rows
+from finetune_deepseek.question_answering.windows import Encoder, Layout
 from finetune_deepseek.training.arguments import parse_command
 from finetune_deepseek.training.metrics import CmrcScores, SquadScores
 from finetune_deepseek.training.model_card import run_settings

@@ -26,16 +26,16 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
-from .data.files import read_lines, write_text
+from ..data.files import read_lines, write_text
+from ..retrieval.passage_index import PassageIndex, Retriever
+from ..retrieval.reranker import Reranker
+from ..training import model_card
+from ..training.arguments import ModelArguments, parse_verb
+from ..training.batches import batches_by_length
+from ..training.loading import load_model, load_tokenizer, saved_config
 from .extractive import ExtractiveReader
-from .question_answering import MODEL_SETTINGS, QuestionAnswering, QuestionAnsweringArguments
-from .question_answering_baselines import floor_answers
-from .retrieval.passage_index import PassageIndex, Retriever
-from .retrieval.reranker import Reranker
-from .training import model_card
-from .training.arguments import ModelArguments, parse_verb
-from .training.batches import batches_by_length
-from .training.loading import load_model, load_tokenizer, saved_config
+from .floors import floor_answers
+from .task import MODEL_SETTINGS, QuestionAnswering, QuestionAnsweringArguments
 
 EXAMPLES = """examples:
   deepseek-hf answer runs/question_answering --knowledge notes "Where does Ann live?"

@@ -7,10 +7,10 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
-from .data.sources import progress
-from .passages import Layout
-from .training.optimization import IGNORED_LABEL
-from .training.task import CausalCollator, Rows, beam_search
+from ..data.sources import progress
+from ..training.optimization import IGNORED_LABEL
+from ..training.task import CausalCollator, Rows, beam_search
+from .windows import Layout
 
 
 class GenerativeReader:

@@ -20,18 +20,18 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from configuration_deepseek.official import SOURCES
 
-from .data.files import write_json
-from .data.pair_checks import HAN, Report, finding, looks_mojibake
-from .data.sources import SPLITS, DataArguments, Part, joined, named, open_splits, utf8_text
+from ..data.files import write_json
+from ..data.pair_checks import HAN, Report, finding, looks_mojibake
+from ..data.sources import SPLITS, DataArguments, Part, joined, named, open_splits, utf8_text
+from ..training.metrics import CmrcScores, SquadScores
+from ..training.task import Rows, Task
+from ..training.trainer import prefixed
 from .extractive import ExtractiveReader
-from .generative import GenerativeReader
-from .passages import PIECES, TOKEN_TYPES, Layout
-from .question_answering_baselines import FLOORS, NAMES, floor_answers
+from .floors import FLOORS, NAMES, floor_answers
 from .squad import Questions, simplifier
 from .territories import territory_rows
-from .training.metrics import CmrcScores, SquadScores
-from .training.task import Rows, Task
-from .training.trainer import prefixed
+from .windows import PIECES, TOKEN_TYPES, Layout
+from .written import GenerativeReader
 
 READERS: dict[str, Any] = {"extractive": ExtractiveReader, "generative": GenerativeReader}
 NBEST_FILE = "nbest_predictions.json"
@@ -124,7 +124,7 @@ class QuestionAnswering(Task):
 
     name = "question_answering"
     arguments_class = QuestionAnsweringArguments
-    recipe = Path(__file__).with_suffix(".yaml")
+    recipe = Path(__file__).with_name("recipe.yaml")
     examples = """examples:
   deepseek-hf finetune question_answering
       the built-in recipe: facts about territories that training didn't see, into runs/question_answering

@@ -14,9 +14,9 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForQuestionAnswering, PreTrainedTokenizerBase
 
-from .data.sources import progress
-from .passages import Layout, Passage
-from .training.task import CausalCollator, Rows
+from ..data.sources import progress
+from ..training.task import CausalCollator, Rows
+from .windows import Layout, Passage
 
 NOWHERE = 1 << 30  # beyond any window: such positions are left out of the loss
 WINDOWS_AT_ONCE = 64
