@@ -8,8 +8,8 @@ TASKS = {
     "classification": "finetune_deepseek.classification.task:Classification",
     "question_answering": "finetune_deepseek.question_answering.task:QuestionAnswering",
     "embedding": "finetune_deepseek.retrieval.task:Embedding",
-    "recommendation": "finetune_deepseek.recommendation:Recommendation",
-    "news_recommendation": "finetune_deepseek.news_recommendation:NewsRecommendation",
-    "generative_recommendation": "finetune_deepseek.semantic_ids:GenerativeRecommendation",
-    "prompt_ranking": "finetune_deepseek.prompt_ranking:PromptRanking",
+    "recommendation": "finetune_deepseek.recommendation.task:Recommendation",
+    "news_recommendation": "finetune_deepseek.recommendation.news:NewsRecommendation",
+    "generative_recommendation": "finetune_deepseek.recommendation.generative:GenerativeRecommendation",
+    "prompt_ranking": "finetune_deepseek.recommendation.prompt_ranking:PromptRanking",
 }

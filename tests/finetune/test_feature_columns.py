@@ -20,9 +20,9 @@ from finetune_deepseek.interactions import (
     ml_100k,
     ml_100k_columns,
 )
-from finetune_deepseek.recommend import load
-from finetune_deepseek.recommendation import Recommendation, RecommendationArguments, item_tokenizer
-from finetune_deepseek.semantic_ids import GenerativeRecommendationArguments
+from finetune_deepseek.recommendation.generative import GenerativeRecommendationArguments
+from finetune_deepseek.recommendation.recommender import load
+from finetune_deepseek.recommendation.task import Recommendation, RecommendationArguments, item_tokenizer
 from finetune_deepseek.training.arguments import parse_command
 from finetune_deepseek.training.run import run_stages
 from modeling_deepseek import AutoModelForRecommendation

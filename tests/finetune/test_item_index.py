@@ -8,10 +8,10 @@ import torch
 
 from finetune_deepseek import item_index
 from finetune_deepseek.item_index import ItemIndex
-from finetune_deepseek.recommend import Recommender
-from finetune_deepseek.recommendation import item_tokenizer
-from finetune_deepseek.recommendation_baselines import ItemKNN
-from finetune_deepseek.sasrec import SASRecConfig, SASRecForRecommendation
+from finetune_deepseek.recommendation.baselines import ItemKNN
+from finetune_deepseek.recommendation.recommender import Recommender
+from finetune_deepseek.recommendation.sasrec import SASRecConfig, SASRecForRecommendation
+from finetune_deepseek.recommendation.task import item_tokenizer
 from modeling_deepseek import DeepSeekConfig, DeepSeekForRecommendation
 from modeling_deepseek.item_ranking import top_k
 
@@ -129,7 +129,7 @@ def test_item_knn_in_small_blocks_equals_one_block(monkeypatch):
     rng = np.random.default_rng(0)
     histories = [rng.choice(np.arange(1, 40), size=rng.integers(1, 9), replace=False).tolist() for _ in range(50)]
     whole = ItemKNN(histories, 40).similarity.toarray()
-    monkeypatch.setattr("finetune_deepseek.recommendation_baselines.BLOCK_CELLS", 30)
+    monkeypatch.setattr("finetune_deepseek.recommendation.baselines.BLOCK_CELLS", 30)
     np.testing.assert_allclose(ItemKNN(histories, 40).similarity.toarray(), whole, rtol=1e-6)
     assert not whole.diagonal().any() and whole.any()
 

@@ -11,9 +11,9 @@ import torch
 from finetune_deepseek.__main__ import guarded
 from finetune_deepseek.checkpoints.export import export_bundle
 from finetune_deepseek.mind import read_behaviors, read_news
-from finetune_deepseek.news_recommendation import NewsArguments, NewsCollator, NewsRecommendation
-from finetune_deepseek.ranking import impression_scores
-from finetune_deepseek.recommend import load
+from finetune_deepseek.recommendation.news import NewsArguments, NewsCollator, NewsRecommendation
+from finetune_deepseek.recommendation.recommender import load
+from finetune_deepseek.recommendation.scores import impression_scores
 from finetune_deepseek.training.arguments import parse_command
 from finetune_deepseek.training.run import run_stages
 from modeling_deepseek import DeepSeekForRecommendation

@@ -10,9 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import finetune_deepseek
 from configuration_deepseek import preset
-from finetune_deepseek import prompt_ranking
 from finetune_deepseek.item_titles import read_titles, with_titles
-from finetune_deepseek.prompt_ranking import (
+from finetune_deepseek.recommendation.prompt_ranking import (
     Prompt,
     PromptCollator,
     PromptRanking,
@@ -20,6 +19,7 @@ from finetune_deepseek.prompt_ranking import (
     candidate_scores,
     rank,
 )
+from finetune_deepseek.recommendation.task import prompt_ranking
 from finetune_deepseek.training.arguments import parse_command
 from finetune_deepseek.training.run import run_stages
 from modeling_deepseek import DeepSeekForCausalLM

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from finetune_deepseek.ranking import (
+from finetune_deepseek.recommendation.baselines import ItemKNN, Popularity, Transitions, baseline_ranks
+from finetune_deepseek.recommendation.scores import (
     bootstrap_interval,
     comparison,
     paired_p_value,
@@ -12,7 +13,6 @@ from finetune_deepseek.ranking import (
     ranking_scores,
     target_ranks,
 )
-from finetune_deepseek.recommendation_baselines import ItemKNN, Popularity, Transitions, baseline_ranks
 
 # item 1 is followed by 2 twice and by 3 once
 TRAIN = [[1, 2, 3], [1, 2], [1, 3], [4, 1]]
@@ -110,7 +110,7 @@ def test_item_knn_is_the_cosine_of_co_occurrence():
 
 
 def test_item_knn_keeps_the_nearest_in_blocks(monkeypatch):
-    import finetune_deepseek.recommendation_baselines as module
+    import finetune_deepseek.recommendation.baselines as module
 
     rng = np.random.default_rng(0)
     train = [rng.choice(np.arange(1, 40), 8, replace=False).tolist() for _ in range(60)]
@@ -126,7 +126,7 @@ def test_baselines_are_ranked_like_the_model(monkeypatch):
     # popularity of 1..4 is 4, 2, 2, 1: item 2 ties with 3; 4 is seen but the target, behind 2 and 3; 1 is first
     assert ranks["popularity"].tolist() == [2, 3, 1]
     assert ranks["transitions"].tolist() == [1, 3, 1]
-    monkeypatch.setattr("finetune_deepseek.recommendation_baselines.BLOCK_CELLS", 5)
+    monkeypatch.setattr("finetune_deepseek.recommendation.baselines.BLOCK_CELLS", 5)
     assert {k: v.tolist() for k, v in baseline_ranks(TRAIN, [[1], [4, 1], [3]], [2, 4, 1], 5).items()} == {
         k: v.tolist() for k, v in ranks.items()
     }

@@ -13,16 +13,16 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 import finetune_deepseek
 from finetune_deepseek.__main__ import guarded
 from finetune_deepseek.interactions import as_dataset
-from finetune_deepseek.ranking import target_ranks
-from finetune_deepseek.recommend import Recommender, load
-from finetune_deepseek.recommendation import (
+from finetune_deepseek.recommendation.baselines import baseline_ranks
+from finetune_deepseek.recommendation.recommender import Recommender, load
+from finetune_deepseek.recommendation.sasrec import SASRecForRecommendation
+from finetune_deepseek.recommendation.scores import target_ranks
+from finetune_deepseek.recommendation.task import (
     Recommendation,
     RecommendationArguments,
     item_tokenizer,
     read_ranks,
 )
-from finetune_deepseek.recommendation_baselines import baseline_ranks
-from finetune_deepseek.sasrec import SASRecForRecommendation
 from finetune_deepseek.training.arguments import parse_command
 from finetune_deepseek.training.run import run_stages
 from modeling_deepseek import AutoModelForRecommendation, DeepSeekForRecommendation
@@ -158,7 +158,7 @@ def test_sasrec_is_trained_on_the_same_path_and_compared(learned, tmp_path):
 
 def test_sasrec_equals_a_plain_one():
     """Against torch's own encoder layers with the same weights."""
-    from finetune_deepseek.sasrec import SASRecConfig
+    from finetune_deepseek.recommendation.sasrec import SASRecConfig
 
     torch.manual_seed(0)
     config = SASRecConfig(vocab_size=9, hidden_size=8, num_hidden_layers=2, max_position_embeddings=6)
@@ -319,7 +319,7 @@ def test_recommend_by_faiss_prints_the_same(learned, tmp_path, capsys):
 def test_a_large_catalogue_is_scored_for_few_users_at_once(learned, tmp_path, capsys, monkeypatch):
     arguments = (learned[0] / "out", "--history", learned[0] / "ring.csv", "--k", 2)
     whole = run_verb(capsys, *arguments)[1]
-    monkeypatch.setattr("finetune_deepseek.recommend.SCORES_AT_ONCE", 3 * RING)
+    monkeypatch.setattr("finetune_deepseek.recommendation.recommender.SCORES_AT_ONCE", 3 * RING)
     lines = run_verb(capsys, *arguments)[1].splitlines()
     for ours, theirs in zip(map(json.loads, lines), map(json.loads, whole.splitlines()), strict=True):
         assert ours["items"] == theirs["items"] and ours["scores"] == pytest.approx(theirs["scores"], rel=1e-5)
@@ -484,7 +484,7 @@ def test_texts_that_cant_be_used_are_one_line(tmp_path, content, settings, messa
 
 
 def test_sasrec_says_that_it_cant_be_explained():
-    from finetune_deepseek.sasrec import SASRecConfig
+    from finetune_deepseek.recommendation.sasrec import SASRecConfig
 
     recommender = Recommender(SASRecForRecommendation(SASRecConfig(vocab_size=3)), item_tokenizer({"a", "b"}, 0))
     with pytest.raises(ValueError, match="SASRecForRecommendation can't be explained"):
@@ -495,7 +495,7 @@ def test_bfloat16_training_is_scored_in_float32(tmp_path, monkeypatch):
     """bfloat16 scores would tie by the thousand, and a tie counts against the target."""
     seen = []
     monkeypatch.setattr(
-        "finetune_deepseek.recommendation.target_ranks",
+        "finetune_deepseek.recommendation.task.target_ranks",
         lambda scores, *rest: seen.append(torch.any(scores != scores.bfloat16())) or target_ranks(scores, *rest),
     )
     path = write_ring(tmp_path / "ring.csv")

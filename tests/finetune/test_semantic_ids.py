@@ -11,17 +11,17 @@ from transformers import AutoModelForCausalLM
 
 import finetune_deepseek
 from configuration_deepseek import preset
-from finetune_deepseek import recommend
 from finetune_deepseek.__main__ import guarded
 from finetune_deepseek.interactions import as_dataset
-from finetune_deepseek.item_vectors import neighbour_vectors, read_item_vectors
-from finetune_deepseek.recommendation import Recommendation, RecommendationArguments
-from finetune_deepseek.semantic_ids import (
+from finetune_deepseek.recommendation.generative import (
     GenerativeRecommendation,
     GenerativeRecommendationArguments,
     GenerativeRecommender,
     SemanticIdTokenizer,
 )
+from finetune_deepseek.recommendation.item_vectors import neighbour_vectors, read_item_vectors
+from finetune_deepseek.recommendation.task import Recommendation, RecommendationArguments
+from finetune_deepseek.recommendation.task import recommender as recommend
 from finetune_deepseek.training.arguments import parse_command
 from finetune_deepseek.training.run import run_stages
 from modeling_deepseek import DeepSeekForCausalLM, DeepSeekForEmbedding

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from scipy import sparse
 from sklearn.decomposition import TruncatedSVD
 
-from .interactions import as_text
-from .recommend import load
-from .recommendation import PADDING
-from .retrieval.passage_index import Retriever
-from .training.loading import saved_config
+from ..interactions import as_text
+from ..retrieval.passage_index import Retriever
+from ..training.loading import saved_config
+from .recommender import load
+from .task import PADDING
 
 NEIGHBOURHOOD = 3  # items that are this near each other in a history count as neighbours
 SVD_SIZE = 32

@@ -20,12 +20,12 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_deepseek import AutoModelForRecommendation
 
-from .data.sources import SPLITS
-from .mind import TEXT_FIELDS, read_behaviors, read_news
-from .ranking import bootstrap_interval, impression_scores
-from .recommendation import TEXT_CARD_CODE
-from .text_catalogue import PADDING, TextCatalogue
-from .training.task import CausalCollator, Rows, Task
+from ..data.sources import SPLITS
+from ..mind import TEXT_FIELDS, read_behaviors, read_news
+from ..text_catalogue import PADDING, TextCatalogue
+from ..training.task import CausalCollator, Rows, Task
+from .scores import bootstrap_interval, impression_scores
+from .task import TEXT_CARD_CODE
 
 METRICS = {"auc": "AUC", "mrr": "MRR", "ndcg@5": "nDCG@5", "ndcg@10": "nDCG@10"}
 # What a trained model depends on: written into its card, and taken from there by evaluate and predict.

@@ -23,19 +23,19 @@ from transformers.utils import cached_file
 
 from modeling_deepseek.item_ranking import allowed_items, pad_histories
 
-from .data.files import write_text
-from .item_titles import read_titles, with_titles
+from ..data.files import write_text
+from ..item_titles import read_titles, with_titles
+from ..residual_quantizer import distinct_codes, residual_codes
+from ..training import model_card
+from ..training.arguments import ModelArguments
+from ..training.loading import named_source
+from ..training.optimization import IGNORED_LABEL
+from ..training.task import CausalCollator, Rows
+from ..trie import CodeTrie, beam_items
 from .item_vectors import neighbour_vectors, read_item_vectors
-from .ranking import target_ranks
-from .recommend import Recommender
-from .recommendation import PADDING, PADDING_TOKEN, Recommendation, RecommendationArguments
-from .residual_quantizer import distinct_codes, residual_codes
-from .training import model_card
-from .training.arguments import ModelArguments
-from .training.loading import named_source
-from .training.optimization import IGNORED_LABEL
-from .training.task import CausalCollator, Rows
-from .trie import CodeTrie, beam_items
+from .recommender import Recommender
+from .scores import target_ranks
+from .task import PADDING, PADDING_TOKEN, Recommendation, RecommendationArguments
 
 # Letters: B users, M beams, N items, L digits.
 START, START_TOKEN = 1, "<start>"
@@ -164,7 +164,7 @@ class GenerativeRecommendation(Recommendation):
     auto_class: Any = AutoModelForCausalLM
     tokenizer_class = SemanticIdTokenizer
     peft_task_type = "CAUSAL_LM"
-    recipe = Path(__file__).parent / "examples" / "generative_recommendation.yaml"
+    recipe = Path(__file__).parents[1] / "examples" / "generative_recommendation.yaml"
     examples = """examples:
   deepseek-hf finetune generative_recommendation
       the built-in recipe on simulated users, with prediction of two digits ahead

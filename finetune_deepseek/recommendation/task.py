@@ -20,10 +20,10 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from modeling_deepseek import AutoModelForRecommendation
 
-from .data.files import write_text
-from .data.sources import SPLITS, find_files
-from .feature_columns import FEATURES, FeatureArguments, FeatureColumns, empty_values
-from .interactions import (
+from ..data.files import write_text
+from ..data.sources import SPLITS, find_files
+from ..feature_columns import FEATURES, FeatureArguments, FeatureColumns, empty_values
+from ..interactions import (
     ML_100K_USERS,
     SplitRows,
     as_dataset,
@@ -38,17 +38,17 @@ from .interactions import (
     simulated,
     split_file_rows,
 )
-from .item_counting import KEPT, WEIGHTS, best_count_weights, count_items
-from .item_dropout import item_dropout
-from .item_svd import add_item_svd
-from .ranking import bootstrap_interval, comparison, per_user, ranking_scores, target_ranks
-from .recommendation_baselines import baseline_ranks
+from ..item_dropout import item_dropout
+from ..item_svd import add_item_svd
+from ..text_catalogue import PADDING, PADDING_TOKEN, TextCatalogue, catalogue_tokenizer, read_items
+from ..training.arguments import ModelArguments
+from ..training.optimization import IGNORED_LABEL
+from ..training.task import CausalCollator, Rows, Task
+from ..training.trainer import prefixed
+from .baselines import baseline_ranks
+from .count_tables import KEPT, WEIGHTS, best_count_weights, count_items
 from .sasrec import sasrec_config
-from .text_catalogue import PADDING, PADDING_TOKEN, TextCatalogue, catalogue_tokenizer, read_items
-from .training.arguments import ModelArguments
-from .training.optimization import IGNORED_LABEL
-from .training.task import CausalCollator, Rows, Task
-from .training.trainer import prefixed
+from .scores import bootstrap_interval, comparison, per_user, ranking_scores, target_ranks
 
 SHOWN_ITEMS = 20  # recommendations that are kept per scored user
 RANKS_FILE = "user_ranks.csv"
@@ -233,7 +233,7 @@ class Recommendation(Task):
     auto_class = AutoModelForRecommendation
     tokenizer_class: Any = PreTrainedTokenizerFast
     peft_task_type = "FEATURE_EXTRACTION"
-    recipe = Path(__file__).parent / "examples" / "recommendation.yaml"
+    recipe = Path(__file__).parents[1] / "examples" / "recommendation.yaml"
     examples = """examples:
   deepseek-hf finetune recommendation
       the built-in recipe on simulated users: SASRec first, then a small model that is compared with it

@@ -9,8 +9,8 @@ from scipy import sparse
 
 from modeling_deepseek.item_counts import NO_ITEM
 
-from .ranking import ranking_scores
-from .recommendation_baselines import ItemKNN, Transitions
+from .baselines import ItemKNN, Transitions
+from .scores import ranking_scores
 
 KEPT = 100  # entries of an item
 # Tried on validation for item-kNN, whose best score is 1, and for the logarithm of transitions.

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from .ranking import target_ranks
+from .scores import target_ranks
 
 Histories = Sequence[Sequence[int]]
 NEIGHBOURS = 100
