@@ -130,7 +130,7 @@ def race(folder: str, pairs: str) -> dict[str, Any]:
     """Exact search and faiss in turns, and how much of the exact best ten faiss finds."""
     import torch
 
-    from finetune_deepseek.item_index import ItemIndex
+    from finetune_deepseek.recommendation.items.index import ItemIndex
     from finetune_deepseek.recommendation.recommender import load
 
     exact = load(folder)

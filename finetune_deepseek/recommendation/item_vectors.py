@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from scipy import sparse
 from sklearn.decomposition import TruncatedSVD
 
-from ..interactions import as_text
 from ..retrieval.passage_index import Retriever
 from ..training.loading import saved_config
+from .items.interactions import as_text
 from .recommender import load
 from .task import PADDING
 

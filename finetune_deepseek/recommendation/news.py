@@ -21,9 +21,9 @@ from transformers import PreTrainedTokenizerBase
 from modeling_deepseek import AutoModelForRecommendation
 
 from ..data.sources import SPLITS
-from ..mind import TEXT_FIELDS, read_behaviors, read_news
-from ..text_catalogue import PADDING, TextCatalogue
 from ..training.task import CausalCollator, Rows, Task
+from .items.catalogue import PADDING, TextCatalogue
+from .items.mind import TEXT_FIELDS, read_behaviors, read_news
 from .scores import bootstrap_interval, impression_scores
 from .task import TEXT_CARD_CODE
 

@@ -17,12 +17,12 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from ..interactions import SplitRows, as_text, read_columns, require_column, split_file_rows
-from ..item_titles import read_titles, with_titles
 from ..training.arguments import ModelArguments
 from ..training.optimization import IGNORED_LABEL
 from ..training.task import CausalCollator, Rows, Task
 from .baselines import BASELINES
+from .items.interactions import SplitRows, as_text, read_columns, require_column, split_file_rows
+from .items.titles import read_titles, with_titles
 from .scores import ranking_scores, target_ranks
 from .task import PADDING, PADDING_TOKEN, Recommendation, RecommendationArguments, find_split_files
 

@@ -25,7 +25,12 @@ from modeling_deepseek import AutoModelForRecommendation
 from modeling_deepseek.modeling_deepseek import feature_reader, item_numbers
 
 from ..data.files import replaced_folder
-from ..feature_columns import (
+from ..retrieval.encoding import token_ids
+from ..training import model_card
+from ..training.arguments import parse_verb
+from ..training.loading import named_source, saved_config
+from .items.catalogue import CATALOGUE_FOLDER, PADDING, catalogue_tokenizer
+from .items.feature_columns import (
     FEATURES,
     known_only,
     parse_context,
@@ -34,7 +39,8 @@ from ..feature_columns import (
     require_known,
     unknown_notes,
 )
-from ..interactions import (
+from .items.index import ItemIndex
+from .items.interactions import (
     as_text,
     clean,
     contexts_of,
@@ -44,12 +50,6 @@ from ..interactions import (
     sequences,
     split_file_rows,
 )
-from ..item_index import ItemIndex
-from ..retrieval.encoding import token_ids
-from ..text_catalogue import CATALOGUE_FOLDER, PADDING, catalogue_tokenizer
-from ..training import model_card
-from ..training.arguments import parse_verb
-from ..training.loading import named_source, saved_config
 from .news import NewsRecommendation
 from .task import Recommendation
 

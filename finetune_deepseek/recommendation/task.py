@@ -22,8 +22,16 @@ from modeling_deepseek import AutoModelForRecommendation
 
 from ..data.files import write_text
 from ..data.sources import SPLITS, find_files
-from ..feature_columns import FEATURES, FeatureArguments, FeatureColumns, empty_values
-from ..interactions import (
+from ..training.arguments import ModelArguments
+from ..training.optimization import IGNORED_LABEL
+from ..training.task import CausalCollator, Rows, Task
+from ..training.trainer import prefixed
+from .baselines import baseline_ranks
+from .count_tables import KEPT, WEIGHTS, best_count_weights, count_items
+from .items.catalogue import PADDING, PADDING_TOKEN, TextCatalogue, catalogue_tokenizer, read_items
+from .items.dropout import item_dropout
+from .items.feature_columns import FEATURES, FeatureArguments, FeatureColumns, empty_values
+from .items.interactions import (
     ML_100K_USERS,
     SplitRows,
     as_dataset,
@@ -38,15 +46,7 @@ from ..interactions import (
     simulated,
     split_file_rows,
 )
-from ..item_dropout import item_dropout
-from ..item_svd import add_item_svd
-from ..text_catalogue import PADDING, PADDING_TOKEN, TextCatalogue, catalogue_tokenizer, read_items
-from ..training.arguments import ModelArguments
-from ..training.optimization import IGNORED_LABEL
-from ..training.task import CausalCollator, Rows, Task
-from ..training.trainer import prefixed
-from .baselines import baseline_ranks
-from .count_tables import KEPT, WEIGHTS, best_count_weights, count_items
+from .items.svd import add_item_svd
 from .sasrec import sasrec_config
 from .scores import bootstrap_interval, comparison, per_user, ranking_scores, target_ranks
 

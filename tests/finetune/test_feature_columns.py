@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from finetune_deepseek.__main__ import guarded
-from finetune_deepseek.feature_columns import known_values, number_values, read_users
-from finetune_deepseek.interactions import (
+from finetune_deepseek.recommendation.generative import GenerativeRecommendationArguments
+from finetune_deepseek.recommendation.items.feature_columns import known_values, number_values, read_users
+from finetune_deepseek.recommendation.items.interactions import (
     ML_100K,
     ML_100K_USERS,
     as_dataset,
@@ -20,7 +21,6 @@ from finetune_deepseek.interactions import (
     ml_100k,
     ml_100k_columns,
 )
-from finetune_deepseek.recommendation.generative import GenerativeRecommendationArguments
 from finetune_deepseek.recommendation.recommender import load
 from finetune_deepseek.recommendation.task import Recommendation, RecommendationArguments, item_tokenizer
 from finetune_deepseek.training.arguments import parse_command

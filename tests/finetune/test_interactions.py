@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from datasets import Dataset
 
-from finetune_deepseek.interactions import (
+from finetune_deepseek.recommendation.items.interactions import (
     ML_100K,
     by_time,
     clean,

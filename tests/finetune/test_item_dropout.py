@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from finetune_deepseek.item_dropout import item_dropout
+from finetune_deepseek.recommendation.items.dropout import item_dropout
 from finetune_deepseek.recommendation.task import RecommendationArguments, RecommendationCollator
 
 FEATURE = {"input_ids": list(range(1, 41)), "length": 39}

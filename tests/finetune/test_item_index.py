@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from finetune_deepseek import item_index
-from finetune_deepseek.item_index import ItemIndex
 from finetune_deepseek.recommendation.baselines import ItemKNN
+from finetune_deepseek.recommendation.items import index as item_index
+from finetune_deepseek.recommendation.items.index import ItemIndex
 from finetune_deepseek.recommendation.recommender import Recommender
 from finetune_deepseek.recommendation.sasrec import SASRecConfig, SASRecForRecommendation
 from finetune_deepseek.recommendation.task import item_tokenizer

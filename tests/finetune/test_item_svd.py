@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from finetune_deepseek.item_svd import add_item_svd, item_svd
+from finetune_deepseek.recommendation.items.svd import add_item_svd, item_svd
 
 GROUPS = ([1, 2, 3, 4], [5, 6, 7, 8])
 HISTORIES = [[item for item in group if item != left_out] for group in GROUPS for left_out in group]

@@ -10,7 +10,7 @@ import torch
 
 from finetune_deepseek.__main__ import guarded
 from finetune_deepseek.checkpoints.export import export_bundle
-from finetune_deepseek.mind import read_behaviors, read_news
+from finetune_deepseek.recommendation.items.mind import read_behaviors, read_news
 from finetune_deepseek.recommendation.news import NewsArguments, NewsCollator, NewsRecommendation
 from finetune_deepseek.recommendation.recommender import load
 from finetune_deepseek.recommendation.scores import impression_scores

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import finetune_deepseek
 from configuration_deepseek import preset
-from finetune_deepseek.item_titles import read_titles, with_titles
+from finetune_deepseek.recommendation.items.titles import read_titles, with_titles
 from finetune_deepseek.recommendation.prompt_ranking import (
     Prompt,
     PromptCollator,

@@ -12,8 +12,8 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 import finetune_deepseek
 from finetune_deepseek.__main__ import guarded
-from finetune_deepseek.interactions import as_dataset
 from finetune_deepseek.recommendation.baselines import baseline_ranks
+from finetune_deepseek.recommendation.items.interactions import as_dataset
 from finetune_deepseek.recommendation.recommender import Recommender, load
 from finetune_deepseek.recommendation.sasrec import SASRecForRecommendation
 from finetune_deepseek.recommendation.scores import target_ranks

@@ -5,8 +5,8 @@ import warnings
 import numpy as np
 import pytest
 
-from finetune_deepseek import residual_quantizer
-from finetune_deepseek.residual_quantizer import distinct_codes, residual_codes
+from finetune_deepseek.recommendation.items import quantizer as residual_quantizer
+from finetune_deepseek.recommendation.items.quantizer import distinct_codes, residual_codes
 
 
 def test_each_digit_names_the_nearest_centre_of_what_is_left():

@@ -12,7 +12,6 @@ from transformers import AutoModelForCausalLM
 import finetune_deepseek
 from configuration_deepseek import preset
 from finetune_deepseek.__main__ import guarded
-from finetune_deepseek.interactions import as_dataset
 from finetune_deepseek.recommendation.generative import (
     GenerativeRecommendation,
     GenerativeRecommendationArguments,
@@ -20,6 +19,7 @@ from finetune_deepseek.recommendation.generative import (
     SemanticIdTokenizer,
 )
 from finetune_deepseek.recommendation.item_vectors import neighbour_vectors, read_item_vectors
+from finetune_deepseek.recommendation.items.interactions import as_dataset
 from finetune_deepseek.recommendation.task import Recommendation, RecommendationArguments
 from finetune_deepseek.recommendation.task import recommender as recommend
 from finetune_deepseek.training.arguments import parse_command

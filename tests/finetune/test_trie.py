@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configuration_deepseek import preset
-from finetune_deepseek.trie import CodeTrie, TrieLogitsProcessor, beam_items
+from finetune_deepseek.recommendation.items.trie import CodeTrie, TrieLogitsProcessor, beam_items
 from modeling_deepseek import DeepSeekForCausalLM
 
 SETTINGS = settings(max_examples=25, deadline=None)

@@ -11,8 +11,8 @@ from typing import Any
 
 from modeling_deepseek.side_features import NO_VALUE, feature_numbers
 
+from ...training.arguments import nearest_match
 from .interactions import as_text, feature_texts, require_column
-from .training.arguments import nearest_match
 
 FEATURES = ("user_features", "context_features")  # fields of the config, and inputs of the model
 MAX_NUMBERS = 1000  # of a column of numbers; more of them hardly repeat, and each would be a value of its own

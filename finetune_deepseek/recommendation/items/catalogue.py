@@ -12,8 +12,8 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from ...retrieval.encoding import token_ids
 from .interactions import as_text, read_columns, require_column
-from .retrieval.encoding import token_ids
 
 PADDING, PADDING_TOKEN = 0, "<padding>"
 CATALOGUE_FOLDER = "catalogue"
