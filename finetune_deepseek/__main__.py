@@ -50,7 +50,7 @@ def task_class(name: str) -> Any:
     Raises:
         ValueError: if there is none.
     """
-    from .training.arguments import nearest_match
+    from .data.words import nearest_match
 
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}{nearest_match(name, TASKS)}; there is {', '.join(TASKS)}.")

@@ -31,7 +31,7 @@ from modeling_deepseek.checkpoint_keys import LAYER, shared_mtp_keys, take_mtp_k
 from modeling_deepseek.quantization import QUANTIZED
 from modeling_deepseek.register import MODELS_BY_AUTO_CLASS
 
-from ..training.arguments import nearest_match
+from ..data.words import nearest_match
 from .gguf import export_gguf
 from .merging import Adapter, merge, open_adapter, write_per_expert
 from .shards import (

@@ -23,10 +23,10 @@ from torch.nn import functional as F
 from torch.utils.data import Sampler
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from ..data.sources import DataArguments, check_columns, joined, named, open_splits, progress, utf8_text
-from ..retrieval.reranker import pair_text
+from ..data.sources import DataArguments, Rows, check_columns, joined, named, open_splits, progress, utf8_text
+from ..data.words import pair_text
 from ..training.metrics import Accuracy, LabelSetF1, MacroF1, RegressionErrors
-from ..training.task import CausalCollator, Rows, Task
+from ..training.task import CausalCollator, Task
 
 # Letters: B batch, N labels.
 LABELS_SHOWN = 5

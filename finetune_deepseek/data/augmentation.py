@@ -13,13 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .words import has_spaces
+
 OPERATIONS = ("synonym", "insert", "delete", "swap")
-LANGUAGES_WITHOUT_SPACES = ("zh", "ja", "th", "lo", "km", "my")
-
-
-def has_spaces(language: str) -> bool:
-    """Whether a language, given by a code such as en or zh-CN, has spaces between words."""
-    return re.split("[-_]", language)[0].lower() not in LANGUAGES_WITHOUT_SPACES
 
 
 @dataclass

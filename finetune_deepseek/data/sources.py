@@ -10,12 +10,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets, load_dataset
 
-from ..training.arguments import nearest_match
-from ..training.task import Rows
+from .words import nearest_match
+
+Rows: TypeAlias = Dataset | IterableDataset
 
 SPLITS = ("train", "validation", "test")
 # The file name's ending gives the reader of `datasets`; each may be gzipped.

@@ -14,8 +14,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForQuestionAnswering, PreTrainedTokenizerBase
 
-from ..data.sources import progress
-from ..training.task import CausalCollator, Rows
+from ..data.sources import Rows, progress
+from ..training.task import CausalCollator
 from .windows import Layout, Passage
 
 NOWHERE = 1 << 30  # beyond any window: such positions are left out of the loss

@@ -20,11 +20,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from configuration_deepseek.official import SOURCES
 
+from ..data.fault_report import Report, finding
 from ..data.files import write_json
-from ..data.pair_checks import HAN, Report, finding, looks_mojibake
-from ..data.sources import SPLITS, DataArguments, Part, joined, named, open_splits, utf8_text
+from ..data.scripts import HAN, looks_mojibake
+from ..data.sources import SPLITS, DataArguments, Part, Rows, joined, named, open_splits, utf8_text
 from ..training.metrics import CmrcScores, SquadScores
-from ..training.task import Rows, Task
+from ..training.task import Task
 from ..training.trainer import prefixed
 from .extractive import ExtractiveReader
 from .floors import FLOORS, NAMES, floor_answers

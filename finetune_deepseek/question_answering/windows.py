@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from ..data.pair_checks import HAN
+from ..data.scripts import HAN
 
 Offset = tuple[int, int]
 # With characters apart a token never holds two Chinese characters or signs, between which an answer may begin.

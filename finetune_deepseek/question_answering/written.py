@@ -7,9 +7,9 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
-from ..data.sources import progress
+from ..data.sources import Rows, progress
 from ..training.optimization import IGNORED_LABEL
-from ..training.task import CausalCollator, Rows, beam_search
+from ..training.task import CausalCollator, beam_search
 from .windows import Layout
 
 

@@ -24,11 +24,12 @@ from transformers.utils import cached_file
 from modeling_deepseek.item_ranking import allowed_items, pad_histories
 
 from ..data.files import write_text
+from ..data.sources import Rows
 from ..training import model_card
 from ..training.arguments import ModelArguments
 from ..training.loading import named_source
 from ..training.optimization import IGNORED_LABEL
-from ..training.task import CausalCollator, Rows
+from ..training.task import CausalCollator
 from .item_vectors import neighbour_vectors, read_item_vectors
 from .items.quantizer import distinct_codes, residual_codes
 from .items.titles import read_titles, with_titles

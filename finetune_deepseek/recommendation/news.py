@@ -20,8 +20,8 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_deepseek import AutoModelForRecommendation
 
-from ..data.sources import SPLITS
-from ..training.task import CausalCollator, Rows, Task
+from ..data.sources import SPLITS, Rows
+from ..training.task import CausalCollator, Task
 from .items.catalogue import PADDING, TextCatalogue
 from .items.mind import TEXT_FIELDS, read_behaviors, read_news
 from .scores import bootstrap_interval, impression_scores

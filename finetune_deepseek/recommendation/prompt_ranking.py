@@ -17,9 +17,10 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from ..data.sources import Rows
 from ..training.arguments import ModelArguments
 from ..training.optimization import IGNORED_LABEL
-from ..training.task import CausalCollator, Rows, Task
+from ..training.task import CausalCollator, Task
 from .baselines import BASELINES
 from .items.interactions import SplitRows, as_text, read_columns, require_column, split_file_rows
 from .items.titles import read_titles, with_titles

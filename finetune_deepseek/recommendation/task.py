@@ -21,10 +21,10 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from modeling_deepseek import AutoModelForRecommendation
 
 from ..data.files import write_text
-from ..data.sources import SPLITS, find_files
+from ..data.sources import SPLITS, Rows, find_files
 from ..training.arguments import ModelArguments
 from ..training.optimization import IGNORED_LABEL
-from ..training.task import CausalCollator, Rows, Task
+from ..training.task import CausalCollator, Task
 from ..training.trainer import prefixed
 from .baselines import baseline_ranks
 from .count_tables import KEPT, WEIGHTS, best_count_weights, count_items

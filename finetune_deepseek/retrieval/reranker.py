@@ -16,13 +16,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from modeling_deepseek import DeepSeekForSequenceClassification
 from tokenization_deepseek import DeepSeekTokenizer
 
+from ..data.words import pair_text
 from ..training.batches import batches_by_length
 from ..training.loading import is_deepseek, named_source
-
-
-def pair_text(question: str, passage: str) -> str:
-    """What a reranker reads, in training and after it."""
-    return f"{question.strip()}\n{passage.strip()}"
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,9 @@ the flags; it is put in front of the command line, so flags win. It may describe
 """
 
 import argparse
-import difflib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
@@ -29,16 +28,12 @@ from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
+from ..data.words import nearest_match
+
 Arguments = TypeVar("Arguments")
 STEPS_WITHOUT_END = 1_000_000  # what Trainer is told where time says when to stop
 MUON = "muon"  # our optimizer beside those of transformers; see muon.py
 MULTI_STEP = "multi_step"  # our schedule beside those of transformers; see optimization.py
-
-
-def nearest_match(word: str, known: Iterable[str]) -> str:
-    """`" (did you mean 'x'?)"` for the known word that is nearest, or nothing if none is near."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 @dataclass

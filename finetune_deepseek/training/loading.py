@@ -17,8 +17,9 @@ from configuration_deepseek.presets import preset
 from modeling_deepseek.register import MODELS_BY_AUTO_CLASS
 from tokenization_deepseek import DeepSeekTokenizer
 
+from ..data.sources import Rows
 from .arguments import ModelArguments
-from .task import Rows, Task
+from .task import Task
 
 
 def parse_overrides(text: str | None) -> dict[str, Any]:

@@ -27,14 +27,15 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from configuration_deepseek.presets import preset
 
+from ..data.fault_report import Report, fault_list, report_markdown, report_text
 from ..data.files import write_json, write_text
-from ..data.pair_checks import Report, fault_list, report_markdown, report_text
+from ..data.sources import Rows
 from . import model_card
 from .arguments import Stage, TrainingArguments, check_output_dir
 from .callbacks import PlotCallback
 from .loading import load_model, load_tokenizer, parse_overrides, saved_config
 from .optimization import recipe
-from .task import Rows, Task
+from .task import Task
 from .trainer import FinetuneTrainer, numbers, prefixed
 from .weights.averaging import average_checkpoints
 from .weights.freezing import freeze_weights, trained_weights

@@ -3,21 +3,20 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from torch.utils.data import Sampler
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
 from tokenization_deepseek import train_tokenizer
 
-from ..data.pair_checks import Report
+from ..data.fault_report import Report
+from ..data.sources import Rows
 from .arguments import ModelArguments
 from .optimization import IGNORED_LABEL
-
-Rows: TypeAlias = Dataset | IterableDataset
 
 
 class Task(ABC):

@@ -26,7 +26,8 @@ from transformers.training_args import ParallelMode
 from modeling_deepseek import DeepSeekForCausalLM
 
 from ..data.files import replaced_folder
-from .arguments import MUON, TrainingArguments, nearest_match
+from ..data.words import nearest_match
+from .arguments import MUON, TrainingArguments
 from .batches import TokenBatchSampler
 from .callbacks import TimeLimitCallback
 from .optimization import (

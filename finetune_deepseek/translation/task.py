@@ -17,13 +17,25 @@ from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ..data.augmentation import AugmentationArguments, Augmenter
+from ..data.fault_report import Report, merged
 from ..data.moses import moses_lower, signature
-from ..data.pair_checks import Report, check_pairs, count_empty_sides, count_long_rows, merged
-from ..data.sources import SPLITS, DataArguments, Part, joined, named, open_splits, progress, read_file, utf8_text
-from ..training.arguments import nearest_match
+from ..data.pair_checks import check_pairs, count_empty_sides, count_long_rows
+from ..data.sources import (
+    SPLITS,
+    DataArguments,
+    Part,
+    Rows,
+    joined,
+    named,
+    open_splits,
+    progress,
+    read_file,
+    utf8_text,
+)
+from ..data.words import nearest_match
 from ..training.metrics import translation_metrics
 from ..training.optimization import IGNORED_LABEL
-from ..training.task import CausalCollator, Rows, Task, beam_search
+from ..training.task import CausalCollator, Task, beam_search
 from .phrases import corpus_description, default_corpus, nearest_pair_baseline
 
 LanguagePair: TypeAlias = tuple[str, str]  # source and target language

@@ -26,7 +26,7 @@ from finetune_deepseek.classification.task import (
     Regression,
     SingleLabel,
 )
-from finetune_deepseek.retrieval.reranker import pair_text
+from finetune_deepseek.data.words import pair_text
 from finetune_deepseek.training.arguments import ModelArguments, parse_command
 from finetune_deepseek.training.loading import load_model
 from finetune_deepseek.training.metrics import LabelSetF1, RegressionErrors

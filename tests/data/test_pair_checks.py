@@ -6,7 +6,9 @@ import pytest
 from datasets import Dataset, IterableDataset
 
 from finetune_deepseek.__main__ import guarded
-from finetune_deepseek.data.pair_checks import CHECKS, MOJIBAKE, check_pairs, fault_list, report_markdown, report_text
+from finetune_deepseek.data.fault_report import CHECKS, fault_list, report_markdown, report_text
+from finetune_deepseek.data.pair_checks import check_pairs
+from finetune_deepseek.data.scripts import MOJIBAKE
 from tests.small_runs import TINY, flags, write_jsonl
 
 CLEAN = [

@@ -10,10 +10,11 @@ import torch
 
 from configuration_deepseek import preset
 from finetune_deepseek import __main__ as command
+from finetune_deepseek.data.words import pair_text
 from finetune_deepseek.question_answering.answering import Reader, SentenceReader, answer_questions
 from finetune_deepseek.retrieval.lexical import BM25
 from finetune_deepseek.retrieval.passage_index import PassageIndex, Retriever
-from finetune_deepseek.retrieval.reranker import Reranker, pair_text
+from finetune_deepseek.retrieval.reranker import Reranker
 from modeling_deepseek import DeepSeekForEmbedding, DeepSeekForRecommendation, DeepSeekForSequenceClassification
 from tokenization_deepseek import train_tokenizer
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from modeling_deepseek.side_features import NO_VALUE, feature_numbers
 
-from ...training.arguments import nearest_match
+from ...data.words import nearest_match
 from .interactions import as_text, feature_texts, require_column
 
 FEATURES = ("user_features", "context_features")  # fields of the config, and inputs of the model

@@ -22,7 +22,7 @@ from datasets import Dataset
 from sklearn.utils import murmurhash3_32
 
 from ...data.sources import _open_bytes, broken_json, file_reader, read_file
-from ...training.arguments import nearest_match
+from ...data.words import nearest_match
 
 SplitRows: TypeAlias = dict[str, list[dict[str, Any]]]
 ML_100K = "recbole/dataset_example/ml-100k/ml-100k.inter"

@@ -6,7 +6,8 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-from ..arguments import TrainingArguments, nearest_match
+from ...data.words import nearest_match
+from ..arguments import TrainingArguments
 from .lora import GROUPS, group_of, prediction_layers
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")

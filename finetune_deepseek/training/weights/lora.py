@@ -17,7 +17,8 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..arguments import LoraArguments, nearest_match
+from ...data.words import nearest_match
+from ..arguments import LoraArguments
 
 # Letters: E experts, K experts used per token.
 
