@@ -65,7 +65,7 @@ def finetune(argv: Sequence[str]) -> None:
         ValueError: with one line, for bad input.
     """
     # Imported here, since torch and transformers take seconds and --help of the command needs neither.
-    from .training.arguments import parse_command
+    from .training.parsing import parse_command
     from .training.run import run_stages
 
     task = task_class(argv[0])
@@ -82,8 +82,8 @@ def score(verb: str, flag: str, argv: Sequence[str]) -> None:
     Raises:
         ValueError: with one line, for bad input.
     """
-    from .training.arguments import parse_command
     from .training.model_card import run_settings
+    from .training.parsing import parse_command
     from .training.run import run_stages
 
     if set(argv) & {"-h", "--help", "--help_all"}:

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from tqdm import tqdm
@@ -31,7 +31,7 @@ from modeling_deepseek.checkpoint_keys import LAYER, shared_mtp_keys, take_mtp_k
 from modeling_deepseek.quantization import QUANTIZED
 from modeling_deepseek.register import MODELS_BY_AUTO_CLASS
 
-from ..data.words import nearest_match
+from ..commands.flags import Parser
 from .gguf import export_gguf
 from .merging import Adapter, merge, open_adapter, write_per_expert
 from .shards import (
@@ -423,25 +423,6 @@ FORMS: dict[str, Callable[..., None]] = {"native": export_native, "bundle": expo
 
 
 # The command --------------------------------------------------------------------------------------------------------
-
-
-class Parser(argparse.ArgumentParser):
-    """ArgumentParser that raises ValueError and names the nearest flag."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see {self.prog} --help.")
-
-    def parse(self, argv: list[str]) -> argparse.Namespace:
-        """The arguments.
-
-        Raises:
-            ValueError: with one line, for flags that don't fit.
-        """
-        arguments, rest = self.parse_known_args(argv)
-        if rest:
-            near = nearest_match(rest[0].partition("=")[0], self._option_string_actions)
-            raise ValueError(f"unexpected argument {rest[0]!r}{near}; see {self.prog} --help.")
-        return arguments
 
 
 def parser() -> Parser:

@@ -28,8 +28,9 @@ from modeling_deepseek.checkpoint_files import CheckpointError
 from modeling_deepseek.quantization import SCALE
 from tokenization_deepseek import DeepSeekTokenizer
 
+from ..commands.flags import Parser
 from ..training.weights.lora import OTHER, group_of, plain_name
-from .export import Checkpoint, Parser, check_weights, dequantize_at, head_of
+from .export import Checkpoint, check_weights, dequantize_at, head_of
 from .shards import (
     ADAPTER_FILE,
     DTYPES,

@@ -25,8 +25,7 @@ from ..data.files import write_json
 from ..data.scripts import HAN, looks_mojibake
 from ..data.sources import SPLITS, DataArguments, Part, Rows, joined, named, open_splits, utf8_text
 from ..training.metrics import CmrcScores, SquadScores
-from ..training.task import Task
-from ..training.trainer import prefixed
+from ..training.task import Task, prefixed
 from .extractive import ExtractiveReader
 from .floors import FLOORS, NAMES, floor_answers
 from .squad import Questions, simplifier

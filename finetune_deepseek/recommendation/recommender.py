@@ -24,10 +24,10 @@ from transformers.utils.logging import disable_progress_bar
 from modeling_deepseek import AutoModelForRecommendation
 from modeling_deepseek.modeling_deepseek import feature_reader, item_numbers
 
+from ..commands.flags import parse_verb
 from ..data.files import replaced_folder
 from ..retrieval.encoding import token_ids
 from ..training import model_card
-from ..training.arguments import parse_verb
 from ..training.loading import named_source, saved_config
 from .items.catalogue import CATALOGUE_FOLDER, PADDING, catalogue_tokenizer
 from .items.feature_columns import (

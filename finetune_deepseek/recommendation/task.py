@@ -24,8 +24,7 @@ from ..data.files import write_text
 from ..data.sources import SPLITS, Rows, find_files
 from ..training.arguments import ModelArguments
 from ..training.optimization import IGNORED_LABEL
-from ..training.task import CausalCollator, Task
-from ..training.trainer import prefixed
+from ..training.task import CausalCollator, Task, prefixed
 from .baselines import baseline_ranks
 from .count_tables import KEPT, WEIGHTS, best_count_weights, count_items
 from .items.catalogue import PADDING, PADDING_TOKEN, TextCatalogue, catalogue_tokenizer, read_items

@@ -19,8 +19,7 @@ from modeling_deepseek import AutoModelForEmbedding
 
 from ..data.sources import DataArguments, Rows, check_columns, joined, named, open_splits, utf8_text
 from ..training.model_card import table
-from ..training.task import CausalCollator, Task
-from ..training.trainer import prefixed
+from ..training.task import CausalCollator, Task, prefixed
 from .encoding import token_ids
 from .lexical import (
     BM25,

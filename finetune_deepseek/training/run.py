@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from contextlib import nullcontext, redirect_stdout
@@ -31,12 +32,12 @@ from ..data.fault_report import Report, fault_list, report_markdown, report_text
 from ..data.files import write_json, write_text
 from ..data.sources import Rows
 from . import model_card
-from .arguments import Stage, TrainingArguments, check_output_dir
+from .arguments import Stage, TrainingArguments
 from .callbacks import PlotCallback
 from .loading import load_model, load_tokenizer, parse_overrides, saved_config
 from .optimization import recipe
-from .task import Task
-from .trainer import FinetuneTrainer, numbers, prefixed
+from .task import Task, numbers, prefixed
+from .trainer import FinetuneTrainer
 from .weights.averaging import average_checkpoints
 from .weights.freezing import freeze_weights, trained_weights
 from .weights.lora import apply_lora, census, census_table
@@ -65,6 +66,28 @@ def choose_work(stage: Stage, splits: dict[str, Rows]) -> None:
         raise ValueError("--streaming: the length of a stream is unknown, so give --max_steps.")
     if isinstance(splits.get("train"), IterableDataset):
         args.train_sampling_strategy = "random"  # a stream is read in its own, buffered order
+
+
+def check_output_dir(training: TrainingArguments) -> None:
+    """Make the output folder, or say in one line why it can't be used.
+
+    Raises:
+        ValueError: if the path is a file or can't be written, or if it holds checkpoints of an earlier run that is
+            neither resumed nor overwritten (Trainer would mix up the two runs' checkpoints).
+    """
+    folder = Path(training.output_dir or "")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output_dir {folder}: can't make this folder ({error.strerror}); name another.") from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--output_dir {folder}: no right to write there; name another.")
+    is_new = training.do_train and not training.resume_from_checkpoint and not training.overwrite_output_dir
+    if is_new and any(folder.glob("checkpoint-*")):
+        raise ValueError(
+            f"--output_dir {folder} holds checkpoints of an earlier run: add --resume_from_checkpoint true, or "
+            "--overwrite_output_dir to remove them, or name another folder."
+        )
 
 
 def evaluation_features(task: Task, rows: Rows, tokenizer: PreTrainedTokenizerBase, offset: int) -> Dataset:

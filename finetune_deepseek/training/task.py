@@ -172,3 +172,11 @@ class CausalCollator:
             ids[index, place] = torch.tensor(row, dtype=ids.dtype)
             mask[index, place] = 1
         return ids, mask
+
+
+def numbers(results: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in results.items() if isinstance(value, (int, float))}
+
+
+def prefixed(prefix: str, scores: dict[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}_{name}": value for name, value in scores.items()}

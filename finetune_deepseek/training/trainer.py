@@ -39,6 +39,7 @@ from .optimization import (
     smooth_labels,
     target_losses,
 )
+from .task import prefixed
 from .weights.muon import Muon, muon_groups
 
 
@@ -235,11 +236,3 @@ class FinetuneTrainer(Seq2SeqTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         if self.is_world_process_zero():
             self.card(Path(str(self.args.output_dir)))
-
-
-def numbers(results: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in results.items() if isinstance(value, (int, float))}
-
-
-def prefixed(prefix: str, scores: dict[str, Any]) -> dict[str, Any]:
-    return {f"{prefix}_{name}": value for name, value in scores.items()}

@@ -15,9 +15,10 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
+from ..commands.flags import parse_verb
 from ..data.files import read_lines, write_text
 from ..training import model_card
-from ..training.arguments import ModelArguments, parse_verb
+from ..training.arguments import ModelArguments
 from ..training.batches import batches_by_length
 from ..training.loading import load_model, load_tokenizer
 from .task import MODEL_SETTINGS, LanguagePair, Translation, TranslationArguments

@@ -21,9 +21,9 @@ from finetune_deepseek.question_answering.squad import Questions, place, simplif
 from finetune_deepseek.question_answering.task import QuestionAnswering, QuestionAnsweringArguments
 from finetune_deepseek.question_answering.territories import PATTERNS, territory_rows
 from finetune_deepseek.question_answering.windows import Encoder, Layout
-from finetune_deepseek.training.arguments import parse_command
 from finetune_deepseek.training.metrics import CmrcScores, SquadScores
 from finetune_deepseek.training.model_card import run_settings
+from finetune_deepseek.training.parsing import parse_command
 from finetune_deepseek.training.run import run_stages
 from tests.small_runs import TINY, flags
 from tokenization_deepseek import train_tokenizer

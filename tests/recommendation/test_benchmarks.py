@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from finetune_deepseek.recommendation.task import RecommendationArguments
-from finetune_deepseek.training.arguments import parse_command
+from finetune_deepseek.training.parsing import parse_command
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

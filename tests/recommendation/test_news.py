@@ -14,7 +14,7 @@ from finetune_deepseek.recommendation.items.mind import read_behaviors, read_new
 from finetune_deepseek.recommendation.news import NewsArguments, NewsCollator, NewsRecommendation
 from finetune_deepseek.recommendation.recommender import load
 from finetune_deepseek.recommendation.scores import impression_scores
-from finetune_deepseek.training.arguments import parse_command
+from finetune_deepseek.training.parsing import parse_command
 from finetune_deepseek.training.run import run_stages
 from modeling_deepseek import DeepSeekForRecommendation
 from tests.small_runs import flags

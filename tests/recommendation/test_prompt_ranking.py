@@ -20,7 +20,7 @@ from finetune_deepseek.recommendation.prompt_ranking import (
     candidate_scores,
     rank,
 )
-from finetune_deepseek.training.arguments import parse_command
+from finetune_deepseek.training.parsing import parse_command
 from finetune_deepseek.training.run import run_stages
 from modeling_deepseek import DeepSeekForCausalLM
 from tests.small_runs import flags

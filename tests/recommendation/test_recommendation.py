@@ -23,7 +23,7 @@ from finetune_deepseek.recommendation.task import (
     item_tokenizer,
     read_ranks,
 )
-from finetune_deepseek.training.arguments import parse_command
+from finetune_deepseek.training.parsing import parse_command
 from finetune_deepseek.training.run import run_stages
 from modeling_deepseek import AutoModelForRecommendation, DeepSeekForRecommendation
 from tests.small_runs import flags

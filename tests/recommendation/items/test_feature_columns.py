@@ -23,7 +23,7 @@ from finetune_deepseek.recommendation.items.interactions import (
 )
 from finetune_deepseek.recommendation.recommender import load
 from finetune_deepseek.recommendation.task import Recommendation, RecommendationArguments, item_tokenizer
-from finetune_deepseek.training.arguments import parse_command
+from finetune_deepseek.training.parsing import parse_command
 from finetune_deepseek.training.run import run_stages
 from modeling_deepseek import AutoModelForRecommendation
 from tests.small_runs import flags
