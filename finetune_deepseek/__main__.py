@@ -133,14 +133,14 @@ def recommend(argv: Sequence[str]) -> None:
 
 def export(argv: Sequence[str]) -> None:
     """Write a checkpoint in the form that others read."""
-    from .checkpoints.export import export
+    from .commands.export import export
 
     export(argv)
 
 
 def inspect(argv: Sequence[str]) -> None:
     """Say what a checkpoint is."""
-    from .checkpoints.inspection import inspect
+    from .commands.inspect import inspect
 
     inspect(argv)
 

@@ -1,4 +1,4 @@
-"""`deepseek-hf export`: a checkpoint in the form that others read, written one shard at a time.
+"""A checkpoint in the form that others read, written one shard at a time.
 
     native   config.json and weight names of the release, for transformers, vLLM, SGLang and converters
     bundle   this package's config and its code beside the weights: trust_remote_code, every head
@@ -9,51 +9,36 @@ and (native, bundle) the logits of a few tokens, see spot_logits.py. A LoRA adap
 merging.py; peak memory stays near one shard, whatever the model's size.
 """
 
-import argparse
 import os
-import re
 import shutil
-import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from tqdm import tqdm
-from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from configuration_deepseek import DeepSeekConfig
 from configuration_deepseek.official import ARCHITECTURES, official_model_type, to_official
-from modeling_deepseek.checkpoint_files import CheckpointError, writing_beside
-from modeling_deepseek.checkpoint_keys import LAYER, shared_mtp_keys, take_mtp_keys
-from modeling_deepseek.quantization import QUANTIZED
-from modeling_deepseek.register import MODELS_BY_AUTO_CLASS
+from modeling_deepseek.checkpoint_files import writing_beside
+from modeling_deepseek.checkpoint_keys import shared_mtp_keys
 
-from ..commands.flags import Parser
+from .checkpoint import HEADS, HEADS_BY_TASK, Checkpoint, dequantize_at, head_of, open_model
 from .gguf import export_gguf
-from .merging import Adapter, merge, open_adapter, write_per_expert
+from .merging import open_adapter, write_per_expert
 from .shards import (
     ADAPTER_FILE,
-    WEIGHTS_FILE,
-    LazyTensor,
     Tensors,
-    cast,
-    dequantize,
     local_folder,
     new_destination,
     open_checkpoint,
-    quantize,
     read_json,
     split_experts,
-    unread,
     write_json,
     write_shards,
 )
 from .spot_logits import difference, spot_logits
 
-HEADS = {model_class.__name__.removeprefix("DeepSeek"): model_class for model_class in MODELS_BY_AUTO_CLASS.values()}
 # The heads that transformers has for a published model_type, beside ForCausalLM.
 NATIVE_HEADS = {
     "llama": ("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering"),
@@ -62,197 +47,17 @@ NATIVE_HEADS = {
     "deepseek_v2": ("ForSequenceClassification",),
     "deepseek_v3": ("ForSequenceClassification", "ForTokenClassification"),
 }
-HEADS_BY_TASK = {
-    "CAUSAL_LM": "ForCausalLM",
-    "SEQ_CLS": "ForSequenceClassification",
-    "TOKEN_CLS": "ForTokenClassification",
-    "QUESTION_ANS": "ForQuestionAnswering",
-}
 # Fields that releases don't have, and that change nothing in evaluation.
 NOT_IN_RELEASES = {"source_model_type", "source_quantization_config", "hidden_dropout", "output_router_logits"}
 NOT_IN_RELEASES |= {"mtp_loss_weight", "mtp_after_norm", "deepseek_format"}
 LABEL_FIELDS = ("id2label", "label2id", "problem_type")
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}  # fp8: of what isn't quantized
-FP8_BLOCKS = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 # How far logits may be from the source's, against their size, by the type of the weights.
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2, torch.float8_e4m3fn: 0.7}
-FLOAT32_WEIGHTS = ("e_score_correction_bias",)  # whatever the type of the rest
 COPIED = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*"),
     *("additional_chat_templates", "generation_config.json", "LICENSE*", "catalogue"),
 )
 Report: TypeAlias = Callable[[int, int], Any]
-
-EXAMPLES = """examples:
-  deepseek-hf export runs/translation exported --to native                 for transformers, vLLM, SGLang
-  deepseek-hf export runs/translation exported --to bundle                 for trust_remote_code
-  deepseek-hf export runs/translation model.gguf --to gguf --dtype bf16    for llama.cpp, Ollama
-  deepseek-hf export deepseek-ai/DeepSeek-V2-Lite merged --to native --merge-adapter runs/adapter
-  deepseek-hf export runs/adapter adapter-2d --adapter-format per-expert   for servers that read no fused experts"""
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A model on disk: its config, the class that it is of, and its weights under official names."""
-
-    folder: Path
-    config: DeepSeekConfig
-    head: str  # a key of HEADS
-    tensors: Tensors
-    source: Tensors = field(default_factory=dict)  # the weights before an adapter or a type changes them
-    adapter: Adapter | None = None
-
-    def skeleton(self) -> PreTrainedModel:
-        """The model without storage."""
-        with torch.device("meta"):
-            return HEADS[self.head](self.config)
-
-
-def open_model(
-    source: str | os.PathLike, adapter: str | os.PathLike | None = None, dtype: str | None = None
-) -> Checkpoint:
-    """Read the headers of a checkpoint, check that they are the model's, merge an adapter, choose the type.
-
-    Args:
-        source: a folder or a Hub id, of any form that `DeepSeekConfig` reads.
-        adapter: the folder or Hub id of a LoRA adapter.
-        dtype: "bf16", "fp32", "fp8", or None for the types that the weights are stored in; FP8 with an adapter
-            becomes bf16, since rounding again would lose what the adapter learned.
-
-    Raises:
-        ValueError: for a config of another family; for a file that is missing or damaged; for weights that are
-            missing, misshapen, or of another architecture; for an adapter that doesn't fit.
-    """
-    folder = local_folder(source)
-    if (folder / ADAPTER_FILE).is_file() and not (folder / WEIGHTS_FILE).is_file():
-        raise ValueError(
-            f"{source} is an adapter: name its base model, and the adapter after --merge-adapter; or rewrite it alone "
-            "with --adapter-format per-expert"
-        )
-    config = DeepSeekConfig.from_pretrained(folder)
-    head = head_of(source, config)
-    adapter_folder = None if adapter is None else local_folder(adapter)
-    if adapter_folder is not None and (adapter_folder / ADAPTER_FILE).is_file():
-        head = HEADS_BY_TASK.get(read_json(adapter_folder / ADAPTER_FILE).get("task_type") or "", head)
-        if (adapter_folder / "config.json").is_file():  # it has the labels
-            saved = DeepSeekConfig.from_pretrained(adapter_folder)
-            config.id2label, config.problem_type = saved.id2label, saved.problem_type
-    stored = split_experts(open_checkpoint(folder))
-    checkpoint = Checkpoint(folder, config, head, dequantize_at(folder, stored, config))
-    loaded = None
-    if adapter_folder is not None:
-        drop_absent_predictions(checkpoint)
-        loaded = open_adapter(adapter_folder, checkpoint.skeleton())
-    tensors = check_weights(checkpoint, {} if loaded is None else loaded.replaced)
-    checkpoint = replace(checkpoint, source=tensors, adapter=loaded)
-    is_quantized = any(tensor.dtype == torch.float8_e4m3fn for tensor in stored.values())
-    if is_quantized and loaded is None and dtype in (None, "fp8"):
-        scales = {f"{name}_scale_inv" for name in tensors}
-        tensors = {name: tensor for name, tensor in stored.items() if name in tensors or name in scales}
-        return in_type(replace(checkpoint, tensors=tensors), None)
-    if loaded is not None:
-        tensors = merge(tensors, loaded)
-    return in_type(replace(checkpoint, tensors=tensors), "bf16" if is_quantized and dtype is None else dtype)
-
-
-def dequantize_at(folder: Path, tensors: Tensors, config: DeepSeekConfig) -> Tensors:
-    """`dequantize`, with errors that name the folder."""
-    try:
-        return dequantize(tensors, config)
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder}: {error}") from None
-
-
-def head_of(source: str | os.PathLike, config: DeepSeekConfig) -> str:
-    """The head that config.json names, as a key of `HEADS`.
-
-    Raises:
-        ValueError: if there is no such head here.
-    """
-    name = (config.architectures or ["ForCausalLM"])[0]
-    match = re.search(r"(For[A-Z]\w*|Model)$", name)
-    if match is None or match[1] not in HEADS:
-        raise ValueError(f"{source}: config.json names the architecture {name}, and there is no such head here")
-    return match[1]
-
-
-def official_weights(model: PreTrainedModel) -> Tensors:
-    """What a checkpoint of this model holds: official names, shapes and types; not to be read."""
-    state = model.state_dict()
-    if model.config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
-    fused = {name: LazyTensor(tuple(value.shape), value.dtype, unread) for name, value in state.items()}
-    return split_experts(fused)
-
-
-def drop_absent_predictions(checkpoint: Checkpoint) -> None:
-    """Set the number of prediction layers to 0 if none are stored, as where transformers wrote the checkpoint."""
-    config = checkpoint.config
-    ahead = take_mtp_keys(checkpoint.tensors, config)[1]
-    if checkpoint.head != "ForCausalLM" or not ahead:
-        config.num_nextn_predict_layers = 0
-
-
-def check_weights(checkpoint: Checkpoint, trained: Tensors) -> Tensors:
-    """The checkpoint's weights that are the model's; `trained` are those that an adapter brings.
-
-    Left out is what the model derives, repeats or doesn't have: rotary frequencies (old files of the LLM line), a
-    head that is tied or replaced, prediction layers' copies of embedding and head, and spare prediction layers.
-
-    Raises:
-        CheckpointError: naming the first weight that is missing, misshapen or of another architecture.
-    """
-    drop_absent_predictions(checkpoint)
-    where, config = checkpoint.folder, checkpoint.config
-    expected = official_weights(checkpoint.skeleton())
-    found: Tensors = {}
-    for name, tensor in checkpoint.tensors.items():
-        layer = LAYER.match(name)
-        is_ahead = layer is not None and int(layer[1]) >= config.num_hidden_layers
-        is_unused_head = name == "lm_head.weight" and (config.tie_word_embeddings or checkpoint.head != "ForCausalLM")
-        if name in expected:
-            found[name] = tensor
-        elif not (is_ahead or is_unused_head or name.endswith("rotary_emb.inv_freq")):
-            raise CheckpointError(
-                f"{where}: weight {name} is of another architecture than config.json says "
-                f"({config.source_model_type or 'deepseek'}, {checkpoint.head})"
-            )
-    for name, tensor in expected.items():
-        if name in trained:
-            found.setdefault(name, trained[name])
-        if name not in found:
-            raise CheckpointError(f"{where}: weight {name} is missing, or config.json describes another model")
-        if found[name].shape != tensor.shape:
-            raise CheckpointError(
-                f"{where}: weight {name} has shape {found[name].shape}, but config.json asks for {tensor.shape}"
-            )
-    return found
-
-
-def in_type(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:
-    """The checkpoint in the type "bf16", "fp32" or "fp8", or as it is stored (None), and its config saying so.
-
-    With "fp8" the weights that releases leave unquantized become bf16, as theirs are.
-    """
-    tensors, config = checkpoint.tensors, checkpoint.config
-    if dtype is not None:
-        tensors = cast(tensors, DTYPES[dtype], keep=FLOAT32_WEIGHTS)
-        release, config.source_quantization_config = config.source_quantization_config or {}, None
-    if dtype == "fp8":
-        config.source_quantization_config = {**FP8_BLOCKS, **release}
-        block, scale_fmt = config.source_quantization_config["weight_block_size"], release.get("scale_fmt")
-        exact = cast(checkpoint.tensors, torch.float32)
-        tensors = quantize(
-            {name: exact[name] if QUANTIZED.fullmatch(name) else tensors[name] for name in tensors}, block, scale_fmt
-        )
-    tensors = {
-        name: tensor.map(torch.Tensor.float, dtype=torch.float32)
-        if name.endswith(FLOAT32_WEIGHTS) and tensor.dtype != torch.float32
-        else tensor
-        for name, tensor in tensors.items()
-    }
-    config.dtype = next(tensor.dtype for name, tensor in tensors.items() if name.endswith("embed_tokens.weight"))
-    return replace(checkpoint, tensors=tensors)
 
 
 # Forms --------------------------------------------------------------------------------------------------------------
@@ -420,75 +225,3 @@ def export_adapter(source: str | os.PathLike, destination: str | os.PathLike) ->
 
 
 FORMS: dict[str, Callable[..., None]] = {"native": export_native, "bundle": export_bundle, "gguf": export_gguf}
-
-
-# The command --------------------------------------------------------------------------------------------------------
-
-
-def parser() -> Parser:
-    """The flags of `deepseek-hf export`."""
-    flags = Parser(
-        prog="deepseek-hf export",
-        description="Write a checkpoint in the form that others read. It passes through memory one shard at a time,\n"
-        "is read again and compared, and only then takes its place. Nothing that exists is overwritten.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    flags.add_argument("source", metavar="SRC", help="folder or Hub id of a model (or adapter, see --adapter-format)")
-    flags.add_argument("destination", metavar="DST", help="folder that doesn't exist yet; for gguf a file")
-    flags.add_argument(
-        "--to",
-        choices=FORMS,
-        help="native: config and names of the release, for transformers' own classes, vLLM, SGLang. "
-        "bundle: with this package's code, for trust_remote_code. gguf: for llama.cpp and Ollama.",
-    )
-    flags.add_argument(
-        "--merge-adapter", "--merge_adapter", metavar="DIR", help="LoRA adapter to merge into the weights"
-    )
-    flags.add_argument(
-        "--dtype",
-        choices=[*DTYPES],
-        help="type of the weights; without it, the one they are stored in. fp8: e4m3 in blocks of 128 x 128, as V3's",
-    )
-    flags.add_argument("--max-shard-size", "--max_shard_size", metavar="SIZE", help="of a weight file; 5GB without it")
-    flags.add_argument(
-        "--adapter-format",
-        "--adapter_format",
-        choices=["per-expert"],
-        help="SRC is a LoRA adapter on fused experts: write it as two-dimensional adapters, one per expert and "
-        "projection, under official names",
-    )
-    return flags
-
-
-def export(argv: Sequence[str]) -> None:
-    """Do what `deepseek-hf export` is followed by.
-
-    Raises:
-        ValueError: with one line, for bad input.
-    """
-    arguments = parser().parse(list(argv) or ["--help"])
-    if arguments.adapter_format:
-        if arguments.to or arguments.merge_adapter or arguments.dtype:
-            raise ValueError("--adapter-format rewrites an adapter and nothing else; leave out the other flags.")
-        export_adapter(arguments.source, arguments.destination)
-        return
-    if arguments.to is None:
-        raise ValueError(f"--to is missing; choose from {', '.join(FORMS)}.")
-    size = {} if arguments.max_shard_size is None else {"max_shard_size": arguments.max_shard_size}
-    unit = "tensor" if arguments.to == "gguf" else "shard"
-    with tqdm(desc=f"export to {arguments.to}", unit=unit, file=sys.stderr) as bar:
-
-        def report(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        FORMS[arguments.to](
-            arguments.source,
-            arguments.destination,
-            adapter=arguments.merge_adapter,
-            dtype=arguments.dtype,
-            report=report,
-            **size,
-        )

@@ -31,6 +31,7 @@ from modeling_deepseek.checkpoint_files import writing_beside
 from tokenization_deepseek import DeepSeekTokenizer
 from tokenization_deepseek.pre_tokenization import PATTERNS, pre_tokenizer
 
+from .checkpoint import open_model
 from .shards import LazyTensor, Tensors, new_destination, spots
 
 ARCHITECTURES = {
@@ -388,7 +389,6 @@ def export_gguf(
             the package gguf.
         OSError: if writing fails, or what was written reads back otherwise.
     """
-    from .export import open_model  # it has this function in its table of forms
 
     gguf, path = load_gguf(), Path(destination)
     if path.suffix != ".gguf":

@@ -1,16 +1,12 @@
-"""`deepseek-hf inspect`: what a checkpoint is, from its config, its tokenizer and the headers of its weight files.
+"""What a checkpoint is, from its config, its tokenizer and the headers of its weight files.
 
 No weight is loaded; from the Hub only the headers are read (ranged requests) and small files downloaded.
 """
 
-import argparse
-import json
 import os
 import re
-import sys
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -28,9 +24,8 @@ from modeling_deepseek.checkpoint_files import CheckpointError
 from modeling_deepseek.quantization import SCALE
 from tokenization_deepseek import DeepSeekTokenizer
 
-from ..commands.flags import Parser
 from ..training.weights.lora import OTHER, group_of, plain_name
-from .export import Checkpoint, check_weights, dequantize_at, head_of
+from .checkpoint import Checkpoint, check_weights, dequantize_at, head_of
 from .shards import (
     ADAPTER_FILE,
     DTYPES,
@@ -57,9 +52,6 @@ GENERATIONS = {
 }
 EXPERTS, PREDICTION = "experts", "mtp"
 PROBE = "Hello, world's 12345 tests.\r\n\tStraße — 深度求索 123 ひらがな 한국어 🚀  end "
-EXAMPLES = """examples:
-  deepseek-hf inspect runs/translation
-  deepseek-hf inspect deepseek-ai/DeepSeek-V2-Lite --json"""
 
 
 @dataclass
@@ -312,60 +304,3 @@ def is_adapter(source: str | os.PathLike, revision: str) -> Path | None:
         except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError):
             return None
     return folder if (folder / ADAPTER_FILE).is_file() else None
-
-
-# The command --------------------------------------------------------------------------------------------------------
-
-
-def in_words(found: Inspection) -> str:
-    """The report as text."""
-    total, mtp = found.total, found.parameters.get(PREDICTION, 0)
-    lines = [
-        f"{found.source}: {found.generation} ({found.model_type}), {found.head}",
-        *(f"  layers {key:<11}{value}" for key, value in found.layers.items()),
-        f"  positions         {found.positions}",
-        f"  parameters        {total - mtp:,}, {found.active:,} active per token" + (f"; MTP {mtp:,}" if mtp else ""),
-        *(f"    {group:<18}{count:>18,}" for group, count in found.parameters.items()),
-        f"  stored as         {', '.join(f'{dtype} ({count:,})' for dtype, count in found.stored.items())}",
-        f"  memory            {', '.join(f'{size(count)} {dtype}' for dtype, count in found.memory.items())}",
-        f"  cache             {found.cache_per_token:,} bytes per token in bfloat16",
-        f"  weights           {found.weights}",
-        *(f"  tokenizer         {line}" for line in found.tokenizer),
-    ]
-    return "\n".join(lines)
-
-
-def size(count: int) -> str:
-    """Bytes in words: 1.3 GB."""
-    value = float(count)
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.4g} {unit}"
-        value /= 1000
-    return f"{value:.4g} TB"
-
-
-def inspect(argv: Sequence[str]) -> None:
-    """Do what `deepseek-hf inspect` is followed by.
-
-    Raises:
-        ValueError: with one line, for bad input.
-    """
-    parser = Parser(
-        prog="deepseek-hf inspect",
-        description="Say what a checkpoint is: generation, mechanisms per layer, parameters, memory, cache, and\n"
-        "whether its tokenizer is sound. Reads config, tokenizer and headers of weight files; loads no weight.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("source", metavar="SRC", help="folder or Hub id of a model or adapter")
-    parser.add_argument("--revision", default="main", help="branch, tag or commit on the Hub")
-    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
-    arguments = parser.parse(list(argv) or ["--help"])
-    adapter = is_adapter(arguments.source, arguments.revision)
-    if adapter is not None:
-        print(describe_adapter(adapter))
-        return
-    found = inspect_checkpoint(arguments.source, arguments.revision)
-    json.dump(asdict(found), sys.stdout, indent=2) if arguments.json else print(in_words(found))

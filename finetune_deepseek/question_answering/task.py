@@ -24,10 +24,10 @@ from ..data.fault_report import Report, finding
 from ..data.files import write_json
 from ..data.scripts import HAN, looks_mojibake
 from ..data.sources import SPLITS, DataArguments, Part, Rows, joined, named, open_splits, utf8_text
-from ..training.metrics import CmrcScores, SquadScores
 from ..training.task import Task, prefixed
 from .extractive import ExtractiveReader
 from .floors import FLOORS, NAMES, floor_answers
+from .metrics import CmrcScores, SquadScores
 from .squad import Questions, simplifier
 from .territories import territory_rows
 from .windows import PIECES, TOKEN_TYPES, Layout
@@ -253,6 +253,13 @@ class QuestionAnswering(Task):
             )
         if self.arguments.mark_matches:
             raise ValueError(f"--mark_matches: a model of model_type {model_type!r} reads no marks; leave it out.")
+
+    def check_native(self, fields: dict[str, Any]) -> None:
+        direction = fields.get("attention_direction", "causal")
+        if direction != "causal":
+            raise ValueError(f"--attention_direction {direction}: transformers' class is causal; leave out --native.")
+        if fields.get("type_vocab_size"):
+            raise ValueError("--mark_matches: transformers' class reads no marks; leave out --native.")
 
     def model_config(self, config: Any) -> Any:
         if not hasattr(type(config), "attention_direction"):

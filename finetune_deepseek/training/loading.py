@@ -1,6 +1,6 @@
 """Tokenizer and model, pretrained or with random weights, as the flags name them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -77,33 +77,99 @@ def is_ours(source: str, arguments: ModelArguments) -> bool:
     return not arguments.native and saved_config(source, arguments.model_revision).get("model_type") in SOURCES
 
 
+def pretrained_tokenizer(
+    arguments: ModelArguments, tokenizer_class: Any = None, checkpoint: str | None = None
+) -> PreTrainedTokenizerBase:
+    """The named tokenizer, or that of the checkpoint or model.
+
+    Args:
+        tokenizer_class: None for the class that the model's own files ask for.
+
+    Raises:
+        ValueError: if it can't be read, or has no end-of-text token.
+    """
+    source = arguments.tokenizer_name or checkpoint or arguments.model_name_or_path
+    assert source is not None
+    flag = "tokenizer_name" if arguments.tokenizer_name else "model_name_or_path"
+    with named_source("resume_from_checkpoint" if source == checkpoint else flag, source):
+        loader = tokenizer_class or (
+            DeepSeekTokenizer if is_deepseek(source, arguments.model_revision) else AutoTokenizer
+        )
+        tokenizer = loader.from_pretrained(
+            source, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code
+        )
+    if tokenizer.eos_token_id is None and tokenizer_class is None:
+        raise ValueError(f"{source}: this tokenizer has no eos_token, so a model couldn't learn where to end.")
+    return with_padding(tokenizer)
+
+
+def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked by length, never by id
+    return tokenizer
+
+
 def load_tokenizer(
     arguments: ModelArguments, task: Task, splits: dict[str, Rows], checkpoint: str | None
 ) -> PreTrainedTokenizerBase:
     """The named tokenizer, the model's, or a new one trained on the data.
 
     Raises:
-        ValueError: if it has no end-of-text token.
+        ValueError: if it has no end-of-text token, or there is nothing to train it on.
     """
-    source = arguments.tokenizer_name or checkpoint or arguments.model_name_or_path
-    if source:
-        flag = "tokenizer_name" if arguments.tokenizer_name else "model_name_or_path"
-        with named_source("resume_from_checkpoint" if source == checkpoint else flag, source):
-            loader = task.tokenizer_class or (
-                DeepSeekTokenizer if is_deepseek(source, arguments.model_revision) else AutoTokenizer
-            )
-            tokenizer = loader.from_pretrained(
-                source, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code
-            )
-    else:
-        if "train" not in splits:
-            raise ValueError("A model with random weights needs a training split or --tokenizer_name.")
-        tokenizer = task.new_tokenizer(arguments, splits)
-    if tokenizer.eos_token_id is None and task.tokenizer_class is None:
-        raise ValueError(f"{source}: this tokenizer has no eos_token, so a model couldn't learn where to end.")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked by length, never by id
-    return tokenizer
+    if arguments.tokenizer_name or checkpoint or arguments.model_name_or_path:
+        return pretrained_tokenizer(arguments, task.tokenizer_class, checkpoint)
+    if "train" not in splits:
+        raise ValueError("A model with random weights needs a training split or --tokenizer_name.")
+    return with_padding(task.new_tokenizer(arguments, splits))
+
+
+def pretrained_model(
+    arguments: ModelArguments,
+    auto_class: Any,
+    fields: dict[str, Any] | None = None,
+    is_trained: bool = False,
+    check_native: Callable[[dict[str, Any]], None] = lambda fields: None,
+) -> Any:
+    """The model that --model_name_or_path names, with its adapter if that is a LoRA folder.
+
+    Args:
+        fields: are set in its config.
+        check_native: is shown `fields` before a model is made of transformers' own class.
+    """
+    path, fields = str(arguments.model_name_or_path), fields or {}
+    with named_source("model_name_or_path", path):
+        if not (Path(path) / "adapter_config.json").is_file():
+            return _open_pretrained(path, arguments, auto_class, fields, check_native)
+        base = str(PeftConfig.from_pretrained(path).base_model_name_or_path)
+        model = _open_pretrained(base, arguments, auto_class, fields, check_native)
+        return PeftModel.from_pretrained(model, path, is_trainable=is_trained)
+
+
+def _open_pretrained(
+    source: str,
+    arguments: ModelArguments,
+    auto_class: Any,
+    fields: dict[str, Any],
+    check_native: Callable[[dict[str, Any]], None],
+) -> Any:
+    loading: dict[str, Any] = {
+        "revision": arguments.model_revision,
+        "trust_remote_code": arguments.trust_remote_code,
+        "dtype": arguments.dtype,
+        "attn_implementation": arguments.attn_implementation,
+    }
+    ours = is_ours(source, arguments)
+    if not ours:
+        check_native(fields)
+    model_class = MODELS_BY_AUTO_CLASS[auto_class] if ours else auto_class
+    if not arguments.dropouts:
+        return model_class.from_pretrained(source, **loading, **fields)
+    config_class: Any = DeepSeekConfig if ours else AutoConfig
+    config = config_class.from_pretrained(
+        source, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code, **fields
+    )
+    return model_class.from_pretrained(source, **loading, config=with_dropout(config, arguments))
 
 
 def load_model(
@@ -120,56 +186,40 @@ def load_model(
     Raises:
         ValueError: if no model is named, or the tokenizer has more tokens than the model.
     """
-    loading: dict[str, Any] = {
-        "revision": arguments.model_revision,
-        "trust_remote_code": arguments.trust_remote_code,
-        "dtype": arguments.dtype,
-        "attn_implementation": arguments.attn_implementation,
-    }
-
-    def load(source: str) -> Any:
-        ours = is_ours(source, arguments)
-        direction = fields.get("attention_direction", "causal")
-        if not ours and direction != "causal":
-            raise ValueError(f"--attention_direction {direction}: transformers' class is causal; leave out --native.")
-        if not ours and fields.get("type_vocab_size"):
-            raise ValueError("--mark_matches: transformers' class reads no marks; leave out --native.")
-        model_class = MODELS_BY_AUTO_CLASS[task.auto_class] if ours else task.auto_class
-        if not arguments.dropouts:
-            return model_class.from_pretrained(source, **loading, **fields)
-        config_class: Any = DeepSeekConfig if ours else AutoConfig
-        config = config_class.from_pretrained(
-            source, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code, **fields
-        )
-        return model_class.from_pretrained(source, **loading, config=with_dropout(config, arguments))
-
-    path = arguments.model_name_or_path
-    model: Any
-    if path:
-        with named_source("model_name_or_path", path):
-            if (Path(path) / "adapter_config.json").is_file():
-                model = load(str(PeftConfig.from_pretrained(path).base_model_name_or_path))
-                model = PeftModel.from_pretrained(model, path, is_trainable=is_trained)
-            else:
-                model = load(path)
+    if arguments.model_name_or_path:
+        model = pretrained_model(arguments, task.auto_class, fields, is_trained, task.check_native)
     elif arguments.preset or arguments.config_name:
-        config = task.model_config(make_config(arguments, tokenizer, fields))
-        dtype = torch.float32 if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-        kwargs = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
-        model = task.auto_class.from_config(
-            config, dtype=dtype, trust_remote_code=arguments.trust_remote_code, **kwargs
-        )
-        if arguments.head_from_embeddings:
-            if model.get_output_embeddings() is None:
-                raise ValueError(f"--head_from_embeddings: {task.name} models have no head over the vocabulary.")
-            # Copying a token is then one map that holds for all of them, as with tied weights, rare ones included.
-            model.get_output_embeddings().load_state_dict(model.get_input_embeddings().state_dict())
+        model = _random_model(arguments, task, tokenizer, fields)
     else:
         raise ValueError("No model is named: give --model_name_or_path, --preset or --config_name.")
+    return fitted(model, tokenizer)
+
+
+def fitted(model: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The model, which now knows the tokenizer's padding.
+
+    Raises:
+        ValueError: if the tokenizer has more tokens than the model.
+    """
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise ValueError(f"The tokenizer has {len(tokenizer):,} tokens, the model {rows:,}; name the model's own.")
     model.config.pad_token_id = tokenizer.pad_token_id  # a classifier looks for the last token that is no padding
+    return model
+
+
+def _random_model(
+    arguments: ModelArguments, task: Task, tokenizer: PreTrainedTokenizerBase, fields: dict[str, Any]
+) -> Any:
+    config = task.model_config(make_config(arguments, tokenizer, fields))
+    dtype = torch.float32 if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    kwargs = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
+    model = task.auto_class.from_config(config, dtype=dtype, trust_remote_code=arguments.trust_remote_code, **kwargs)
+    if arguments.head_from_embeddings:
+        if model.get_output_embeddings() is None:
+            raise ValueError(f"--head_from_embeddings: {task.name} models have no head over the vocabulary.")
+        # Copying a token is then one map that holds for all of them, as with tied weights, rare ones included.
+        model.get_output_embeddings().load_state_dict(model.get_input_embeddings().state_dict())
     return model
 
 

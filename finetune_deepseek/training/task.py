@@ -62,6 +62,10 @@ class Task(ABC):
         """
         return {}
 
+    def check_native(self, fields: dict[str, Any]) -> None:
+        """Refuse those of the `config_fields` that transformers' own class (--native) would pass over silently."""
+        return
+
     def prepare_model(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         """Change the model as the data want it. Called before `features`, and before an adapter is attached."""
         return

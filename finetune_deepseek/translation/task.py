@@ -33,9 +33,9 @@ from ..data.sources import (
     utf8_text,
 )
 from ..data.words import nearest_match
-from ..training.metrics import translation_metrics
 from ..training.optimization import IGNORED_LABEL
 from ..training.task import CausalCollator, Task, beam_search
+from .metrics import translation_metrics
 from .phrases import corpus_description, default_corpus, nearest_pair_baseline
 
 LanguagePair: TypeAlias = tuple[str, str]  # source and target language

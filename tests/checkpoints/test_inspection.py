@@ -9,14 +9,15 @@ from safetensors import safe_open
 
 from configuration_deepseek import preset
 from finetune_deepseek.__main__ import main
-from finetune_deepseek.checkpoints.export import export_native, official_weights
+from finetune_deepseek.checkpoints.checkpoint import official_weights
+from finetune_deepseek.checkpoints.export import export_native
 from finetune_deepseek.checkpoints.inspection import (
     active_parameters,
     cached_width,
     count_parameters,
     inspect_checkpoint,
-    size,
 )
+from finetune_deepseek.commands.inspect import size
 from finetune_deepseek.training.arguments import LoraArguments
 from finetune_deepseek.training.weights.lora import apply_lora, census
 from modeling_deepseek import DeepSeekForCausalLM

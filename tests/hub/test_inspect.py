@@ -31,7 +31,7 @@ def look(folder):
     from pathlib import Path
 
     from finetune_deepseek.checkpoints.export import export_native
-    from finetune_deepseek.checkpoints.inspection import inspect
+    from finetune_deepseek.commands.inspect import inspect
 
     said = {}
     for name in ("model", "adapter"):

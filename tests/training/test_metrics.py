@@ -12,13 +12,12 @@ import pytest
 import sacrebleu
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 
+from finetune_deepseek.classification.metrics import Accuracy, MacroF1
 from finetune_deepseek.data.moses import moses_lower
-from finetune_deepseek.training.metrics import (
+from finetune_deepseek.translation.metrics import (
     BLEU_TOKENIZERS,
-    Accuracy,
     ChrF2,
     ExactMatch,
-    MacroF1,
     SacreBleu,
     TokenizedBleu,
     bleu_tokenizer,
