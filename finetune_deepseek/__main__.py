@@ -112,7 +112,7 @@ def predict(argv: Sequence[str]) -> None:
 
 def translate(argv: Sequence[str]) -> None:
     """Translate lines of text."""
-    from .translation.translator import translate
+    from .commands.translate import translate
 
     translate(argv)
 

@@ -100,8 +100,7 @@ class Task(ABC):
 
     def decode(self, outputs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
         """One prediction per row, as `score` and JSON take it, from generated tokens [B, T] or from logits."""
-        ids = np.where(outputs == IGNORED_LABEL, tokenizer.pad_token_id, outputs)
-        return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        return generated_texts(outputs, tokenizer)
 
     @abstractmethod
     def score(self, predictions: list[Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -129,6 +128,12 @@ class Task(ABC):
     @abstractmethod
     def card_data(self) -> dict[str, Any]:
         """What the model card says about the task and its data; see model_card.py."""
+
+
+def generated_texts(outputs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The texts of generated tokens [B, T]."""
+    ids = np.where(outputs == IGNORED_LABEL, tokenizer.pad_token_id, outputs)
+    return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
 def beam_search(

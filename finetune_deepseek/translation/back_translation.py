@@ -16,9 +16,9 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from ..data.files import read_lines, write_text
-from ..training.loading import load_model, load_tokenizer
-from .task import Translation, TranslationArguments
-from .translator import TranslateArguments, make_task, translate_lines
+from .arguments import TranslateArguments, TranslationArguments
+from .prompts import Prompts
+from .translator import open_translator, prompts_of, translate_lines
 
 BATCH_SIZE = 64
 
@@ -44,23 +44,23 @@ def back_translate(arguments: TranslationArguments) -> tuple[str, list[tuple[str
         source_lang=language, target_lang=arguments.source_lang, num_beams=arguments.back_translation_beams
     )
     try:
-        task = make_task(str(folder), how)
+        prompts = prompts_of(str(folder), how)
     except ValueError as error:
         raise ValueError(f"--back_translation_model (and --back_translation_lang): {error}") from error
-    language = task.arguments.source_lang
+    language = prompts.arguments.source_lang
     if language not in arguments.target_lang:
         raise ValueError(f"--back_translation_lang {language}: this run translates to none such; set --target_lang.")
-    if task.arguments.preprocess != arguments.preprocess:
+    if prompts.arguments.preprocess != arguments.preprocess:
         raise ValueError(
-            f"--back_translation_model {folder} was trained with --preprocess {task.arguments.preprocess}, this run "
-            f"has {arguments.preprocess}; they must be the same."
+            f"--back_translation_model {folder} was trained with --preprocess {prompts.arguments.preprocess}, this "
+            f"run has {arguments.preprocess}; they must be the same."
         )
     kept = text_file.with_name(
-        f"{text_file.name}.{folder.resolve().name}-{fingerprint(text_file, folder, task, how)}.jsonl"
+        f"{text_file.name}.{folder.resolve().name}-{fingerprint(text_file, folder, prompts, how)}.jsonl"
     )
     with PartialState().main_process_first():
         if not kept.is_file():
-            sources = generate(lines, folder, task, how, kept)
+            sources = generate(lines, folder, prompts, how, kept)
             rows = [
                 {"translation": {arguments.source_lang: s, language: t}} for s, t in zip(sources, lines, strict=True)
             ]
@@ -74,27 +74,24 @@ def back_translate(arguments: TranslationArguments) -> tuple[str, list[tuple[str
     return language, pairs
 
 
-def fingerprint(text_file: Path, folder: Path, task: Translation, how: TranslateArguments) -> str:
+def fingerprint(text_file: Path, folder: Path, prompts: Prompts, how: TranslateArguments) -> str:
     """Eight digits that change with the text, the model's files and the way of translating."""
     names = ("config.json", "adapter_config.json", "tokenizer.json")
     model = sorted(path for path in folder.iterdir() if path.suffix == ".safetensors" or path.name in names)
-    digest = hashlib.sha256(repr((task.arguments, how)).encode())
+    digest = hashlib.sha256(repr((prompts.arguments, how)).encode())
     for path in (text_file, *model):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:8]
 
 
-def generate(lines: Sequence[str], folder: Path, task: Translation, how: TranslateArguments, kept: Path) -> list[str]:
+def generate(lines: Sequence[str], folder: Path, prompts: Prompts, how: TranslateArguments, kept: Path) -> list[str]:
     """The model's translation of each line."""
     if not os.access(kept.parent, os.W_OK):
         raise ValueError(f"--back_translation_file: no right to write {kept}; copy the text to a folder of yours.")
     # A run that finds the kept file doesn't come here, and must draw the same numbers later on.
     with torch.random.fork_rng(devices=[]):
-        tokenizer = load_tokenizer(how.model(str(folder)), task, {}, None)
-        model = (
-            load_model(how.model(str(folder)), task, tokenizer, {}, is_trained=False).eval().to(PartialState().device)
-        )
-        generation_config = task.generation_config(tokenizer, how.num_beams)
+        model, tokenizer = open_translator(str(folder), how, PartialState().device)
+        generation_config = prompts.generation_config(tokenizer, how.num_beams)
         with tqdm(total=len(lines), desc="back-translate", unit="text") as bar:
-            return translate_lines(lines, model, tokenizer, task, generation_config, BATCH_SIZE, report=bar.update)
+            return translate_lines(lines, model, tokenizer, prompts, generation_config, BATCH_SIZE, report=bar.update)

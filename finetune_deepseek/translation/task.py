@@ -7,22 +7,18 @@ languages, and back: the prompt names the language, a row gives a pair for each 
 
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from string import Formatter
-from typing import Any, Literal, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple
 
-import numpy as np
 from datasets import Dataset
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from ..data.augmentation import AugmentationArguments, Augmenter
+from ..data.augmentation import Augmenter
 from ..data.fault_report import Report, merged
-from ..data.moses import moses_lower, signature
+from ..data.moses import signature
 from ..data.pair_checks import check_pairs, count_empty_sides, count_long_rows
 from ..data.sources import (
     SPLITS,
-    DataArguments,
     Part,
     Rows,
     joined,
@@ -34,114 +30,17 @@ from ..data.sources import (
 )
 from ..data.words import nearest_match
 from ..training.optimization import IGNORED_LABEL
-from ..training.task import CausalCollator, Task, beam_search
+from ..training.task import Task
+from .arguments import MODEL_SETTINGS, LanguagePair, TranslationArguments
+from .back_translation import back_translate
 from .metrics import translation_metrics
 from .phrases import corpus_description, default_corpus, nearest_pair_baseline
+from .prompts import Prompts
 
-LanguagePair: TypeAlias = tuple[str, str]  # source and target language
-
-# What a trained model depends on: written into its card, and taken from there by evaluate, predict and translate.
-MODEL_SETTINGS = (
-    *("source_lang", "target_lang", "both_directions", "preprocess"),
-    *("prompt_template", "stop_text", "max_source_length", "max_target_length"),
-)
 COLUMNS = ("prompt", "source", "target", "source_lang", "target_lang")
 DEFAULT_CORPUS_ROWS = {"train": 40_000, "validation": 1_000, "test": 1_000}
 SMALLEST_DEFAULT_TRAIN = 1_000  # the corpus puts all its names into the training split
 TOKENIZER_TRAINING_ROWS = 200_000
-
-
-@dataclass
-class TranslationArguments(AugmentationArguments, DataArguments):
-    """Which pairs, in which languages, in which prompt."""
-
-    source_lang: str = field(default="en", metadata={"help": "Key of the source text in the data."})
-    target_lang: list[str] = field(
-        default_factory=lambda: ["zh"],
-        metadata={"help": "Key of the target text in the data; several for one model of several.", "metavar": "LANG"},
-    )
-    both_directions: bool = field(
-        default=False, metadata={"help": "Translate from each --target_lang to --source_lang too, in the same model."}
-    )
-    preprocess: Literal["none", "moses_lower"] = field(
-        default="none",
-        metadata={
-            "help": "moses_lower: lower-case, normalise and tokenise all texts, as Multi30k's lc.norm.tok files."
-        },
-    )
-    tokenized_bleu: bool = field(
-        default=False,
-        metadata={"help": "Score BLEU on lower-cased, normalised and tokenised text too, as published for Multi30k."},
-    )
-    streaming: bool = field(default=False, metadata={"help": "Read the training rows as they are used."})
-    max_source_length: int = field(
-        default=128,
-        metadata={"help": "Tokens of a prompt. Longer rows are left out of training and cut at evaluation."},
-    )
-    max_target_length: int = field(default=128, metadata={"help": "Tokens of a translation, its end included."})
-    prompt_template: str = field(
-        default="{target_lang}: {source}\n",
-        metadata={"help": r"What the model continues; {source_lang} is known too, and \n is a new line."},
-    )
-    stop_text: str | None = field(
-        default=None,
-        metadata={"help": r"A translation ends before this, such as \n, if the model goes on (few-shot)."},
-    )
-    tokenizer_langs: list[str] | None = field(
-        default=None,
-        metadata={"help": "Further languages of the data for a tokenizer to be trained.", "metavar": "LANG"},
-    )
-    nearest_pair_baseline: bool = field(
-        default=True, metadata={"help": "Score the nearest training pair's target beside the model (--do_predict)."}
-    )
-
-    def __post_init__(self) -> None:
-        DataArguments.__post_init__(self)
-        AugmentationArguments.__post_init__(self)
-        # YAML and habit also write "de" or "de,zh".
-        words = [self.target_lang] if isinstance(self.target_lang, str) else self.target_lang
-        self.target_lang = [word for words in words for word in words.split(",") if word]
-        if self.source_lang in self.target_lang:
-            raise ValueError(f"--source_lang and --target_lang are both {self.source_lang!r}; change one.")
-        if len(set(self.target_lang)) < len(self.target_lang) or not self.target_lang:
-            raise ValueError(f"--target_lang {' '.join(self.target_lang)}: name each language once, at least one.")
-        if self.preprocess != "none" or self.tokenized_bleu:
-            for language in self.languages if self.preprocess != "none" else {target for _, target in self.pairs}:
-                moses_lower(language)  # refuses what it isn't for
-        self._check_prompt()
-
-    def _check_prompt(self) -> None:
-        self.prompt_template = self.prompt_template.replace("\\n", "\n")
-        self.stop_text = self.stop_text.replace("\\n", "\n") if self.stop_text else None
-        where = f"--prompt_template {self.prompt_template!r}"
-        try:
-            fields = {name for _, name, _, _ in Formatter().parse(self.prompt_template) if name is not None}
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}; write {{{{ for a brace.") from error
-        unknown = fields - {"source", "source_lang", "target_lang"}
-        if unknown or "source" not in fields:
-            raise ValueError(
-                f"{where}: it needs {{source}}, and may have {{source_lang}} and {{target_lang}}, but no other name "
-                "in braces."
-            )
-        if len(self.pairs) > 1 and "target_lang" not in fields:
-            raise ValueError(
-                f"{where}: with several directions it needs {{target_lang}}, which says where to translate to."
-            )
-
-    @property
-    def is_embedded(self) -> bool:
-        return not self.names_data
-
-    @property
-    def languages(self) -> list[str]:
-        return [self.source_lang, *self.target_lang]
-
-    @property
-    def pairs(self) -> list[LanguagePair]:
-        """What the model translates from and to."""
-        forth = [(self.source_lang, target) for target in self.target_lang]
-        return forth + [(target, source) for source, target in forth] * self.both_directions
 
 
 class Layout(NamedTuple):
@@ -156,10 +55,9 @@ def languages_of(row: dict[str, Any]) -> LanguagePair:
     return row["source_lang"], row["target_lang"]
 
 
-class Translation(Task):
+class Translation(Prompts, Task):
     """See the module. `prompt` is what the model is given, `target` what it has to write."""
 
-    name = "translation"
     arguments_class = TranslationArguments
     recipe = Path(__file__).with_name("recipe.yaml")
     examples = """examples:
@@ -177,9 +75,8 @@ class Translation(Task):
       LoRA on a pretrained model and a data set of the Hub"""
 
     def __init__(self, arguments: TranslationArguments, seed: int) -> None:
-        self.arguments = arguments
+        super().__init__(arguments)
         self.seed = seed
-        self.is_prepared = arguments.preprocess == "moses_lower"
         self.metrics = {
             target: translation_metrics(target, arguments.tokenized_bleu, self.is_prepared)
             for _, target in arguments.pairs
@@ -296,8 +193,6 @@ class Translation(Task):
 
     def _back_translated(self) -> Dataset:
         """Rows from --back_translation_file: real targets, and sources by the reverse model, as it writes them."""
-        from .back_translation import back_translate  # which needs this module
-
         arguments = self.arguments
         language, pairs = back_translate(arguments)
         rows = [(s, self.prepared(t, language), arguments.source_lang, language) for s, t in pairs if s.strip()]
@@ -351,16 +246,6 @@ class Translation(Task):
         """`COLUMNS` from source, target, source language and target language."""
         rows = [(self.prompt(source, *languages), source, target, *languages) for source, target, *languages in pairs]
         return {name: [row[number] for row in rows] for number, name in enumerate(COLUMNS)}
-
-    def prepared(self, text: str, language: str) -> str:
-        """The text as --preprocess wants it."""
-        return moses_lower(language)(text) if self.is_prepared else text
-
-    def prompt(self, source: str, source_lang: str, target_lang: str) -> str:
-        """The text that the model continues with the translation."""
-        return self.arguments.prompt_template.format(
-            source=source.strip(), source_lang=source_lang, target_lang=target_lang
-        )
 
     def _of_pair(self, rows: Dataset, pair: LanguagePair) -> Dataset:
         if len(self.arguments.pairs) == 1:
@@ -443,15 +328,6 @@ class Translation(Task):
     def _augmentation(self) -> str:
         return str(self.augmenters[self.arguments.source_lang])
 
-    def encode_prompts(self, prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-        end = tokenizer.eos_token_id
-        # Some tokenizers end every text.
-        return [ids[:-1] if ids[-1] == end else ids for ids in tokenizer(list(prompts))["input_ids"]]
-
-    def encode_targets(self, targets: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-        encoded = tokenizer(list(targets), add_special_tokens=False)
-        return [[*ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]
-
     def features(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, is_training: bool) -> Rows:
         """Token ids of prompt + target + end, with the loss on the target only.
 
@@ -490,18 +366,6 @@ class Translation(Task):
             if not len(features):
                 raise ValueError("Every training row is over --max_source_length or --max_target_length; raise them.")
         return features
-
-    def collator(self, tokenizer: PreTrainedTokenizerBase) -> CausalCollator:
-        return CausalCollator(cast(int, tokenizer.pad_token_id))
-
-    def generation_config(self, tokenizer: PreTrainedTokenizerBase, num_beams: int) -> GenerationConfig:
-        arguments = self.arguments
-        return beam_search(tokenizer, arguments.max_target_length, num_beams, arguments.stop_text)
-
-    def decode(self, outputs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-        stop = self.arguments.stop_text
-        texts = super().decode(outputs, tokenizer)
-        return [text.partition(stop)[0].strip() for text in texts] if stop else texts
 
     # -- scores and reports --
 

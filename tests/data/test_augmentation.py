@@ -15,7 +15,8 @@ from finetune_deepseek.data.augmentation import (
     augment,
     read_synonyms,
 )
-from finetune_deepseek.translation.task import Translation, TranslationArguments
+from finetune_deepseek.translation.arguments import TranslationArguments
+from finetune_deepseek.translation.task import Translation
 from tokenization_deepseek import train_tokenizer
 
 SENTENCE = "one two three four five six seven eight nine ten"

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from finetune_deepseek.translation import back_translation
-from finetune_deepseek.translation.task import Translation, TranslationArguments
+from finetune_deepseek.translation.arguments import TranslationArguments
+from finetune_deepseek.translation.task import Translation
 from tests.small_runs import PAIRS, write_jsonl
 
 TEXT = "eins\n\n  drei\nzwei Vögel\n"

@@ -9,7 +9,8 @@ from huggingface_hub import ModelCard
 
 from finetune_deepseek import __main__ as command
 from finetune_deepseek.training.model_card import run_settings
-from finetune_deepseek.translation.task import Translation, TranslationArguments
+from finetune_deepseek.translation.arguments import TranslationArguments
+from finetune_deepseek.translation.task import Translation
 from tests.small_runs import TINY, flags
 
 GERMAN = [("one", "eins"), ("two birds", "zwei Vögel")]

@@ -7,9 +7,11 @@ import sys
 import pytest
 
 from finetune_deepseek import __main__ as command
+from finetune_deepseek.commands.translate import parse
 from finetune_deepseek.training.batches import batches_by_length
 from finetune_deepseek.training.model_card import run_settings
-from finetune_deepseek.translation.translator import TranslateArguments, make_task, parse
+from finetune_deepseek.translation.arguments import TranslateArguments
+from finetune_deepseek.translation.translator import prompts_of
 from tests.small_runs import PAIRS, TINY, flags, write_jsonl
 
 SOURCES, TARGETS = ([pair[side] for pair in PAIRS] for side in (0, 1))
@@ -81,11 +83,11 @@ def test_a_translation_ends_before_the_stop_text(models, main, tmp_path):
 def test_beam_options_reach_the_search(models, main, monkeypatch):
     seen = []
 
-    def look(lines, model, tokenizer, task, generation_config, batch_size, report):
+    def look(lines, model, tokenizer, prompts, generation_config, batch_size, report):
         seen.append(generation_config)
         return list(lines)
 
-    monkeypatch.setattr("finetune_deepseek.translation.translator.translate_lines", look)
+    monkeypatch.setattr("finetune_deepseek.commands.translate.translate_lines", look)
     argv = ("--num_beams", 4, "--length_penalty", 0.6, "--max_target_length", 9)
     assert main("translate", models / "model", *argv, stdin=b"one\n")[0] == 0
     (found,) = seen
@@ -137,16 +139,16 @@ def test_language_pairs_are_checked(tmp_path, card, arguments, message):
     if card:
         (tmp_path / "README.md").write_text(f"---\n{card}\n---\n")
     with pytest.raises(ValueError, match=message):
-        make_task(str(tmp_path), TranslateArguments(**arguments))
+        prompts_of(str(tmp_path), TranslateArguments(**arguments))
 
 
 def test_a_model_without_our_card_takes_flags(tmp_path):
     (tmp_path / "README.md").write_text("---\nlanguage: en\n---\n")
     with pytest.raises(ValueError, match="--target_lang de"):
-        make_task(str(tmp_path), TranslateArguments(source_lang="en", target_lang="de"))
+        prompts_of(str(tmp_path), TranslateArguments(source_lang="en", target_lang="de"))
     (tmp_path / "README.md").unlink()
-    task = make_task(str(tmp_path), TranslateArguments(source_lang="en", target_lang="de", max_target_length=7))
-    assert (task.prompt("one", "en", "de"), task.arguments.max_target_length) == ("de: one\n", 7)
+    prompts = prompts_of(str(tmp_path), TranslateArguments(source_lang="en", target_lang="de", max_target_length=7))
+    assert (prompts.prompt("one", "en", "de"), prompts.arguments.max_target_length) == ("de: one\n", 7)
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,11 @@ import pytest
 from datasets import Dataset
 
 from finetune_deepseek.__main__ import guarded
+from finetune_deepseek.commands.translate import translate
 from finetune_deepseek.data.sources import find_files
 from finetune_deepseek.training.optimization import IGNORED_LABEL
-from finetune_deepseek.translation.task import Translation, TranslationArguments
-from finetune_deepseek.translation.translator import translate
+from finetune_deepseek.translation.arguments import TranslationArguments
+from finetune_deepseek.translation.task import Translation
 from tests.small_runs import PAIRS, TINY, flags, write_jsonl
 from tokenization_deepseek import train_tokenizer
 
