@@ -17,8 +17,8 @@ import pandas as pd
 from compare import write_section
 
 from finetune_deepseek.recommendation.baselines import BASELINES
+from finetune_deepseek.recommendation.report import RANKS_FILE
 from finetune_deepseek.recommendation.scores import bootstrap_interval, paired_p_value, per_user
-from finetune_deepseek.recommendation.task import RANKS_FILE
 
 SCORES = ("hr@10", "ndcg@10")
 

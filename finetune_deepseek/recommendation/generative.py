@@ -30,13 +30,15 @@ from ..training.arguments import ModelArguments
 from ..training.loading import named_source
 from ..training.optimization import IGNORED_LABEL
 from ..training.task import CausalCollator
+from .arguments import RecommendationArguments
 from .item_vectors import neighbour_vectors, read_item_vectors
+from .items.catalogue import PADDING, PADDING_TOKEN
 from .items.quantizer import distinct_codes, residual_codes
 from .items.titles import read_titles, with_titles
 from .items.trie import CodeTrie, beam_items
 from .recommender import Recommender
 from .scores import target_ranks
-from .task import PADDING, PADDING_TOKEN, Recommendation, RecommendationArguments
+from .task import Recommendation
 
 # Letters: B users, M beams, N items, L digits.
 START, START_TOKEN = 1, "<start>"

@@ -12,9 +12,9 @@ from sklearn.decomposition import TruncatedSVD
 
 from ..retrieval.passage_index import Retriever
 from ..training.loading import saved_config
+from .items.catalogue import PADDING
 from .items.interactions import as_text
 from .recommender import load
-from .task import PADDING
 
 NEIGHBOURHOOD = 3  # items that are this near each other in a history count as neighbours
 SVD_SIZE = 32

@@ -24,8 +24,8 @@ from ..data.sources import SPLITS, Rows
 from ..training.task import CausalCollator, Task
 from .items.catalogue import PADDING, TextCatalogue
 from .items.mind import TEXT_FIELDS, read_behaviors, read_news
+from .report import TEXT_CARD_CODE
 from .scores import bootstrap_interval, impression_scores
-from .task import TEXT_CARD_CODE
 
 METRICS = {"auc": "AUC", "mrr": "MRR", "ndcg@5": "nDCG@5", "ndcg@10": "nDCG@10"}
 # What a trained model depends on: written into its card, and taken from there by evaluate and predict.

@@ -21,11 +21,13 @@ from ..data.sources import Rows
 from ..training.arguments import ModelArguments
 from ..training.optimization import IGNORED_LABEL
 from ..training.task import CausalCollator, Task
+from .arguments import RecommendationArguments
 from .baselines import BASELINES
-from .items.interactions import SplitRows, as_text, read_columns, require_column, split_file_rows
+from .items.catalogue import PADDING, PADDING_TOKEN
+from .items.interactions import SplitRows, as_text, find_split_files, read_columns, require_column, split_file_rows
 from .items.titles import read_titles, with_titles
 from .scores import ranking_scores, target_ranks
-from .task import PADDING, PADDING_TOKEN, Recommendation, RecommendationArguments, find_split_files
+from .task import Recommendation
 
 # Letters: B users, C candidates, P tokens before a candidate, T tokens of a candidate and what follows it.
 YES, NO = " yes", " no"

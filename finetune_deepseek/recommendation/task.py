@@ -6,11 +6,9 @@ hashing: item numbers say nothing about when an item first appeared. Scores are 
 those of the history, ties against the target.
 """
 
-import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -21,21 +19,23 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from modeling_deepseek import AutoModelForRecommendation
 
 from ..data.files import write_text
-from ..data.sources import SPLITS, Rows, find_files
+from ..data.sources import SPLITS, Rows
 from ..training.arguments import ModelArguments
 from ..training.optimization import IGNORED_LABEL
 from ..training.task import CausalCollator, Task, prefixed
+from .arguments import RecommendationArguments
 from .baselines import baseline_ranks
 from .count_tables import KEPT, WEIGHTS, best_count_weights, count_items
-from .items.catalogue import PADDING, PADDING_TOKEN, TextCatalogue, catalogue_tokenizer, read_items
+from .items.catalogue import PADDING, PADDING_TOKEN, TextCatalogue, item_tokenizer, read_items
 from .items.dropout import item_dropout
-from .items.feature_columns import FEATURES, FeatureArguments, FeatureColumns, empty_values
+from .items.feature_columns import FEATURES, FeatureColumns, empty_values
 from .items.interactions import (
     ML_100K_USERS,
     SplitRows,
     as_dataset,
     by_time,
     clean,
+    find_split_files,
     in_order,
     leave_one_out,
     ml_100k,
@@ -46,152 +46,13 @@ from .items.interactions import (
     split_file_rows,
 )
 from .items.svd import add_item_svd
+from .report import CARD_CODE, FEATURE_CARD_CODE, RANKS_FILE, TEXT_CARD_CODE, read_ranks, scores_table
 from .sasrec import sasrec_config
 from .scores import bootstrap_interval, comparison, per_user, ranking_scores, target_ranks
 
 SHOWN_ITEMS = 20  # recommendations that are kept per scored user
-RANKS_FILE = "user_ranks.csv"
 # What a trained model depends on: written into its card, and taken from there by evaluate and predict.
 MODEL_SETTINGS = ("max_length",)
-
-
-@dataclass
-class RecommendationArguments(FeatureArguments):
-    """Which interactions, and how they are split."""
-
-    _argument_group_name = "data"
-    SOURCES = ("interactions_file", "dataset_name", "data_dir", "train_file", "validation_file", "test_file")
-
-    interactions_file: str | None = field(
-        default=None, metadata={"help": "One file of user, item and time: .csv, .json, .jsonl or .parquet, also .gz."}
-    )
-    user_column: str = field(default="user_id", metadata={"help": "Column of the user."})
-    item_column: str = field(default="item_id", metadata={"help": "Column of the item."})
-    timestamp_column: str = field(
-        default="timestamp", metadata={"help": "Column of the time, numbers or dates; none takes the file's order."}
-    )
-    items_file: str | None = field(
-        default=None,
-        metadata={"help": "File of items and their texts: items are then read as text, and new ones need no click."},
-    )
-    text_columns: list[str] = field(
-        default_factory=lambda: ["title"], metadata={"help": "Its columns that make an item's text, in this order."}
-    )
-    max_text_length: int = field(default=32, metadata={"help": "Tokens of an item's text that a new model reads."})
-    dataset_name: str | None = field(
-        default=None,
-        metadata={
-            "help": "ml-100k (out of RecBole), or interactions on the Hub, in the split train.",
-            "aliases": ["--dataset"],
-        },
-    )
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
-    data_dir: str | None = field(
-        default=None, metadata={"help": "Folder with train, validation and test files of ready histories."}
-    )
-    train_file: str | None = field(default=None, metadata={"help": "A list of items per user (--history_column)."})
-    validation_file: str | None = field(default=None, metadata={"help": "The same, and the item that came next."})
-    test_file: str | None = field(default=None, metadata={"help": "The same as for validation."})
-    history_column: str = field(default="items", metadata={"help": "Column of the list; in csv with spaces between."})
-    target_column: str = field(default="target", metadata={"help": "Column of the item that came next."})
-    split: Literal["leave_one_out", "time"] = field(
-        default="leave_one_out",
-        metadata={"help": "Test is each user's last item and validation the one before, or the time after a cut."},
-    )
-    time_share: float = field(default=0.1, metadata={"help": "Share of the interactions after each cut in time."})
-    tie_rule: Literal["file", "item", "random"] = field(
-        default="file", metadata={"help": "What orders a user's items of equal time; it can change scores by half."}
-    )
-    k_core: int = field(default=1, metadata={"help": "Leave out users and items with fewer interactions, repeatedly."})
-    keep_repeats: bool = field(default=False, metadata={"help": "Keep an item that the user had before."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use this many training users at most."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "The same, for validation."})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "The same, for test."})
-    max_length: int = field(
-        default=50, metadata={"help": "Items of a history that the model reads; training histories are cut into such."}
-    )
-    item_dropout: float = field(
-        default=0.0,
-        metadata={"help": "Leave out items of training histories, at a rate drawn for each between 0 and this."},
-    )
-    init_items: Literal["random", "svd"] = field(
-        default="random",
-        metadata={"help": "svd: item vectors of a new model begin with which items share users, and words if any."},
-    )
-    item_counts: bool = field(
-        default=False,
-        metadata={
-            "help": "Add item-kNN over the last items and transitions from the last one to a new model's scores, by "
-            "weights chosen on validation (--do_eval)."
-        },
-    )
-    baselines: bool = field(
-        default=True, metadata={"help": "Score popularity, transitions and item-kNN beside the model (--do_predict)."}
-    )
-    sasrec: bool = field(
-        default=False,
-        metadata={"help": "Train SASRec of the width, depth and heads of the --preset, to compare with."},
-    )
-    compare_with: list[str] | None = field(
-        default=None,
-        metadata={"help": f"Folders of other runs, whose {RANKS_FILE} are compared user by user.", "metavar": "RUN"},
-    )
-
-    def __post_init__(self) -> None:
-        files = any((self.train_file, self.validation_file, self.test_file))
-        if sum((bool(self.interactions_file), bool(self.dataset_name), bool(self.data_dir), files)) > 1:
-            raise ValueError(
-                "--interactions_file, --dataset_name, --data_dir and the --train_file group are ways to name data; "
-                "use one."
-            )
-        if self.sasrec and self.items_file:
-            raise ValueError("--items_file: SASRec reads no texts; leave out one of it and --sasrec.")
-        if self.sasrec and (flags := self.feature_flags):
-            raise ValueError(f"--{flags[0]}: SASRec reads no features; leave out it or --sasrec.")
-        if self.sasrec and self.item_counts:
-            raise ValueError("--item_counts: SASRec has none; leave out it or --sasrec.")
-        self.check_features(self.dataset_name == "ml-100k", has_contexts=not (self.data_dir or files))
-        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples", "k_core", "max_text_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} {value}: it must be 1 or more.")
-        if self.max_length < 2:
-            raise ValueError(f"--max_length {self.max_length}: it must be 2 or more.")
-        if not 0 <= self.item_dropout < 1:
-            raise ValueError(f"--item_dropout {self.item_dropout:g}: it must be 0 or more, and below 1.")
-        if not 0 < self.time_share < 0.5:
-            raise ValueError(f"--time_share {self.time_share:g}: it must be above 0 and below 0.5.")
-
-    @property
-    def is_embedded(self) -> bool:
-        return not any(getattr(self, name) for name in self.SOURCES)
-
-
-def find_split_files(folder: str) -> dict[str, str]:
-    """As `find_files`, but a file that bears just the split's name goes before others that begin with it.
-
-    Raises:
-        ValueError: as `find_files`.
-    """
-    exact = {}
-    for path in sorted(Path(folder).iterdir()) if Path(folder).is_dir() else ():
-        if path.name.partition(".")[0] in SPLITS and path.suffix != ".md":
-            exact[path.name.partition(".")[0]] = str(path)
-    return exact if "train" in exact or "test" in exact else find_files(folder)
-
-
-def item_tokenizer(items: set[str], seed: int) -> PreTrainedTokenizerFast:
-    """One token per item: number 0 is the padding, the others follow the hash of seed and id.
-
-    Raises:
-        ValueError: for an empty catalogue, or an item that is named like the padding.
-    """
-    if len(items) < 2:
-        raise ValueError(f"The catalogue has {len(items)} items; recommending needs two or more.")
-    if PADDING_TOKEN in items:
-        raise ValueError(f"An item is named {PADDING_TOKEN}, which stands for no item; rename it.")
-    ordered = sorted(items, key=lambda item: hashlib.blake2b(f"{seed} {item}".encode(), digest_size=8).digest())
-    return catalogue_tokenizer(ordered)
 
 
 class RecommendationCollator(CausalCollator):
@@ -606,64 +467,3 @@ class Recommendation(Task):
         if self.arguments.sasrec:
             return ""
         return CARD_CODE if self.catalogue is None else TEXT_CARD_CODE
-
-
-CARD_CODE = """from modeling_deepseek import AutoModelForRecommendation
-from transformers import PreTrainedTokenizerFast
-
-catalogue = PreTrainedTokenizerFast.from_pretrained("{name}")
-model = AutoModelForRecommendation.from_pretrained("{name}")
-history = [5, 3, 8]  # numbers of items, oldest first, as catalogue.convert_tokens_to_ids gives them
-items, scores = model.recommend(history, k=10)
-print(catalogue.convert_ids_to_tokens(items.tolist()))"""
-
-
-TEXT_CARD_CODE = """from finetune_deepseek.recommend import load
-
-recommender = load("{name}")
-recommender.add_items({{"new": "The text of an item without a click"}})
-history = ["5", "3", "8"]  # ids of items, oldest first
-print(recommender.recommend(history, k=10))"""
-
-
-FEATURE_CARD_CODE = """from finetune_deepseek.recommend import load
-
-history = ["5", "3", "8"]  # ids of items, oldest first
-print(load("{name}").recommend(history, k=10, """
-
-
-def read_ranks(folder: str) -> pd.Series:
-    """Ranks by user of another run.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    path = Path(folder) / RANKS_FILE
-    try:
-        frame = pd.read_csv(path, dtype={"user": str})
-        return frame.set_index("user")["rank"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"--compare_with {folder}: no {RANKS_FILE} of a scored run there ({error}).") from error
-
-
-def scores_table(ranks: np.ndarray, others: dict[str, np.ndarray], results: dict[str, Any]) -> str:
-    """Markdown: HR@10 and NDCG@10 of the model and all others, and how far the model is above them."""
-    names = ("hr@10", "ndcg@10")
-    lines = [
-        "| | HR@10 | NDCG@10 | model above, HR@10 [95 %] | p | model above, NDCG@10 [95 %] | p |",
-        "|---|---|---|---|---|---|---|",
-        "| model | "
-        + " | ".join(
-            f"{per_user(ranks)[n].mean():.4f} [{results[f'test_{n}_low']:.4f}, {results[f'test_{n}_high']:.4f}]"
-            for n in names
-        )
-        + " | - | - | - | - |",
-    ]
-    for other in others:
-        cells = [f"{results[f'{other}_{name}']:.4f}" for name in names]
-        for name in names:
-            key = f"above_{other}_{name}"
-            cells += [f"{results[key]:+.4f} [{results[f'{key}_low']:+.4f}, {results[f'{key}_high']:+.4f}]"]
-            cells += [f"{results[f'{key}_p']:.4f}"]
-        lines.append(f"| {other} | {' | '.join(cells)} |")
-    return "\n".join(lines)

@@ -13,6 +13,7 @@ import finetune_deepseek
 from configuration_deepseek import preset
 from finetune_deepseek.__main__ import guarded
 from finetune_deepseek.recommendation import recommender as recommend
+from finetune_deepseek.recommendation.arguments import RecommendationArguments
 from finetune_deepseek.recommendation.generative import (
     GenerativeRecommendation,
     GenerativeRecommendationArguments,
@@ -21,7 +22,7 @@ from finetune_deepseek.recommendation.generative import (
 )
 from finetune_deepseek.recommendation.item_vectors import neighbour_vectors, read_item_vectors
 from finetune_deepseek.recommendation.items.interactions import as_dataset
-from finetune_deepseek.recommendation.task import Recommendation, RecommendationArguments
+from finetune_deepseek.recommendation.task import Recommendation
 from finetune_deepseek.training.parsing import parse_command
 from finetune_deepseek.training.run import run_stages
 from modeling_deepseek import DeepSeekForCausalLM, DeepSeekForEmbedding

@@ -12,17 +12,15 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 import finetune_deepseek
 from finetune_deepseek.__main__ import guarded
+from finetune_deepseek.recommendation.arguments import RecommendationArguments
 from finetune_deepseek.recommendation.baselines import baseline_ranks
+from finetune_deepseek.recommendation.items.catalogue import item_tokenizer
 from finetune_deepseek.recommendation.items.interactions import as_dataset
 from finetune_deepseek.recommendation.recommender import Recommender, load
+from finetune_deepseek.recommendation.report import read_ranks
 from finetune_deepseek.recommendation.sasrec import SASRecForRecommendation
 from finetune_deepseek.recommendation.scores import target_ranks
-from finetune_deepseek.recommendation.task import (
-    Recommendation,
-    RecommendationArguments,
-    item_tokenizer,
-    read_ranks,
-)
+from finetune_deepseek.recommendation.task import Recommendation
 from finetune_deepseek.training.parsing import parse_command
 from finetune_deepseek.training.run import run_stages
 from modeling_deepseek import AutoModelForRecommendation, DeepSeekForRecommendation

@@ -4,6 +4,7 @@ The model holds the texts' tokens under numbers (modeling_deepseek/item_texts.py
 one token per item, in a folder beside the tokenizer of the words.
 """
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,20 @@ def catalogue_tokenizer(items: list[str]) -> PreTrainedTokenizerFast:
     """One token per item, numbered from 1 in the order given; 0 is the padding."""
     vocabulary = {token: number for number, token in enumerate([PADDING_TOKEN, *items])}
     return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary)), pad_token=PADDING_TOKEN)
+
+
+def item_tokenizer(items: set[str], seed: int) -> PreTrainedTokenizerFast:
+    """One token per item: number 0 is the padding, the others follow the hash of seed and id.
+
+    Raises:
+        ValueError: for an empty catalogue, or an item that is named like the padding.
+    """
+    if len(items) < 2:
+        raise ValueError(f"The catalogue has {len(items)} items; recommending needs two or more.")
+    if PADDING_TOKEN in items:
+        raise ValueError(f"An item is named {PADDING_TOKEN}, which stands for no item; rename it.")
+    ordered = sorted(items, key=lambda item: hashlib.blake2b(f"{seed} {item}".encode(), digest_size=8).digest())
+    return catalogue_tokenizer(ordered)
 
 
 def read_items(path: str, item_column: str, text_columns: Sequence[str]) -> tuple[dict[str, str], list[str]]:

@@ -21,7 +21,7 @@ from babel.core import get_global
 from datasets import Dataset
 from sklearn.utils import murmurhash3_32
 
-from ...data.sources import _open_bytes, broken_json, file_reader, read_file
+from ...data.sources import SPLITS, _open_bytes, broken_json, file_reader, find_files, read_file
 from ...data.words import nearest_match
 
 SplitRows: TypeAlias = dict[str, list[dict[str, Any]]]
@@ -369,3 +369,16 @@ def split_file_rows(
 def as_dataset(rows: list[dict[str, Any]]) -> Dataset:
     names = ("user", "source", "target", *(["contexts"] if rows and "contexts" in rows[0] else []))
     return Dataset.from_dict({name: [row[name] for row in rows] for name in names})
+
+
+def find_split_files(folder: str) -> dict[str, str]:
+    """As `find_files`, but a file that bears just the split's name goes before others that begin with it.
+
+    Raises:
+        ValueError: as `find_files`.
+    """
+    exact = {}
+    for path in sorted(Path(folder).iterdir()) if Path(folder).is_dir() else ():
+        if path.name.partition(".")[0] in SPLITS and path.suffix != ".md":
+            exact[path.name.partition(".")[0]] = str(path)
+    return exact if "train" in exact or "test" in exact else find_files(folder)

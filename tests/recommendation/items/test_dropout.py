@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from finetune_deepseek.recommendation.arguments import RecommendationArguments
 from finetune_deepseek.recommendation.items.dropout import item_dropout
-from finetune_deepseek.recommendation.task import RecommendationArguments, RecommendationCollator
+from finetune_deepseek.recommendation.task import RecommendationCollator
 
 FEATURE = {"input_ids": list(range(1, 41)), "length": 39}
 

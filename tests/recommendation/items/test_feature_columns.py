@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from finetune_deepseek.__main__ import guarded
+from finetune_deepseek.recommendation.arguments import RecommendationArguments
 from finetune_deepseek.recommendation.generative import GenerativeRecommendationArguments
+from finetune_deepseek.recommendation.items.catalogue import item_tokenizer
 from finetune_deepseek.recommendation.items.feature_columns import known_values, number_values, read_users
 from finetune_deepseek.recommendation.items.interactions import (
     ML_100K,
@@ -22,7 +24,7 @@ from finetune_deepseek.recommendation.items.interactions import (
     ml_100k_columns,
 )
 from finetune_deepseek.recommendation.recommender import load
-from finetune_deepseek.recommendation.task import Recommendation, RecommendationArguments, item_tokenizer
+from finetune_deepseek.recommendation.task import Recommendation
 from finetune_deepseek.training.parsing import parse_command
 from finetune_deepseek.training.run import run_stages
 from modeling_deepseek import AutoModelForRecommendation

@@ -8,10 +8,10 @@ import torch
 
 from finetune_deepseek.recommendation.baselines import ItemKNN
 from finetune_deepseek.recommendation.items import index as item_index
+from finetune_deepseek.recommendation.items.catalogue import item_tokenizer
 from finetune_deepseek.recommendation.items.index import ItemIndex
 from finetune_deepseek.recommendation.recommender import Recommender
 from finetune_deepseek.recommendation.sasrec import SASRecConfig, SASRecForRecommendation
-from finetune_deepseek.recommendation.task import item_tokenizer
 from modeling_deepseek import DeepSeekConfig, DeepSeekForRecommendation
 from modeling_deepseek.item_ranking import top_k
 
