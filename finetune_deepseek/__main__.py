@@ -126,7 +126,7 @@ def answer(argv: Sequence[str]) -> None:
 
 def recommend(argv: Sequence[str]) -> None:
     """Recommend items."""
-    from .recommendation.recommender import recommend
+    from .commands.recommend import recommend
 
     recommend(argv)
 

@@ -7,8 +7,6 @@ only items that there are and that the user hasn't seen. Data, baselines and sco
 items outside of the beam rank behind those in it.
 """
 
-import json
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,33 +14,21 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.utils import cached_file
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
-from modeling_deepseek.item_ranking import allowed_items, pad_histories
-
-from ..data.files import write_text
 from ..data.sources import Rows
-from ..training import model_card
 from ..training.arguments import ModelArguments
-from ..training.loading import named_source
 from ..training.optimization import IGNORED_LABEL
 from ..training.task import CausalCollator
 from .arguments import RecommendationArguments
 from .item_vectors import neighbour_vectors, read_item_vectors
 from .items.catalogue import PADDING, PADDING_TOKEN
 from .items.quantizer import distinct_codes, residual_codes
+from .items.semantic_ids import SemanticIdTokenizer, choosable_items
 from .items.titles import read_titles, with_titles
 from .items.trie import CodeTrie, beam_items
-from .recommender import Recommender
 from .scores import target_ranks
 from .task import Recommendation
-
-# Letters: B users, M beams, N items, L digits.
-START, START_TOKEN = 1, "<start>"
-CODES_FILE = "semantic_ids.json"
 
 
 @dataclass
@@ -80,62 +66,6 @@ class GenerativeRecommendationArguments(RecommendationArguments):
             raise ValueError("--sasrec: train it by `finetune recommendation`, and name its folder in --compare_with.")
 
 
-class SemanticIdTokenizer(PreTrainedTokenizerFast):
-    """Digits as tokens, and the catalogue: `items`, in the order of their `codes`.
-
-    Item number n, 0 being the padding, is `items[n - 1]`; `first_tokens[l]` is the token of digit 0 at level l.
-    """
-
-    items: list[str]
-    codes: torch.Tensor  # [N, L]
-    first_tokens: list[int]
-
-    @classmethod
-    def of_codes(cls, items: Sequence[str], codes: np.ndarray) -> "SemanticIdTokenizer":
-        """The tokenizer of a catalogue with distinct codes [N, L]."""
-        order = np.lexsort(codes.T[::-1])
-        tokens = [f"<{level}:{digit}>" for level, top in enumerate(codes.max(0)) for digit in range(top + 1)]
-        vocabulary = {token: number for number, token in enumerate([PADDING_TOKEN, START_TOKEN, *tokens])}
-        tokenizer = cls(
-            tokenizer_object=Tokenizer(WordLevel(vocabulary)), pad_token=PADDING_TOKEN, bos_token=START_TOKEN
-        )
-        tokenizer.set_catalogue([items[number] for number in order], torch.from_numpy(codes[order]))
-        return tokenizer
-
-    # Not by an __init__ of our own: from_pretrained would give such a class further tokens.
-    @classmethod
-    def from_pretrained(cls, name: Any, *args: Any, revision: str = "main", **kwargs: Any) -> "SemanticIdTokenizer":  # type: ignore[override]
-        """From a folder or the Hub.
-
-        Raises:
-            OSError: if it has no codes of items.
-        """
-        tokenizer = super().from_pretrained(name, *args, revision=revision, **kwargs)
-        content = json.loads(Path(str(cached_file(name, CODES_FILE, revision=revision))).read_text(encoding="utf-8"))
-        tokenizer.set_catalogue(content["items"], torch.tensor(content["codes"]))
-        return tokenizer
-
-    def set_catalogue(self, items: list[str], codes: torch.Tensor) -> None:
-        self.items, self.codes = items, codes
-        sizes = (codes.max(0).values + 1).tolist()
-        self.first_tokens = [START + 1 + sum(sizes[:level]) for level in range(len(sizes))]
-        self.item_tokens = (codes + torch.tensor(self.first_tokens)).tolist()
-
-    def _save_pretrained(self, save_directory: Any, file_names: tuple[str, ...], *args: Any, **kwargs: Any) -> Any:
-        path = Path(save_directory) / CODES_FILE
-        write_text(path, json.dumps({"items": self.items, "codes": self.codes.tolist()}, ensure_ascii=False))
-        return super()._save_pretrained(save_directory, (*file_names, str(path)), *args, **kwargs)
-
-    @property
-    def numbers(self) -> dict[str, int]:
-        """Item numbers by id, the padding's too, as item_tokenizer's vocabulary."""
-        return {PADDING_TOKEN: PADDING} | {item: number for number, item in enumerate(self.items, start=1)}
-
-    def history(self, numbers: Iterable[int]) -> list[int]:
-        """The tokens of a history of item numbers."""
-        return [START, *(token for number in numbers for token in self.item_tokens[number - 1])]
-
-
 class SemanticIdCollator(CausalCollator):
     """Histories on the right for training; for evaluation on the left, with the target's digits and the seen items."""
 
@@ -150,12 +80,6 @@ class SemanticIdCollator(CausalCollator):
         batch["input_ids"], batch["attention_mask"] = self._pad([f["input_ids"] for f in features], left=True)
         batch["seen"], _ = self._pad([f["seen"] for f in features])
         return batch
-
-
-def choosable_items(seen: torch.Tensor, num_items: int) -> torch.Tensor:
-    """[B, N] booleans: items whose numbers aren't in `seen` [B, S], filled up with the padding."""
-    left = torch.ones(len(seen), num_items + 1, dtype=torch.bool, device=seen.device)
-    return left.scatter_(1, seen, False)[:, 1:]
 
 
 class GenerativeRecommendation(Recommendation):
@@ -308,74 +232,3 @@ CARD_CODE = """from finetune_deepseek.recommend import load
 
 history = ["5", "3", "8"]  # ids of items, oldest first
 print(load("{name}").recommend(history, k=10))"""
-
-
-class BeamSearch:
-    """What `Recommender` asks of a model: `recommend` in item numbers, here by beam search.
-
-    Args:
-        max_length: items of a history that are read.
-        num_beams: items that the search ends with, or as many as are asked for if that is more.
-    """
-
-    def __init__(self, model: Any, tokenizer: SemanticIdTokenizer, max_length: int, num_beams: int) -> None:
-        self.model, self.tokenizer = model.eval(), tokenizer
-        self.max_length, self.num_beams = max_length, num_beams
-        self.trie = CodeTrie(tokenizer.codes).to(model.device)
-        self.collator = CausalCollator(PADDING)
-
-    def recommend(
-        self, history: Sequence[Sequence[int]], k: int = 10, exclude_seen: bool = True, filter: Any = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Items [B, K] and scores [B, K], best first, as `DeepSeekForRecommendation.recommend` of several users.
-
-        Raises:
-            ValueError: for an empty history, a number that is no item, or if nothing is left to choose from.
-        """
-        num_items, device = len(self.tokenizer.items), self.model.device
-        seen = pad_histories(history, num_items + 1, PADDING).to(device)
-        choosable = choosable_items(seen if exclude_seen else torch.zeros_like(seen), num_items)
-        if filter is not None:
-            choosable &= allowed_items(filter, num_items + 1, PADDING).to(device)[..., 1:]
-        if not bool(choosable.any(1).all()):
-            row = int((~choosable.any(1)).nonzero()[0])
-            raise ValueError(f"nothing is left to recommend for row {row}: its history and the filter leave no item")
-        prompts = [self.tokenizer.history(row[-self.max_length :]) for row in history]
-        input_ids, mask = (part.to(device) for part in self.collator._pad(prompts, left=True))
-        places, scores = beam_items(
-            self.model, self.trie, self.tokenizer.first_tokens, input_ids, mask, choosable, max(k, self.num_beams)
-        )
-        return places[:, :k] + 1, scores[:, :k]
-
-
-class GenerativeRecommender(Recommender):
-    """A generative model with its catalogue; scores are logarithms of the codes' probabilities."""
-
-    def __init__(self, model: BeamSearch) -> None:
-        self.model, self.tokenizer = model, None  # items aren't texts
-        self.search = {}
-        self.numbers = model.tokenizer.numbers
-        self.items = [PADDING_TOKEN, *model.tokenizer.items]
-
-    def explain(self, history: Sequence[Any], item: str, *args: Any, **kwargs: Any) -> list[tuple[str, float]]:
-        """Refused: the score of a code is a product over digits."""
-        raise ValueError("--explain: a generative recommender can't say what carried an item; leave it out.")
-
-
-def load_generative(name: str, revision: str = "main") -> GenerativeRecommender:
-    """The generative recommender in a folder or on the Hub, on the accelerator if there is one.
-
-    Raises:
-        ValueError: with one line, if there is none.
-    """
-    settings = model_card.run_settings(name, revision, GenerativeRecommendation.name)
-    with named_source("model", name):
-        tokenizer = SemanticIdTokenizer.from_pretrained(name, revision=revision)
-        model: Any = AutoModelForCausalLM.from_pretrained(name, revision=revision)
-    if torch.accelerator.is_available():
-        model = model.to(torch.accelerator.current_accelerator())
-    defaults = GenerativeRecommendationArguments
-    max_length = settings.get("max_length", defaults.max_length)
-    return GenerativeRecommender(
-        BeamSearch(model, tokenizer, max_length, settings.get("num_beams", defaults.num_beams))
-    )

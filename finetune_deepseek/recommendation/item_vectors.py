@@ -14,7 +14,7 @@ from ..retrieval.passage_index import Retriever
 from ..training.loading import saved_config
 from .items.catalogue import PADDING
 from .items.interactions import as_text
-from .recommender import load
+from .recommender import open_recommender, task_of
 
 NEIGHBOURHOOD = 3  # items that are this near each other in a history count as neighbours
 SVD_SIZE = 32
@@ -40,8 +40,8 @@ def read_item_vectors(source: str, ids_file: str | None, titles: dict[str, str])
         )
     if "DeepSeekForEmbedding" in (saved_config(source, "main").get("architectures") or ()):
         return list(titles), Retriever.load(source).encode(list(titles.values()), is_query=False).float().cpu().numpy()
-    recommender = load(source)
-    if not hasattr(recommender.model, "item_embeddings"):
+    recommender = None if task_of(source, "main") == "generative_recommendation" else open_recommender(source)
+    if recommender is None or not hasattr(recommender.model, "item_embeddings"):
         raise ValueError(f"--item_vectors {source}: this model has no vectors of items; name a recommender.")
     vectors = recommender.model.item_embeddings().detach().float().cpu().numpy()
     if len(vectors) != len(recommender.items):

@@ -6,9 +6,7 @@ from typing import Literal, TypeAlias
 
 from ..data.augmentation import AugmentationArguments
 from ..data.moses import moses_lower
-from ..data.sources import (
-    DataArguments,
-)
+from ..data.sources import DataArguments
 from ..training.arguments import ModelArguments
 
 LanguagePair: TypeAlias = tuple[str, str]  # source and target language

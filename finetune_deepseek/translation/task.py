@@ -17,17 +17,7 @@ from ..data.augmentation import Augmenter
 from ..data.fault_report import Report, merged
 from ..data.moses import signature
 from ..data.pair_checks import check_pairs, count_empty_sides, count_long_rows
-from ..data.sources import (
-    SPLITS,
-    Part,
-    Rows,
-    joined,
-    named,
-    open_splits,
-    progress,
-    read_file,
-    utf8_text,
-)
+from ..data.sources import SPLITS, Part, Rows, joined, named, open_splits, progress, read_file, utf8_text
 from ..data.words import nearest_match
 from ..training.optimization import IGNORED_LABEL
 from ..training.task import Task

@@ -11,7 +11,8 @@ from configuration_deepseek import preset
 from finetune_deepseek.recommendation.arguments import RecommendationArguments
 from finetune_deepseek.recommendation.baselines import ItemKNN, Transitions
 from finetune_deepseek.recommendation.count_tables import WEIGHTS, best_count_weights, count_items, largest
-from finetune_deepseek.recommendation.recommender import Recommender, load
+from finetune_deepseek.recommendation.recommender import Recommender
+from finetune_deepseek.recommendation.serving import load
 from modeling_deepseek import DeepSeekForRecommendation
 from modeling_deepseek.item_counts import NO_ITEM
 

@@ -12,16 +12,12 @@ from transformers import AutoModelForCausalLM
 import finetune_deepseek
 from configuration_deepseek import preset
 from finetune_deepseek.__main__ import guarded
-from finetune_deepseek.recommendation import recommender as recommend
 from finetune_deepseek.recommendation.arguments import RecommendationArguments
-from finetune_deepseek.recommendation.generative import (
-    GenerativeRecommendation,
-    GenerativeRecommendationArguments,
-    GenerativeRecommender,
-    SemanticIdTokenizer,
-)
+from finetune_deepseek.recommendation.generative import GenerativeRecommendation, GenerativeRecommendationArguments
 from finetune_deepseek.recommendation.item_vectors import neighbour_vectors, read_item_vectors
 from finetune_deepseek.recommendation.items.interactions import as_dataset
+from finetune_deepseek.recommendation.items.semantic_ids import SemanticIdTokenizer
+from finetune_deepseek.recommendation.serving import GenerativeRecommender, load
 from finetune_deepseek.recommendation.task import Recommendation
 from finetune_deepseek.training.parsing import parse_command
 from finetune_deepseek.training.run import run_stages
@@ -74,7 +70,7 @@ def test_the_ring_is_learned(learned, capsys):
 
 def test_the_saved_folder_recommends(learned, tmp_path, capsys):
     folder = learned[0]
-    recommender = recommend.load(str(folder / "out"))
+    recommender = load(str(folder / "out"))
     assert type(recommender) is GenerativeRecommender and recommender.model.num_beams == RING
     rows = recommender.recommend([[item(3), item(4)], [item(0), "unheard of"]], k=3)
     assert [row[0][0] for row in rows] == [item(5), item(1)] and len(rows[0]) == 3

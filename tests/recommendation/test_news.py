@@ -12,8 +12,8 @@ from finetune_deepseek.__main__ import guarded
 from finetune_deepseek.checkpoints.export import export_bundle
 from finetune_deepseek.recommendation.items.mind import read_behaviors, read_news
 from finetune_deepseek.recommendation.news import NewsArguments, NewsCollator, NewsRecommendation
-from finetune_deepseek.recommendation.recommender import load
 from finetune_deepseek.recommendation.scores import impression_scores
+from finetune_deepseek.recommendation.serving import load
 from finetune_deepseek.training.parsing import parse_command
 from finetune_deepseek.training.run import run_stages
 from modeling_deepseek import DeepSeekForRecommendation

@@ -23,7 +23,7 @@ from finetune_deepseek.recommendation.items.interactions import (
     ml_100k,
     ml_100k_columns,
 )
-from finetune_deepseek.recommendation.recommender import load
+from finetune_deepseek.recommendation.serving import load
 from finetune_deepseek.recommendation.task import Recommendation
 from finetune_deepseek.training.parsing import parse_command
 from finetune_deepseek.training.run import run_stages
