@@ -9,7 +9,7 @@ from datasets import Dataset
 from transformers import GenerationConfig
 
 import finetune_deepseek
-from finetune_deepseek.__main__ import finetune
+from finetune_deepseek.commands.finetune import finetune
 from finetune_deepseek.training.optimization import IGNORED_LABEL
 from finetune_deepseek.training.task import CausalCollator, Task
 from tests.small_runs import TINY, flags

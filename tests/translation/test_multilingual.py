@@ -8,6 +8,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from finetune_deepseek import __main__ as command
+from finetune_deepseek.commands.finetune import score
 from finetune_deepseek.training.model_card import run_settings
 from finetune_deepseek.translation.arguments import TranslationArguments
 from finetune_deepseek.translation.task import Translation
@@ -198,6 +199,6 @@ def test_one_model_translates_in_every_direction_of_its_card(model, folders, tmp
         "--use_cpu=True",
         f"--output_dir={tmp_path / 'out'}",
     ]
-    command.score("predict", "do_predict", [*argv, "--target_lang=zh", "--both_directions=False"])
+    score("predict", "do_predict", [*argv, "--target_lang=zh", "--both_directions=False"])
     results = json.loads((tmp_path / "out" / "all_results.json").read_text())
     assert (results["test_exact_match"], results["test_samples"]) == (1.0, 2)
