@@ -1,6 +1,6 @@
-"""Fine-tuning: one training path on Trainer and PEFT (run.py) and the tasks that it serves.
+"""Fine-tuning: one training path on Trainer and PEFT (training/run.py) and the tasks that it serves.
 
-A task is one file with a subclass of `run.Task`, and one line here.
+A task is a room with a subclass of `training.task.Task`, and one line here.
 """
 
 TASKS = {

@@ -2,7 +2,7 @@
 
     native   config.json and weight names of the release, for transformers, vLLM, SGLang and converters
     bundle   this package's config and its code beside the weights: trust_remote_code, every head
-    gguf     one file for llama.cpp and Ollama, see export_gguf.py
+    gguf     one file for llama.cpp and Ollama, see gguf.py
 
 What is written is read again and compared before it takes its place: names, types, shapes, some values of each weight,
 and (native, bundle) the logits of a few tokens, see spot_logits.py. A LoRA adapter can be merged on the way, see

@@ -3,7 +3,7 @@
 The four operations are those of Wei and Zou's "EDA" (2019): synonyms, random insertion, deletion and swap. Each is
 done to a word with its own probability: a known word becomes a synonym; a word of the text (as a synonym, if known)
 follows; the word is left out; it changes places with another. In languages without spaces, a character is a word.
-Rows from text of the target language alone are made by back_translation.py.
+Rows from text of the target language alone are made by translation/back_translation.py.
 """
 
 import json

@@ -8,6 +8,7 @@ Pair: TypeAlias = tuple[str, str]
 # {split: {"rows": number, check: {"count": rows, "examples": [text]}}}
 Report: TypeAlias = dict[str, dict[str, Any]]
 
+# What is said of a fault, by its name, in the order of reports; a task with faults of its own has its own such words.
 CHECKS = {
     "empty_sides": "no text on one side (left out)",
     "duplicate_pairs": "same pair as an earlier row",
@@ -18,16 +19,6 @@ CHECKS = {
     "replacement_characters": "U+FFFD in place of undecodable bytes",
     "mojibake": "probably decoded in a wrong encoding",
     "long_rows": "more tokens than the length limits",
-    "empty_texts": "empty passage or question (left out)",
-    "missing_ids": "no id (numbered)",
-    "duplicate_ids": "id of an earlier question (numbered)",
-    "duplicate_questions": "same question to the same passage as an earlier row",
-    "repaired_answers": "answer_start is wrong, the answer was found elsewhere in the passage",
-    "lost_answers": "no answer is in the passage (left out of training, scored by its text)",
-    "partly_lost_answers": "one of several answers isn't in the passage (scored by its text)",
-    "no_answers": "no answer (left out; --version_2_with_negative keeps them)",
-    "split_tokens": "the answer begins or ends within a token",
-    "passages_in_train": "passage is in the training split",
     "pairs_in_train": "pair is in the training split",
     "sources_in_train": "source is in the training split, another target",
 }
@@ -67,37 +58,37 @@ def merged(reports: Iterable[Report]) -> Report:
     return total
 
 
-def faults(report: Report) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def faults(report: Report, names: dict[str, str]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Split, check and finding, for every check that counted something."""
     for split, checks in report.items():
-        yield from ((split, name, checks[name]) for name in CHECKS if name in checks and checks[name]["count"])
+        yield from ((split, name, checks[name]) for name in names if name in checks and checks[name]["count"])
 
 
-def fault_list(report: Report) -> str:
+def fault_list(report: Report, names: dict[str, str] = CHECKS) -> str:
     """The faults in one line; empty if there are none."""
-    return "; ".join(f"{split}: {CHECKS[name]} ({found['count']:,})" for split, name, found in faults(report))
+    return "; ".join(f"{split}: {names[name]} ({found['count']:,})" for split, name, found in faults(report, names))
 
 
-def report_text(report: Report) -> str:
+def report_text(report: Report, names: dict[str, str] = CHECKS) -> str:
     """The faults as lines, each with an example."""
     sizes = ", ".join(f"{split} {checks['rows']:,} rows" for split, checks in report.items())
-    lines = [f"data checks, {sizes}: {'rows by fault' if any(faults(report)) else 'nothing found'}"]
-    for split, name, found in faults(report):
+    lines = [f"data checks, {sizes}: {'rows by fault' if any(faults(report, names)) else 'nothing found'}"]
+    for split, name, found in faults(report, names):
         example = f"   such as  {found['examples'][0]}" if found["examples"] else ""
-        lines.append(f"  {split:<12}{found['count']:>8,}  {CHECKS[name]}{example}")
+        lines.append(f"  {split:<12}{found['count']:>8,}  {names[name]}{example}")
     return "\n".join(lines)
 
 
-def report_markdown(report: Report) -> str:
+def report_markdown(report: Report, names: dict[str, str] = CHECKS) -> str:
     """The faults as a table for the card, one column per split; empty without a report."""
     if not report:
         return ""
-    if not any(faults(report)):
-        names = {name for checks in report.values() for name in checks}
-        return f"Checked, and nothing found: {'; '.join(CHECKS[name] for name in CHECKS if name in names)}."
-    present = {name for _, name, _ in faults(report)}
+    if not any(faults(report, names)):
+        done = {name for checks in report.values() for name in checks}
+        return f"Checked, and nothing found: {'; '.join(names[name] for name in names if name in done)}."
+    present = {name for _, name, _ in faults(report, names)}
     rows = [["rows by fault", *report], ["---"] * (len(report) + 1)]
-    for name in (name for name in CHECKS if name in present):
+    for name in (name for name in names if name in present):
         counts = [f"{checks[name]['count']:,}" if name in checks else "-" for checks in report.values()]
-        rows.append([CHECKS[name], *counts])
+        rows.append([names[name], *counts])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -1,10 +1,10 @@
 """Questions answered from a folder or file of texts, each with the passage that says so.
 
-The best passages are found by words, vectors or both (retrieval.py), put in another order by a reranker if there is
-one, and read by a model of the question answering task. An answer's score, from 0 to 1, is the product of
+The best passages are found by words, vectors or both (passage_index.py), put in another order by a reranker if there
+is one, and read by a model of the question answering task. An answer's score, from 0 to 1, is the product of
 
 - the evidence, how well its passage fits the question: the reranker's score, else that of the search (see
-  `retrieval.FoundPassage`);
+  `passage_index.FoundPassage`);
 - the confidence of the reader: extractive, the share of the best span against no answer, a softmax over the two;
   generative, the geometric mean of the probabilities of the answer's tokens.
 

@@ -2,7 +2,7 @@
 
 Nested is `{"data": [{"paragraphs": [{"context": ..., "qas": [{"id", "question", "answers": [{"text",
 "answer_start"}]}]}]}]}`, flat is `{"id", "question", "context", "answers": {"text": [...], "answer_start": [...]}}`.
-Nothing is left out without being counted, by the names of checks.py.
+Nothing is left out without being counted, by the names of `FAULTS`.
 """
 
 from collections import defaultdict
@@ -12,9 +12,24 @@ from typing import Any
 
 from datasets import Dataset
 
+from ..data.fault_report import CHECKS
+
 FIELDS = ("question", "context", "answers")
 LAYOUT = "question, context and answers {text, answer_start}, or SQuAD's nested data"
 COLUMNS = ("id", "source", "context", "target", "answers", "starts")
+# What is said of a fault, see data/fault_report.py.
+FAULTS = {name: CHECKS[name] for name in ("replacement_characters", "mojibake")} | {
+    "empty_texts": "empty passage or question (left out)",
+    "missing_ids": "no id (numbered)",
+    "duplicate_ids": "id of an earlier question (numbered)",
+    "duplicate_questions": "same question to the same passage as an earlier row",
+    "repaired_answers": "answer_start is wrong, the answer was found elsewhere in the passage",
+    "lost_answers": "no answer is in the passage (left out of training, scored by its text)",
+    "partly_lost_answers": "one of several answers isn't in the passage (scored by its text)",
+    "no_answers": "no answer (left out; --version_2_with_negative keeps them)",
+    "split_tokens": "the answer begins or ends within a token",
+    "passages_in_train": "passage is in the training split",
+}
 
 
 def flat_rows(rows: Dataset, where: str) -> Iterator[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 Data has SQuAD's format, nested or flat (squad.py), with or without questions that have no answer; without data the
 embedded facts about territories are asked for (territories.py). `--answer_mode` chooses between extractive reading by
-a span head (extractive.py) and generative reading by a language model (generative.py). Scores stand beside three
+a span head (extractive.py) and generative reading by a language model (written.py). Scores stand beside three
 floors.
 """
 
@@ -28,7 +28,7 @@ from ..training.task import Task, prefixed
 from .extractive import ExtractiveReader
 from .floors import FLOORS, NAMES, floor_answers
 from .metrics import CmrcScores, SquadScores
-from .squad import Questions, simplifier
+from .squad import FAULTS, Questions, simplifier
 from .territories import territory_rows
 from .windows import PIECES, TOKEN_TYPES, Layout
 from .written import GenerativeReader
@@ -123,6 +123,7 @@ class QuestionAnswering(Task):
     """See the module. Rows are `source`, the question, `target`, an answer or nothing, and `COLUMNS` of squad.py."""
 
     name = "question_answering"
+    fault_names = FAULTS
     arguments_class = QuestionAnsweringArguments
     recipe = Path(__file__).with_name("recipe.yaml")
     examples = """examples:

@@ -1,10 +1,10 @@
 """Generative recommendation: items are written as the digits of semantic IDs, and a language model of those digits
 writes the next one (TIGER, Rajput et al., arXiv 2305.05065).
 
-Item vectors are quantized to codes (residual_quantizer.py); the vocabulary is a padding, a start and one token per
-level and digit. A history is a start and its items' digits; beam search through the trie of all codes (trie.py) writes
-only items that there are and that the user hasn't seen. Data, baselines and scores are those of recommendation.py;
-items outside of the beam rank behind those in it.
+Item vectors are quantized to codes (items/quantizer.py); the vocabulary is a padding, a start and one token per
+level and digit. A history is a start and its items' digits; beam search through the trie of all codes (items/trie.py)
+writes only items that there are and that the user hasn't seen. Data, baselines and scores are those of task.py; items
+outside of the beam rank behind those in it.
 """
 
 from dataclasses import dataclass, field

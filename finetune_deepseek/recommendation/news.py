@@ -1,4 +1,4 @@
-"""News recommendation: of the news shown to a user, which are clicked; MIND's files as they are (mind.py).
+"""News recommendation: of the news shown to a user, which are clicked; MIND's files as they are (items/mind.py).
 
 A news is its title, encoded by the trunk that also reads the history of clicks, so one that came after training is
 ranked like any other (item_texts.py). The model learns to tell one click from others shown with it and not clicked

@@ -2,7 +2,7 @@
 
 Either by asking about each ("yes" against "no", as TALLRec does, Bao et al., arXiv 2305.00447), or by the likelihood
 of its title as what comes next. Any causal model will do as it is; training, in full or by LoRA, is on few rows of
-history, candidate and answer. Data, baselines and scores are those of recommendation.py, over each user's candidates.
+history, candidate and answer. Data, baselines and scores are those of task.py, over each user's candidates.
 """
 
 import copy

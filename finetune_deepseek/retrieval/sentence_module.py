@@ -77,7 +77,7 @@ class SentenceModule(InputModule):  # type: ignore[misc]
 def write_modules(folder: str | Path) -> None:
     """Write beside a saved embedding model what SentenceTransformer(folder, trust_remote_code=True) opens it by."""
     config = DeepSeekConfig.from_pretrained(folder)
-    kind = f"{SentenceModule.__module__}.{SentenceModule.__qualname__}"
+    kind = "finetune_deepseek.sentence_module.SentenceModule"  # a name that stays, whatever room this file is in
     write_json(
         Path(folder) / "config_sentence_transformers.json",
         {

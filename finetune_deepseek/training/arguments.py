@@ -15,7 +15,7 @@ from transformers.training_args import OptimizerNames
 from ..data.words import nearest_match
 
 STEPS_WITHOUT_END = 1_000_000  # what Trainer is told where time says when to stop
-MUON = "muon"  # our optimizer beside those of transformers; see muon.py
+MUON = "muon"  # our optimizer beside those of transformers; see weights/muon.py
 MULTI_STEP = "multi_step"  # our schedule beside those of transformers; see optimization.py
 
 

@@ -156,8 +156,8 @@ class Run:
         mode = self.args.data_checks
         report = {} if mode == "off" else self.task.check_splits(self.splits, self.tokenizer)
         if report:
-            print(report_text(report))
-        faults = fault_list(report)
+            print(report_text(report, self.task.fault_names))
+        faults = fault_list(report, self.task.fault_names)
         if faults and mode == "refuse":
             self._write_data_report(report)
             raise ValueError(
@@ -358,7 +358,8 @@ class Run:
             write_json(self.folder / f"{name}_results.json", results)
 
     def _write_card(self, folder: Path) -> None:
-        card = self.task.card_data() | {"data_checks": report_markdown(self.data_report)}
+        checks = report_markdown(self.data_report, self.task.fault_names)
+        card = self.task.card_data() | {"data_checks": checks}
         model_card.write(card, self.stage, self.model, self.results, self.splits, folder, write_text)
 
     def finish(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 
 from tokenization_deepseek import train_tokenizer
 
-from ..data.fault_report import Report
+from ..data.fault_report import CHECKS, Report
 from ..data.sources import Rows
 from .arguments import ModelArguments
 from .optimization import IGNORED_LABEL
@@ -29,6 +29,7 @@ class Task(ABC):
     auto_class: Any = AutoModelForCausalLM
     tokenizer_class: Any = None  # that of its saved models, None for the model's own
     peft_task_type: str = "CAUSAL_LM"
+    fault_names: ClassVar[dict[str, str]] = CHECKS  # what is said of a fault in the data, see data/fault_report.py
 
     def __init__(self, arguments: Any, seed: int) -> None:
         self.arguments = arguments
@@ -112,7 +113,7 @@ class Task(ABC):
         return {}
 
     def check_splits(self, splits: dict[str, Rows], tokenizer: PreTrainedTokenizerBase) -> Report:
-        """Faults in the data by split, see checks.py."""
+        """Faults in the data by split, under names of `fault_names`."""
         return {}
 
     def baseline(self, train: Rows | None, rows: list[dict[str, Any]]) -> list[Any] | None:

@@ -115,7 +115,7 @@ def test_clean_data_has_no_faults():
     assert report_text(report) == "data checks, train 5 rows, test 1 rows: nothing found"
     written = report_markdown(report)
     assert written.startswith("Checked, and nothing found: same pair as an earlier row;")
-    assert CHECKS["copied_sources"] in written and CHECKS["empty_texts"] not in written
+    assert CHECKS["copied_sources"] in written and CHECKS["long_rows"] not in written
 
 
 @pytest.mark.parametrize(

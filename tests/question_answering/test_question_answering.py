@@ -18,7 +18,7 @@ from finetune_deepseek.question_answering.answering import Reader
 from finetune_deepseek.question_answering.extractive import NOWHERE, best_spans
 from finetune_deepseek.question_answering.floors import first_sentence, floor_answers, overlap_sentence, sentences
 from finetune_deepseek.question_answering.metrics import CmrcScores, SquadScores
-from finetune_deepseek.question_answering.squad import Questions, place, simplifier
+from finetune_deepseek.question_answering.squad import FAULTS, Questions, place, simplifier
 from finetune_deepseek.question_answering.task import QuestionAnswering, QuestionAnsweringArguments
 from finetune_deepseek.question_answering.territories import PATTERNS, territory_rows
 from finetune_deepseek.question_answering.windows import Encoder, Layout
@@ -406,6 +406,8 @@ def test_a_reader_learns_four_questions_by_heart(trained):
     assert "| a random span |" in card and "pipeline_tag: question-answering" in card
     report = json.loads((folder / "out/data_report.json").read_text())
     assert report["test"]["passages_in_train"]["count"] == 4
+    assert all(checks.keys() - {"rows"} <= FAULTS.keys() for checks in report.values())
+    assert f"| {FAULTS['passages_in_train']} | - |" in card
 
 
 def test_evaluate_and_predict_give_the_same(trained, monkeypatch, capsys):
