@@ -1,6 +1,6 @@
 # make quickstart   install, then train, adapt and evaluate a tiny DeepSeek translator (about 10 minutes on 2 cores)
 # make test         the test suite            make test-slow   the tests marked slow
-# make check        lint, format and types    make format      mend lint and format
+# make check        lint, format, types and the order of rooms    make format      mend lint and format
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
@@ -23,6 +23,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -108,7 +108,7 @@ def requests(folder: str, count: int) -> list[list[str]]:
 
 def serve(folder: str, index: str) -> dict[str, Any]:
     """Load, first requests, peak memory."""
-    from finetune_deepseek.recommend import load
+    from finetune_deepseek.recommendation.serving import load
 
     histories = requests(folder, 64)
     started = time.perf_counter()
@@ -130,8 +130,8 @@ def race(folder: str, pairs: str) -> dict[str, Any]:
     """Exact search and faiss in turns, and how much of the exact best ten faiss finds."""
     import torch
 
-    from finetune_deepseek.item_index import ItemIndex
-    from finetune_deepseek.recommend import load
+    from finetune_deepseek.recommendation.items.index import ItemIndex
+    from finetune_deepseek.recommendation.serving import load
 
     exact = load(folder)
     faiss = copy.copy(exact)  # the same weights and catalogue

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from finetune_deepseek.squad import simplifier
+from finetune_deepseek.question_answering.squad import simplifier
 
 VALIDATION_SHARE = 10  # one passage in so many
 Row = dict[str, Any]

@@ -16,7 +16,7 @@ import numpy as np
 from compare import RESULTS, fill, read_table, run, write_table, write_whole
 from reading_data import read
 
-from finetune_deepseek.lexical_retrieval import (
+from finetune_deepseek.retrieval.lexical import (
     BM25,
     WORDS_ALONE,
     best_weights,
@@ -26,9 +26,9 @@ from finetune_deepseek.lexical_retrieval import (
     retrieval_scores,
     tfidf_scores,
 )
-from finetune_deepseek.retrieval import Passage, PassageIndex, Retriever
-from finetune_deepseek.run import data_hash
-from finetune_deepseek.trainer import prefixed
+from finetune_deepseek.retrieval.passage_index import Passage, PassageIndex, Retriever
+from finetune_deepseek.training.run import data_hash
+from finetune_deepseek.training.task import prefixed
 
 LANGUAGES = {"en": "English", "zh": "Chinese"}
 

@@ -1,15 +1,15 @@
-"""Fine-tuning: one training path on Trainer and PEFT (run.py) and the tasks that it serves.
+"""Fine-tuning: one training path on Trainer and PEFT (training/run.py) and the tasks that it serves.
 
-A task is one file with a subclass of `run.Task`, and one line here.
+A task is a room with a subclass of `training.task.Task`, and one line here.
 """
 
 TASKS = {
-    "translation": "finetune_deepseek.translation:Translation",
-    "classification": "finetune_deepseek.classification:Classification",
-    "question_answering": "finetune_deepseek.question_answering:QuestionAnswering",
-    "embedding": "finetune_deepseek.embedding:Embedding",
-    "recommendation": "finetune_deepseek.recommendation:Recommendation",
-    "news_recommendation": "finetune_deepseek.news_recommendation:NewsRecommendation",
-    "generative_recommendation": "finetune_deepseek.semantic_ids:GenerativeRecommendation",
-    "prompt_ranking": "finetune_deepseek.prompt_ranking:PromptRanking",
+    "translation": "finetune_deepseek.translation.task:Translation",
+    "classification": "finetune_deepseek.classification.task:Classification",
+    "question_answering": "finetune_deepseek.question_answering.task:QuestionAnswering",
+    "embedding": "finetune_deepseek.retrieval.task:Embedding",
+    "recommendation": "finetune_deepseek.recommendation.task:Recommendation",
+    "news_recommendation": "finetune_deepseek.recommendation.news:NewsRecommendation",
+    "generative_recommendation": "finetune_deepseek.recommendation.generative:GenerativeRecommendation",
+    "prompt_ranking": "finetune_deepseek.recommendation.prompt_ranking:PromptRanking",
 }

@@ -3,14 +3,11 @@
 Bad input ends with one line on stderr and exit code 2. Set DEEPSEEK_HF_TRACEBACK=1 for the stack trace.
 """
 
-import argparse
 import importlib
 import os
 import sys
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -44,117 +41,7 @@ tasks: {", ".join(TASKS)}
 """
 
 
-def task_class(name: str) -> Any:
-    """The class of the task of that name.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    from .arguments import nearest_match
-
-    if name not in TASKS:
-        raise ValueError(f"unknown task {name!r}{nearest_match(name, TASKS)}; there is {', '.join(TASKS)}.")
-    module, _, class_name = TASKS[name].partition(":")
-    return getattr(importlib.import_module(module), class_name)
-
-
-def finetune(argv: Sequence[str]) -> None:
-    """Run the task that `argv` begins with.
-
-    Raises:
-        ValueError: with one line, for bad input.
-    """
-    # Imported here, since torch and transformers take seconds and --help of the command needs neither.
-    from .arguments import parse_command
-    from .run import run_stages
-
-    task = task_class(argv[0])
-    run_stages(task, parse_command(task.name, task.arguments_class, argv[1:], task.recipe, task.examples))
-
-
-def score(verb: str, flag: str, argv: Sequence[str]) -> None:
-    """`finetune` without training, on the saved model that follows the task in `argv`.
-
-    Args:
-        verb: names the default of --output_dir.
-        flag: do_eval or do_predict.
-
-    Raises:
-        ValueError: with one line, for bad input.
-    """
-    from .arguments import parse_command
-    from .model_card import run_settings
-    from .run import run_stages
-
-    if set(argv) & {"-h", "--help", "--help_all"}:
-        return finetune(argv)
-    task = task_class(argv[0])
-    if len(argv) < 2 or argv[1].startswith("-"):
-        raise ValueError(f"{verb} {task.name}: name the model next: a folder or a Hub id.")
-    model, rest = argv[1], list(argv[2:])
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--model_revision", default="main")
-    revision = parser.parse_known_args(rest)[0].model_revision
-    defaults = {"output_dir": f"runs/{verb}-{Path(model).name}"} | run_settings(model, revision, task.name)
-    rest += [f"--model_name_or_path={model}", "--do_train=False", f"--{flag}=True"]
-    run_stages(task, parse_command(task.name, task.arguments_class, rest, defaults=defaults))
-
-
-def evaluate(argv: Sequence[str]) -> None:
-    """Score a saved model on the validation split."""
-    score("evaluate", "do_eval", argv)
-
-
-def predict(argv: Sequence[str]) -> None:
-    """Score a saved model on the test split, and write its predictions."""
-    score("predict", "do_predict", argv)
-
-
-def translate(argv: Sequence[str]) -> None:
-    """Translate lines of text."""
-    from .translate import translate
-
-    translate(argv)
-
-
-def answer(argv: Sequence[str]) -> None:
-    """Answer questions from a knowledge base."""
-    from .answer import answer
-
-    answer(argv)
-
-
-def recommend(argv: Sequence[str]) -> None:
-    """Recommend items."""
-    from .recommend import recommend
-
-    recommend(argv)
-
-
-def export(argv: Sequence[str]) -> None:
-    """Write a checkpoint in the form that others read."""
-    from .export import export
-
-    export(argv)
-
-
-def inspect(argv: Sequence[str]) -> None:
-    """Say what a checkpoint is."""
-    from .inspection import inspect
-
-    inspect(argv)
-
-
-VERBS = {
-    "finetune": finetune,
-    "evaluate": evaluate,
-    "predict": predict,
-    "translate": translate,
-    "answer": answer,
-    "recommend": recommend,
-    "export": export,
-    "inspect": inspect,
-}
+VERBS = ("finetune", "evaluate", "predict", "translate", "answer", "recommend", "export", "inspect")
 OWN_HELP = ("translate", "answer", "recommend", "export", "inspect")  # verbs that say themselves what they take
 
 
@@ -166,7 +53,8 @@ def guarded(argv: Sequence[str], verb: str = "finetune") -> int:
     # PEFT still asks for it by the old name.
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     try:
-        VERBS[verb](argv)
+        # Imported by name, since torch and transformers take seconds and --help of the command needs neither.
+        getattr(importlib.import_module(f"{__package__}.commands.{verb}"), verb)(argv)
     except (ValueError, OSError, SafetensorError, StrictDataclassError) as error:
         if os.environ.get("DEEPSEEK_HF_TRACEBACK"):
             raise

@@ -50,6 +50,8 @@ def test_files_named_in_the_map_exist_and_none_is_left_out():
         named = set(re.findall(r"[\w.]+\.(?:py|yaml)\b", block[1]))
         there = {path.name for path in ROOT.glob("*_deepseek/*.*") if path.suffix in (".py", ".yaml")}
         assert named == there - {"__init__.py"}, readme
+        rooms = {path.parent.name for path in ROOT.glob("finetune_deepseek/**/__init__.py")} - {"finetune_deepseek"}
+        assert rooms <= set(re.findall(r"(\w+)/", block[1])), readme
 
 
 def test_make_targets_are_the_pip_commands():

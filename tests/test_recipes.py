@@ -10,7 +10,7 @@ import torch
 from test_readme import ROOT, blocks, commands
 
 from finetune_deepseek import __main__ as command
-from tests.finetune.simulated_news import write as write_news
+from tests.recommendation.simulated_news import write as write_news
 
 RECIPES = ("docs/recipes.md", "docs/recipes.zh-CN.md")
 EXAMPLES = sorted(path.name for path in (ROOT / "finetune_deepseek" / "examples").glob("*.yaml"))

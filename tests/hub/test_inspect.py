@@ -10,8 +10,8 @@ def push(folder):
     import torch
 
     from configuration_deepseek import preset
-    from finetune_deepseek.arguments import LoraArguments
-    from finetune_deepseek.lora import apply_lora
+    from finetune_deepseek.training.arguments import LoraArguments
+    from finetune_deepseek.training.weights.lora import apply_lora
     from modeling_deepseek import DeepSeekForCausalLM
     from tokenization_deepseek import train_tokenizer
 
@@ -30,8 +30,8 @@ def look(folder):
     import os
     from pathlib import Path
 
-    from finetune_deepseek.export import export_native
-    from finetune_deepseek.inspection import inspect
+    from finetune_deepseek.checkpoints.export import export_native
+    from finetune_deepseek.commands.inspect import inspect
 
     said = {}
     for name in ("model", "adapter"):

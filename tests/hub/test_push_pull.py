@@ -24,7 +24,7 @@ def run_the_command(folder):
     from datasets import Dataset, DatasetDict
     from peft import AutoPeftModelForCausalLM
 
-    from finetune_deepseek.__main__ import finetune
+    from finetune_deepseek.commands.finetune import finetune
     from modeling_deepseek import DeepSeekForCausalLM
 
     rows = [{"translation": {"en": f"cat {n}", "de": f"Katze {n}", "fr": f"chat {n}"}} for n in range(6)]

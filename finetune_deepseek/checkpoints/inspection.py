@@ -1,0 +1,306 @@
+"""What a checkpoint is, from its config, its tokenizer and the headers of its weight files.
+
+No weight is loaded; from the Hub only the headers are read (ranged requests) and small files downloaded.
+"""
+
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from huggingface_hub import get_safetensors_metadata, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    NotASafetensorsRepoError,
+    SafetensorsParsingError,
+)
+
+from configuration_deepseek import DeepSeekConfig
+from configuration_deepseek.official import official_model_type
+from modeling_deepseek.checkpoint_files import CheckpointError
+from modeling_deepseek.quantization import SCALE
+from tokenization_deepseek import DeepSeekTokenizer
+
+from ..training.weights.lora import OTHER, group_of, plain_name
+from .checkpoint import Checkpoint, check_weights, dequantize_at, head_of
+from .shards import (
+    ADAPTER_FILE,
+    DTYPES,
+    LazyTensor,
+    OpenFiles,
+    Tensors,
+    cast,
+    open_checkpoint,
+    open_weights,
+    quantize,
+    read_json,
+    split_experts,
+    unread,
+)
+
+GENERATIONS = {
+    "llama": "DeepSeek-LLM, Coder, Math or R1-Distill-Llama",
+    "qwen2": "R1-Distill-Qwen",
+    "qwen3": "R1-0528-Qwen3",
+    "deepseek": "DeepSeekMoE-16B",
+    "deepseek_v2": "DeepSeek-V2, V2-Lite, V2.5 or Coder-V2",
+    "deepseek_v3": "DeepSeek-V3, R1 or V3.1",
+    "deepseek_v32": "DeepSeek-V3.2",
+}
+EXPERTS, PREDICTION = "experts", "mtp"
+PROBE = "Hello, world's 12345 tests.\r\n\tStraße — 深度求索 123 ひらがな 한국어 🚀  end "
+
+
+@dataclass
+class Inspection:
+    """What `inspect_checkpoint` found; sizes in bytes, counts of parameters by group."""
+
+    source: str
+    generation: str
+    model_type: str  # as published, or as it would be
+    head: str
+    layers: dict[str, str]  # "0-2" -> its mechanisms
+    positions: str
+    parameters: dict[str, int]
+    active: int  # parameters that one token uses
+    stored: dict[str, int]  # parameters by type
+    memory: dict[str, int]
+    cache_per_token: int  # in bfloat16
+    weights: str  # "match the config", or what is wrong with them
+    tokenizer: list[str] = field(default_factory=list)  # "ok: ..." or "warning: ..."
+
+    @property
+    def total(self) -> int:
+        """All parameters, the prediction layers among them."""
+        return sum(self.parameters.values())
+
+
+def inspect_checkpoint(source: str | os.PathLike, revision: str = "main") -> Inspection:
+    """Describe a model.
+
+    Args:
+        source: a folder or a Hub id.
+        revision: branch, tag or commit on the Hub.
+
+    Raises:
+        ValueError: for a config of another family, files that are missing or damaged, a repository that isn't there.
+    """
+    try:
+        config = DeepSeekConfig.from_pretrained(source, revision=revision)
+    except OSError as error:
+        raise ValueError(f"{source}: no config.json there ({str(error).splitlines()[0]})") from error
+    tensors = split_experts(headers(source, revision))
+    try:
+        model_type = official_model_type(config.to_dict())
+        generation = GENERATIONS.get(model_type, model_type)
+    except ValueError:
+        model_type, generation = "none", "layers that no release combines"
+    head = head_of(source, config)
+    try:
+        check_weights(Checkpoint(Path(source), config, head, dequantize_at(Path(source), tensors, config)), {})
+        weights = "match the config"
+    except CheckpointError as error:
+        weights = str(error)
+    parameters = count_parameters(tensors, config)
+    return Inspection(
+        source=str(source),
+        generation=generation,
+        model_type=config.source_model_type or model_type,
+        head=head,
+        layers=layer_ranges(config),
+        positions=positions(config),
+        parameters=parameters,
+        active=active_parameters(parameters, config),
+        stored=stored_types(tensors),
+        memory=memory(tensors),
+        cache_per_token=2 * sum(cached_width(spec.attention, config) for spec in config.specs),
+        weights=weights,
+        tokenizer=tokenizer_health(source, revision, config),
+    )
+
+
+def headers(source: str | os.PathLike, revision: str) -> Tensors:
+    """Names, shapes and types of all weights of a folder or a repository; reading them is an error.
+
+    Raises:
+        ValueError: if there are none, or the files are damaged.
+    """
+    if Path(source).is_dir():
+        return open_checkpoint(Path(source))
+    try:
+        metadata = get_safetensors_metadata(str(source), revision=revision)
+    except (NotASafetensorsRepoError, SafetensorsParsingError, HfHubHTTPError) as error:
+        raise ValueError(f"{source}: {str(error).splitlines()[0]}") from error
+    return {
+        name: LazyTensor(tuple(tensor.shape), DTYPES[tensor.dtype], unread)
+        for file in metadata.files_metadata.values()
+        for name, tensor in file.tensors.items()
+    }
+
+
+# Counting -----------------------------------------------------------------------------------------------------------
+
+
+def group_of_weight(name: str, config: DeepSeekConfig) -> str:
+    """The LoRA group of a weight by its official name, or `PREDICTION`."""
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    if layer is not None and int(layer[1]) >= config.num_hidden_layers:
+        return PREDICTION
+    return EXPERTS if re.search(r"\.experts\.\d+\.", name) else group_of(name)
+
+
+def count_parameters(tensors: Tensors, config: DeepSeekConfig) -> dict[str, int]:
+    """Parameters by group, largest first."""
+    counts: Counter[str] = Counter()
+    for name, tensor in tensors.items():
+        if not name.endswith(SCALE):  # of FP8 blocks: no parameters
+            counts[group_of_weight(name, config)] += tensor.numel
+    return dict(counts.most_common())
+
+
+def active_parameters(parameters: dict[str, int], config: DeepSeekConfig) -> int:
+    """What one token uses: K of E routed experts, everything else but the prediction layers."""
+    used = {group: count for group, count in parameters.items() if group != PREDICTION}
+    if config.n_routed_experts and EXPERTS in used:
+        used[EXPERTS] = used[EXPERTS] * config.num_experts_per_tok // config.n_routed_experts
+    return sum(used.values())
+
+
+def stored_types(tensors: Tensors) -> dict[str, int]:
+    """Parameters by type."""
+    counts: Counter[str] = Counter()
+    for tensor in tensors.values():
+        counts[str(tensor.dtype).removeprefix("torch.")] += tensor.numel
+    return dict(counts.most_common())
+
+
+def memory(tensors: Tensors) -> dict[str, int]:
+    """Bytes of the weights as they are, and as --dtype of the export would make them."""
+    weights = {name: tensor for name, tensor in tensors.items() if not name.endswith(SCALE)}
+    total = sum(tensor.numel for tensor in weights.values())
+    fp8 = quantize(cast(weights, torch.bfloat16), [128, 128])
+    return {
+        "as stored": sum(tensor.nbytes for tensor in tensors.values()),
+        "float32": 4 * total,
+        "bfloat16": 2 * total,
+        "fp8": sum(tensor.nbytes for tensor in fp8.values()),
+    }
+
+
+def cached_width(attention: str, config: DeepSeekConfig) -> int:
+    """Numbers that one layer caches per token."""
+    if attention == "mha":
+        return 2 * config.num_key_value_heads * config.head_dim
+    return config.kv_lora_rank + config.qk_rope_head_dim + (config.index_head_dim if attention == "dsa" else 0)
+
+
+def layer_ranges(config: DeepSeekConfig) -> dict[str, str]:
+    """Runs of layers with the same mechanisms, as "first-last" -> their description."""
+    ranges: dict[str, str] = {}
+    start = 0
+    for layer, spec in enumerate(config.specs):
+        if layer + 1 == config.num_hidden_layers or config.specs[layer + 1] != spec:
+            key = f"{start}-{layer}" if start < layer else str(layer)
+            ranges[key] = f"{_attention(spec.attention, config)}, {_feed_forward(spec.feed_forward, config)}"
+            start = layer + 1
+    return ranges
+
+
+def _attention(word: str, config: DeepSeekConfig) -> str:
+    heads = f"{config.num_attention_heads} heads"
+    if word == "mha":
+        return f"mha ({heads}, {config.num_key_value_heads} of keys and values, width {config.head_dim})"
+    query = f"query latent {config.q_lora_rank}" if config.q_lora_rank else "no query latent"
+    chosen = f", {config.index_n_heads} index heads choose {config.index_topk} tokens" if word == "dsa" else ""
+    return f"{word} ({heads}, latent {config.kv_lora_rank} + rotary {config.qk_rope_head_dim}, {query}{chosen})"
+
+
+def _feed_forward(word: str, config: DeepSeekConfig) -> str:
+    if word == "dense":
+        return f"dense (width {config.intermediate_size})"
+    groups = f", {config.topk_group} of {config.n_group} groups" if config.topk_method != "greedy" else ""
+    return (
+        f"moe ({config.num_experts_per_tok} of {config.n_routed_experts} experts{groups}, "
+        f"{config.n_shared_experts or 0} shared, width {config.moe_intermediate_size}, {config.scoring_func} "
+        f"{config.topk_method})"
+    )
+
+
+def positions(config: DeepSeekConfig) -> str:
+    """Length and rotary scaling in words."""
+    rope = config.rope_parameters
+    scaling = "" if rope["rope_type"] == "default" else f", {rope['rope_type']} by {rope['factor']:g}"
+    return f"{config.max_position_embeddings:,} (rotary theta {rope['rope_theta']:g}{scaling})"
+
+
+# Tokenizer ----------------------------------------------------------------------------------------------------------
+
+
+def tokenizer_health(source: str | os.PathLike, revision: str, config: DeepSeekConfig) -> list[str]:
+    """What can go wrong with a tokenizer, tried: BOS, padding, round trip, ids, chat template."""
+    try:
+        tokenizer = DeepSeekTokenizer.from_pretrained(source, revision=revision)
+    except (ValueError, OSError) as error:
+        return [f"warning: no tokenizer that this package opens ({str(error).splitlines()[0]})"]
+    ids = tokenizer(PROBE).input_ids
+    largest = max(tokenizer.get_vocab().values())
+    bos_count = ids.count(tokenizer.bos_token_id)
+    is_pad_alone = tokenizer.pad_token_id != tokenizer.eos_token_id
+    checks = [
+        (largest < config.vocab_size, f"{len(tokenizer):,} tokens for {config.vocab_size:,} rows of embeddings"),
+        (bos_count <= 1, f"BOS {tokenizer.bos_token} is {'put before' if bos_count else 'not put before'} a text"),
+        (is_pad_alone, f"padding is {tokenizer.pad_token}" + ("" if is_pad_alone else ", which also ends a text")),
+        (tokenizer.decode(tokenizer.encode(PROBE, add_special_tokens=False)) == PROBE, "round trip of a text"),
+    ]
+    for word in ("bos", "eos"):
+        of_config, of_tokenizer = getattr(config, f"{word}_token_id"), getattr(tokenizer, f"{word}_token_id")
+        known = of_config if isinstance(of_config, list) else [of_config]
+        checks.append((of_tokenizer in known, f"{word} id {of_tokenizer}, {of_config} in config.json"))
+    checks.append(_template_check(tokenizer))
+    return [f"{'ok' if good else 'warning'}: {text}" for good, text in checks]
+
+
+def _template_check(tokenizer: DeepSeekTokenizer) -> tuple[bool, str]:
+    if not tokenizer.chat_template:
+        return True, "no chat template"
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False)
+    except Exception as error:  # a template is a program, and fails as it likes
+        return False, f"the chat template fails: {error}"
+    count = str(text).count(tokenizer.bos_token)
+    return count == 1, f"chat template with {count} BOS"
+
+
+# Adapters -----------------------------------------------------------------------------------------------------------
+
+
+def describe_adapter(folder: Path) -> str:
+    """A PEFT adapter in words: its base, its kind and how many parameters each group of weights got."""
+    settings = read_json(folder / ADAPTER_FILE)
+    counts: Counter[str] = Counter()
+    for name, tensor in open_weights(folder / "adapter_model.safetensors", OpenFiles()).items():
+        module = re.sub(r"\.(lora_\w+|weight|bias).*$", "", plain_name(name))
+        group = EXPERTS if ".experts" in module else group_of(module)
+        is_router = group == OTHER and module.endswith(".mlp.gate")
+        counts["router" if is_router else group] += tensor.numel
+    lines = [
+        f"{folder}: {settings.get('peft_type')} adapter, rank {settings.get('r')}, alpha {settings.get('lora_alpha')}",
+        f"  base model    {settings.get('base_model_name_or_path')}",
+        f"  task          {settings.get('task_type')}",
+    ]
+    return "\n".join([*lines, *(f"  {group:<14}{count:>16,} parameters" for group, count in counts.most_common())])
+
+
+def is_adapter(source: str | os.PathLike, revision: str) -> Path | None:
+    """The folder of an adapter; from the Hub it is downloaded, being small."""
+    folder = Path(source)
+    if not folder.exists():
+        try:
+            folder = Path(hf_hub_download(str(source), ADAPTER_FILE, revision=revision)).parent
+            hf_hub_download(str(source), "adapter_model.safetensors", revision=revision)
+        except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError):
+            return None
+    return folder if (folder / ADAPTER_FILE).is_file() else None

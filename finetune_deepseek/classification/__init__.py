@@ -1,0 +1,1 @@
+"""Classification: one label, several labels or a number for a text."""

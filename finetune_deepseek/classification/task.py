@@ -1,0 +1,357 @@
+"""Classification: a text in; one label, several labels or a number out, by a new head on the last token.
+
+The three kinds are transformers' `problem_type`s, one class each below. Rows come from local files or the Hub. The
+labels are those of the training rows, sorted, and stand in the saved config as `id2label`; a model that has them
+already keeps them.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+import numpy as np
+import torch
+from datasets import ClassLabel, Dataset, LargeList, List, Value
+from sklearn.feature_extraction.text import TfidfVectorizer
+from torch.utils.data import Sampler
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
+
+from ..data.sources import DataArguments, Rows, check_columns, joined, named, open_splits, progress, utf8_text
+from ..data.words import pair_text
+from ..training.task import CausalCollator, Task
+from .problems import PROBLEMS, MultiLabel, Problem, Regression, SingleLabel, sort_key
+
+# Letters: B batch, N labels.
+LABELS_SHOWN = 5
+
+
+@dataclass
+class ClassificationArguments(DataArguments):
+    """Which texts, and what to predict for them."""
+
+    text_column: str = field(default="text", metadata={"help": "Column of the text."})
+    text_pair_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of a second text, read behind the first: question and passage for a reranker."},
+    )
+    label_column: str = field(default="label", metadata={"help": "Column of the label, the labels or the number."})
+    problem_type: Literal["auto", "single_label_classification", "multi_label_classification", "regression"] = field(
+        default="auto",
+        metadata={"help": "auto takes lists for several labels, fractions for regression, all else for one label."},
+    )
+    label_separator: str | None = field(
+        default=None, metadata={"help": "What stands between several labels in one text, as csv files have them."}
+    )
+    most_frequent_labels: int | None = field(
+        default=None, metadata={"help": "Leave out rows whose label isn't among the training rows' N most frequent."}
+    )
+    balance: Literal["none", "weights", "sampler"] = field(
+        default="none",
+        metadata={
+            "help": "Against unequal classes: weigh the loss by them, or draw rows of each class equally often."
+        },
+    )
+    max_length: int = field(default=256, metadata={"help": "Tokens of a text. Longer ones are cut, and counted."})
+    tfidf_baseline: bool = field(
+        default=True, metadata={"help": "Score TF-IDF + a linear model beside the model (--do_predict)."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.names_data:
+            raise ValueError("Name data by --dataset_name, --data_dir, or --train_file and the like.")
+        if self.max_length < 1:
+            raise ValueError(f"--max_length {self.max_length}: it must be 1 or more.")
+        if self.most_frequent_labels is not None and self.most_frequent_labels < 2:
+            raise ValueError(f"--most_frequent_labels {self.most_frequent_labels}: it must be 2 or more.")
+        if self.label_separator and self.problem_type not in ("auto", MultiLabel.problem_type):
+            raise ValueError(f"--label_separator separates several labels, but --problem_type is {self.problem_type}.")
+
+
+class BalancedSampler(Sampler[int]):
+    """As many rows as there are, drawn with replacement so that each class is equally likely."""
+
+    def __init__(self, labels: Iterable[int], seed: int) -> None:
+        ids = np.array(list(labels))
+        self.weights = torch.tensor(1 / np.bincount(ids)[ids], dtype=torch.float32)
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Another draw in each epoch, the same one when a run is resumed in it."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        yield from torch.multinomial(self.weights, len(self), replacement=True, generator=generator).tolist()
+
+
+class ClassificationCollator(CausalCollator):
+    """Pads texts on the right."""
+
+    def __init__(self, pad_token_id: int, dtype: torch.dtype) -> None:
+        super().__init__(pad_token_id)
+        self.dtype = dtype
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        input_ids, attention_mask = self._pad([f["input_ids"] for f in features])
+        labels = torch.tensor([f["labels"] for f in features], dtype=self.dtype)
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        if "row" in features[0]:
+            batch["row"] = torch.tensor([f["row"] for f in features])
+        return batch
+
+
+class Classification(Task):
+    """See the module. Rows are `source`, the text, and `target`, what is to be predicted."""
+
+    name = "classification"
+    arguments_class = ClassificationArguments
+    auto_class = AutoModelForSequenceClassification
+    peft_task_type = "SEQ_CLS"  # PEFT trains the head in full beside the adapters, and saves it with them
+    examples = """examples:
+  deepseek-hf finetune classification --preset tiny_v3 --data_dir song_ci_zh --label_column author \\
+      --most_frequent_labels 20 --output_dir runs/authors
+      who wrote the poem: a small model from scratch on your files
+  deepseek-hf finetune classification --model_name_or_path deepseek-ai/DeepSeek-V2-Lite --use_peft \\
+      --dataset_name fancyzhx/ag_news --balance weights --output_dir runs/news
+      LoRA on a pretrained model and a data set of the Hub"""
+
+    def __init__(self, arguments: ClassificationArguments, seed: int) -> None:
+        self.arguments = arguments
+        self.seed = seed
+        self.where: dict[str, str] = {}  # what to call a split in messages
+        self.problem_class: type[Problem]  # known with the data
+        self.problem: Problem  # known with the model
+        self.weights: np.ndarray | None = None
+
+    # -- rows --
+
+    def load_splits(self) -> dict[str, Rows]:
+        splits: dict[str, Rows] = {}
+        for split, parts in open_splits(self.arguments, self._text_columns()).items():
+            self.where[split] = named(parts)
+            rows = []
+            for part in parts:
+                with utf8_text(part.where):
+                    rows.append(self._read_rows(cast(Dataset, part.rows), part.where))
+            splits[split] = joined(rows, self.seed)
+        if self.arguments.most_frequent_labels:
+            self._keep_most_frequent(splits, self.arguments.most_frequent_labels)
+        return splits
+
+    def _text_columns(self) -> list[str]:
+        pair = self.arguments.text_pair_column
+        return [self.arguments.text_column, *([pair] if pair else [])]
+
+    def _read_rows(self, dataset: Dataset, where: str) -> Dataset:
+        """Rows of text and target; rows without one of them are left out, and counted aloud.
+
+        Raises:
+            ValueError: if there are no rows, no such columns, or a cell that can't be read.
+        """
+        columns = dataset.column_names
+        if not len(dataset):
+            raise ValueError(f"{where}: no rows.")
+        text_columns, label_column = self._text_columns(), self.arguments.label_column
+        flags = ("text_column", "text_pair_column")
+        wanted = dict(zip(flags, text_columns, strict=False))
+        check_columns(where, columns, wanted | {"label_column": label_column})
+        feature = dataset.features[label_column]
+        if not hasattr(self, "problem_class"):
+            self.problem_class = self._choose_problem(feature)
+        names = getattr(feature, "feature", feature)
+        name = names.int2str if isinstance(names, ClassLabel) else None
+        rows: dict[str, list[Any]] = {"source": [], "target": []}
+        cells = zip(*(dataset[column] for column in text_columns), dataset[label_column], strict=True)
+        for number, (*texts, value) in enumerate(cells, start=1):
+            for column, text in zip(text_columns, texts, strict=True):
+                if text is not None and not isinstance(text, str):
+                    raise ValueError(f"{where}, row {number}: {column!r} is {str(text)[:40]!r}, not a text.")
+            if name is not None and value is not None:
+                # The Hub's unlabelled test splits say -1.
+                value = (
+                    [name(item) for item in value] if isinstance(value, list) else name(value) if value >= 0 else None
+                )
+            try:
+                target = self.problem_class.read(value, self.arguments.label_separator)
+            except ValueError as error:
+                raise ValueError(f"{where}, row {number}, {label_column!r}: {error}.") from None
+            if all(text and text.strip() for text in texts) and target is not None:
+                rows["source"].append(pair_text(*texts) if len(texts) == 2 else texts[0].strip())
+                rows["target"].append(target)
+        count = len(rows["source"])
+        if not count:
+            missing = " and a ".join(map(repr, [*text_columns, label_column]))
+            raise ValueError(f"{where}: no row has {'both ' if len(text_columns) == 1 else ''}a {missing}.")
+        if count < len(dataset):
+            print(f"{where}: left out {len(dataset) - count:,} of {len(dataset):,} rows without text or label")
+        return Dataset.from_dict(rows)
+
+    def _choose_problem(self, feature: Any) -> type[Problem]:
+        """The class for --problem_type, or for the type of the label column.
+
+        Raises:
+            ValueError: if --balance doesn't go with it.
+        """
+        kind = self.arguments.problem_type
+        if kind == "auto":
+            if self.arguments.label_separator or isinstance(feature, (List, LargeList)):
+                kind = "multi_label_classification"
+            elif isinstance(feature, Value) and feature.dtype.startswith("float"):
+                kind = "regression"
+            else:
+                kind = "single_label_classification"
+            print(f"{self.arguments.label_column!r} is read for {kind.replace('_', ' ')} (--problem_type)")
+        balance = self.arguments.balance
+        if kind == "regression" and (balance != "none" or self.arguments.most_frequent_labels):
+            flag = f"--balance {balance}" if balance != "none" else "--most_frequent_labels"
+            raise ValueError(f"{flag}: regression has no classes; leave it out, or set another --problem_type.")
+        if kind == "multi_label_classification" and balance == "sampler":
+            raise ValueError("--balance sampler: a row with several labels is in no one class; use --balance weights.")
+        return PROBLEMS[kind]
+
+    def _count_labels(self, rows: Rows) -> Counter[str]:
+        return Counter(label for target in rows["target"] for label in self.problem_class.labels_in(target))
+
+    def _keep_most_frequent(self, splits: dict[str, Rows], number: int) -> None:
+        if "train" not in splits:
+            raise ValueError("--most_frequent_labels counts training rows; name them too.")
+        counts = self._count_labels(splits["train"])
+        kept = set(sorted(counts, key=lambda label: (-counts[label], label))[:number])
+        for split, rows in splits.items():
+            splits[split] = rows.filter(lambda row: kept.issuperset(self.problem_class.labels_in(row["target"])))
+            print(f"{split}: {len(splits[split]):,} of {len(rows):,} rows have the {len(kept)} most frequent labels")
+            if not len(splits[split]):
+                raise ValueError(f"{self.where[split]}: no row has one of the {len(kept)} most frequent labels.")
+
+    def tokenizer_texts(self, splits: dict[str, Rows]) -> Iterator[str]:
+        yield from splits["train"]["source"]
+
+    # -- labels --
+
+    def config_fields(self, splits: dict[str, Rows], saved: dict[str, Any]) -> dict[str, Any]:
+        """`problem_type`, `id2label` and `label2id`: the model's own if it has been a classifier, else the data's.
+
+        Raises:
+            ValueError: if there are no labels, the model is for another problem, or a row has an unknown label.
+        """
+        kind = self.problem_class.problem_type
+        if saved.get("problem_type"):
+            if saved["problem_type"] != kind:
+                raise ValueError(f"The model was trained for {saved['problem_type']}, not {kind}; set --problem_type.")
+            labels = [saved["id2label"][number] for number in sorted(saved["id2label"], key=int)]
+        elif self.problem_class is Regression:
+            labels = [self.arguments.label_column]
+        elif "train" in splits:
+            labels = sorted(self._count_labels(splits["train"]), key=sort_key)
+            if len(labels) < 2:
+                raise ValueError(f"{self.where['train']}: {len(labels)} label(s) in {self.arguments.label_column!r}.")
+        else:
+            raise ValueError(
+                "The model has no labels yet and there are no training rows to take them from; name some."
+            )
+        if self.problem_class is not Regression:
+            for split, rows in splits.items():
+                unknown = sorted(set(self._count_labels(rows)) - set(labels), key=sort_key)
+                if unknown:
+                    shown = ", ".join(labels[:LABELS_SHOWN]) + " ..." * (len(labels) > LABELS_SHOWN)
+                    raise ValueError(
+                        f"{self.where[split]}: {len(unknown)} label(s) that the model can't know, such as "
+                        f"{unknown[0]!r}; it has {shown}. "
+                        "Leave those rows out, or train on such rows."
+                    )
+        self.problem = self.problem_class(labels)
+        if self.arguments.balance == "weights" and "train" in splits:
+            self.weights = self.problem.balanced_weights(list(splits["train"]["target"]))
+        return {"problem_type": kind, "id2label": dict(enumerate(labels)), "label2id": self.problem.ids}
+
+    # -- features --
+
+    def features(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, is_training: bool) -> Rows:
+        """Token ids, `labels` (see `Problem`) and `length`."""
+        limit = self.arguments.max_length
+
+        def encode(batch: dict[str, list]) -> dict[str, list]:
+            ids = tokenizer(batch["source"])["input_ids"]
+            return {
+                "input_ids": [row[:limit] for row in ids],
+                "labels": [self.problem.encode(target) for target in batch["target"]],
+                "length": [min(len(row), limit) for row in ids],
+                "is_cut": [len(row) > limit for row in ids],
+            }
+
+        features = rows.map(encode, batched=True, remove_columns=["source", "target"], **progress(rows, "tokenize"))
+        if cut := sum(features["is_cut"]):
+            print(f"cut {cut:,} of {len(rows):,} texts to --max_length {limit} tokens")
+        return features.remove_columns("is_cut")
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> ClassificationCollator:
+        return ClassificationCollator(cast(int, tokenizer.pad_token_id), self.problem.dtype)
+
+    def sampler(self, features: Dataset) -> Sampler[int] | None:
+        return BalancedSampler(features["labels"], self.seed) if self.arguments.balance == "sampler" else None
+
+    def loss_function(self, label_smoothing: float) -> Callable[..., torch.Tensor]:
+        """The mean loss of the rows, for several labels of rows and labels.
+
+        Ours in place of the model's: torch's weighted mean divides by the weights of the batch, so in a batch of one
+        class they would do nothing.
+        """
+        if label_smoothing and self.problem_class is not SingleLabel:
+            raise ValueError(f"--label_smoothing_factor is for one label per row, not {self.problem.problem_type}.")
+
+        def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> Any:
+            logits = outputs["logits"].float()
+            weights = None if self.weights is None else torch.tensor(self.weights).to(logits)
+            total = self.problem.loss(logits, labels, weights, label_smoothing)
+            return total / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
+
+        return loss
+
+    # -- scores and reports --
+
+    def decode(self, outputs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+        return [self.problem.decode(encoded) for encoded in self.problem.choose(outputs)]
+
+    def score(self, predictions: list[Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return self.problem.metrics().compute(
+            predictions=[self.problem.encode(prediction) for prediction in predictions],
+            references=[self.problem.encode(row["target"]) for row in rows],
+        )
+
+    def baseline(self, train: Rows | None, rows: list[dict[str, Any]]) -> list[Any] | None:
+        """TF-IDF of character 1- to 3-grams, which need no notion of words, and a linear model."""
+        if not self.arguments.tfidf_baseline or not isinstance(train, Dataset):
+            return None
+        vectorizer = TfidfVectorizer(analyzer="char", ngram_range=(1, 3), sublinear_tf=True)
+        inputs = vectorizer.fit_transform(train["source"])
+        targets = np.array([self.problem.encode(target) for target in train["target"]])
+        estimator = self.problem.estimator().fit(inputs, targets)
+        return [
+            self.problem.decode(p) for p in estimator.predict(vectorizer.transform([row["source"] for row in rows]))
+        ]
+
+    def card_data(self) -> dict[str, Any]:
+        arguments, problem = self.arguments, self.problem
+        balance = {"none": "", "weights": ", loss weighed by class", "sampler": ", classes drawn equally often"}
+        return {
+            "language": None,
+            "pipeline_tag": "text-classification",
+            "datasets": [arguments.dataset_name] if arguments.dataset_name else [],
+            "metrics": problem.card_metrics,
+            "dataset_name": arguments.data_name,
+            "baseline": problem.baseline,
+            "title": problem.problem_type.replace("_", " "),
+            "head": "SequenceClassification",
+            "prompt": "A text.",
+            "usage": f"print(model(**inputs).logits)  # for: {', '.join(problem.labels)}",
+            "prediction": problem.prediction,
+            "data": f"Predicted: {', '.join(problem.labels)}",
+            "preprocessing": f"{arguments.label_column!r} from "
+            f"{' and '.join(map(repr, self._text_columns()))}, at most "
+            f"{arguments.max_length} tokens{balance[arguments.balance]}",
+        }

@@ -1,0 +1,330 @@
+"""`deepseek-hf recommend`: histories in, the best next items out, by a model of the recommendation task.
+
+Histories are JSON (one list of item ids, or {user: list}), or any file that training reads: interactions, or a list of
+items per user, for a whole user base.
+"""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
+
+from modeling_deepseek.modeling_deepseek import feature_reader
+
+from ..recommendation.items.feature_columns import known_only, parse_context, read_users, require_known, unknown_notes
+from ..recommendation.items.interactions import (
+    clean,
+    contexts_of,
+    in_order,
+    read_columns,
+    read_interactions,
+    sequences,
+    split_file_rows,
+)
+from ..recommendation.recommender import Recommender
+from ..recommendation.serving import load
+from ..training.loading import saved_config
+from .flags import parse_verb
+
+EXAMPLES = """examples:
+  deepseek-hf recommend runs/movies --history items.json --k 10
+      items.json: ["318", "858"], or {"ann": ["318"], "bob": ["50", "858"]}
+  deepseek-hf recommend runs/movies --history ratings.csv --user_column userId --item_column movieId \\
+      --output recommended.parquet
+      the whole user base, as rows of user, rank, item and score
+  deepseek-hf recommend runs/movies --history ratings.csv --users_file users.csv --context weekday=Mo device=phone
+      by a model of users' and contexts' features; contexts of the history are read from its columns"""
+
+SCORES_AT_ONCE = 100_000_000  # of a batch of users with a large catalogue; 400 MB
+
+SCHEMA = pa.schema([("user", pa.string()), ("rank", pa.int32()), ("item", pa.string()), ("score", pa.float32())])
+
+
+@dataclass
+class RecommendArguments:
+    """For whom, out of what, and where to."""
+
+    history: str = field(
+        default="", metadata={"help": "File of histories: .json, .jsonl, .csv or .parquet, also .gz."}
+    )
+    k: int = field(default=10, metadata={"help": "Items per user."})
+    exclude_seen: bool = field(default=True, metadata={"help": "Leave out the items of the history."})
+    filter: str | None = field(
+        default=None, metadata={"help": "JSON list, or text with one item per line: the only items to choose from."}
+    )
+    index: Literal["exact", "faiss"] = field(
+        default="exact",
+        metadata={"help": "Search all items, or by faiss: approximate from 50,000 items on, exact with --filter."},
+    )
+    explain: Literal["none", "integrated_gradients", "attention"] = field(
+        default="none", metadata={"help": "Show how much each item of the history carried the first recommendation."}
+    )
+    output: str | None = field(
+        default=None, metadata={"help": "Parquet file for a whole user base; without it, lines on standard output."}
+    )
+    new_items: str | None = field(
+        default=None, metadata={"help": "JSON {id: text} of items to add first, for a model whose items are texts."}
+    )
+    users_file: str | None = field(
+        default=None, metadata={"help": "File of users and their features, for a model that reads such."}
+    )
+    context: list[str] | None = field(
+        default=None,
+        metadata={"help": "What is known of the request, in the model's columns.", "metavar": "COLUMN=VALUE"},
+    )
+    user_column: str = field(default="user_id", metadata={"help": "Column of the user."})
+    item_column: str = field(default="item_id", metadata={"help": "Column of the item."})
+    timestamp_column: str = field(
+        default="timestamp", metadata={"help": "Column of the time; none: the file's order."}
+    )
+    history_column: str = field(default="items", metadata={"help": "Column of a list of items per user."})
+    batch_size: int = field(default=256, metadata={"help": "Users that are scored at once."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
+
+    def __post_init__(self) -> None:
+        if not self.history:
+            raise ValueError("--history is missing: name a file of histories.")
+        for name in ("k", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: it must be 1 or more.")
+        if self.output and self.explain != "none":
+            raise ValueError("--explain prints on standard output; leave out --output.")
+        if self.output and not Path(self.output).parent.is_dir():
+            raise ValueError(f"--output {self.output}: there is no such folder to write to.")
+
+
+def read_histories(
+    arguments: RecommendArguments, context_columns: Sequence[str] = ()
+) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
+    """Histories by user, a single list being that of the user `1`; and {column: value} of each of their interactions,
+    where the file is of interactions and has such columns.
+
+    Raises:
+        ValueError: for a file that can't be read as histories.
+    """
+    path = arguments.history
+    if path.endswith(".json"):
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"--history {path}: can't be read ({error.strerror}).") from error
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            content = None  # perhaps lines; the reader below says what is wrong
+        if isinstance(content, dict) and all(isinstance(items, list) for items in content.values()):
+            return {str(user): items for user, items in content.items()}, {}
+        if isinstance(content, list) and not any(isinstance(item, dict) for item in content):
+            return {"1": content}, {}
+    columns = read_columns(path)
+    contexts: dict[str, list[Any]] = {}
+    if arguments.history_column in columns:
+        names = (arguments.user_column, arguments.history_column, "")
+        rows, notes = split_file_rows(columns, names, "train", path)
+        histories = {row["user"]: row["source"] for row in rows}
+    else:
+        names = (arguments.user_column, arguments.item_column, arguments.timestamp_column)
+        present = [name for name in context_columns if name in columns]
+        frame, notes = clean(read_interactions(columns, names, path, present), keep_repeats=False, k_core=1)
+        frame, _ = in_order(frame, "file", 0)
+        histories = sequences(frame)
+        contexts = {
+            user: [dict(zip(present, row, strict=True)) for row in rows] for user, rows in contexts_of(frame).items()
+        }
+        notes += [f"{path}: no column {name!r}; it counts as none" for name in context_columns if name not in present]
+    for note in notes:
+        print(note, file=sys.stderr)
+    return histories, contexts
+
+
+def features_of_users(
+    recommender: Recommender, arguments: RecommendArguments, histories: dict[str, list[Any]], contexts: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Arguments of `Recommender.recommend` by user, out of the file of users, the history's contexts and --context.
+
+    Raises:
+        ValueError: for a file or context that the model doesn't read.
+    """
+    side = feature_reader(recommender.model)
+    if arguments.users_file and (side is None or not side.user_numbers):
+        raise ValueError("--users_file: this model reads no features of users; leave it out.")
+    request, features = parse_context(arguments.context), {user: dict[str, Any]() for user in histories}
+    require_known(request, side.context_numbers if side else {}, "--context")
+    if side is None:
+        return features
+    unknown: Counter[str] = Counter()
+    without = {"users_file": [] if arguments.users_file else list(side.user_numbers)}
+    without["context"] = [name for name in side.context_numbers if name not in request]
+    for flag, names in without.items():
+        if names:
+            print(f"without --{flag} of {', '.join(names)}: counts as none", file=sys.stderr)
+    if arguments.users_file:
+        path, columns = arguments.users_file, read_columns(arguments.users_file)
+        for name in side.user_numbers:
+            if name not in columns:
+                raise ValueError(f"{path}: no column {name!r}, which the model reads; it has {', '.join(columns)}.")
+        users, notes = read_users(columns, arguments.user_column, list(side.user_numbers), path)
+        if missing := len(histories.keys() - users.keys()):
+            notes.append(f"{path}: {missing:,} of {len(histories):,} users have no row; their features count as none")
+        for note in notes:
+            print(note, file=sys.stderr)
+        for user in histories:
+            features[user]["user_features"] = known_only(side.user_numbers, users.get(user, {}), unknown)
+    if side.context_numbers:
+        request = known_only(side.context_numbers, request, unknown)
+        for user, history in histories.items():
+            own = contexts.get(user) or [{}] * len(history)
+            after = [known_only(side.context_numbers, context, unknown) for context in own[1:]]
+            features[user]["context_features"] = [*after, request]
+    for note in unknown_notes(unknown):
+        print(note, file=sys.stderr)
+    return features
+
+
+def read_filter(path: str | None) -> list[Any] | None:
+    """Item ids of a JSON list, or of a text's lines.
+
+    Raises:
+        ValueError: if it can't be read, or is empty.
+    """
+    if path is None:
+        return None
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--filter {path}: can't be read ({error}).") from error
+    try:
+        items = (
+            json.loads(text) if text.lstrip().startswith("[") else [line for line in text.splitlines() if line.strip()]
+        )
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--filter {path}, line {error.lineno}: broken JSON: {error.msg}.") from error
+    if not items:
+        raise ValueError(f"--filter {path}: it names no item, so nothing could be recommended.")
+    return list(items)
+
+
+def read_new_items(path: str | None) -> dict[str, str]:
+    """Texts by item id out of a JSON file.
+
+    Raises:
+        ValueError: if it can't be read, or holds anything else.
+    """
+    if path is None:
+        return {}
+    try:
+        items = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--new_items {path}: can't be read ({error}).") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--new_items {path}, line {error.lineno}: broken JSON: {error.msg}.") from error
+    if not isinstance(items, dict) or not items:
+        raise ValueError(f'--new_items {path}: expected {{"id": "text", ...}}.')
+    return items
+
+
+def known_histories(recommender: Recommender, histories: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """Those with an item that the model knows; what is left out is counted on standard error.
+
+    Raises:
+        ValueError: if none is left.
+    """
+    counts = {user: recommender.number(items) for user, items in histories.items()}
+    unknown, silent = sum(count for _, count in counts.values()), [u for u, (known, _) in counts.items() if not known]
+    if unknown:
+        print(f"left out {unknown:,} items of histories that are not in the model's catalogue", file=sys.stderr)
+    if silent:
+        print(
+            f"{len(silent):,} of {len(histories):,} users have no known item and get nothing, first {silent[0]!r}",
+            file=sys.stderr,
+        )
+    if len(silent) == len(histories):
+        raise ValueError("No history holds an item that the model knows; are the ids those of its training data?")
+    return {user: items for user, items in histories.items() if counts[user][0]}
+
+
+def batches(
+    recommender: Recommender,
+    histories: dict[str, list[Any]],
+    arguments: RecommendArguments,
+    allowed: list[Any] | None,
+    features: dict[str, dict[str, Any]],
+    report: Callable[[int], Any],
+) -> Iterator[list[tuple[str, list[tuple[str, float]]]]]:
+    """Users with their items and scores, batch by batch in the histories' order."""
+    users = list(histories)
+    size = max(1, min(arguments.batch_size, SCORES_AT_ONCE // len(recommender.items)))
+    for start in range(0, len(users), size):
+        batch = users[start : start + size]
+        given = {name: [features[u][name] for u in batch] for name in features[batch[0]]}
+        rows = recommender.recommend(
+            [list(histories[u]) for u in batch], arguments.k, arguments.exclude_seen, allowed, **given
+        )
+        report(len(batch))
+        yield list(zip(batch, rows, strict=True))
+
+
+def write_parquet(path: str, parts: Iterator[list[tuple[str, list[tuple[str, float]]]]]) -> int:
+    """Write rows of user, rank, item, score as they come, whole or not at all; gives their number."""
+    beside = Path(path).with_name(f".{Path(path).name}.saving")
+    count = 0
+    try:
+        with pq.ParquetWriter(beside, SCHEMA) as writer:
+            for part in parts:
+                rows = [(u, rank, item, score) for u, row in part for rank, (item, score) in enumerate(row, start=1)]
+                columns = list(zip(*rows, strict=True)) or [(), (), (), ()]
+                writer.write_table(pa.table(dict(zip(SCHEMA.names, columns, strict=True)), schema=SCHEMA))
+                count += len(rows)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return count
+
+
+def parse(argv: Sequence[str]) -> tuple[str, RecommendArguments]:
+    """The model and the arguments.
+
+    Raises:
+        ValueError: with one line, for flags that don't fit.
+    """
+    return parse_verb("recommend", RecommendArguments, argv, "MODEL --history FILE [--flag value ...]", EXAMPLES)
+
+
+def recommend(argv: Sequence[str]) -> None:
+    """Do what `deepseek-hf recommend` is followed by.
+
+    Raises:
+        ValueError: with one line, for bad input.
+    """
+    name, arguments = parse(argv)
+    allowed = read_filter(arguments.filter)
+    context_columns = sorted(saved_config(name, arguments.model_revision).get("context_features") or ())
+    histories, contexts = read_histories(arguments, context_columns)
+    disable_progress_bar()  # the bar of loading weights; ours counts users
+    new_items = read_new_items(arguments.new_items)
+    recommender = load(name, arguments.model_revision, arguments.index)
+    if new_items:
+        recommender.add_items(new_items)
+    histories = known_histories(recommender, histories)
+    features = features_of_users(recommender, arguments, histories, contexts)
+    with tqdm(total=len(histories), desc="recommend", unit="user", file=sys.stderr) as bar:
+        parts = batches(recommender, histories, arguments, allowed, features, bar.update)
+        if arguments.output:
+            count = write_parquet(arguments.output, parts)
+        else:
+            rows = [row for part in parts for row in part]
+    if arguments.output:
+        print(f"{count:,} recommendations for {len(histories):,} users: {arguments.output}")
+        return
+    for user, items in rows:
+        line: dict[str, Any] = {"user": user, "items": [item for item, _ in items], "scores": [s for _, s in items]}
+        if arguments.explain != "none":
+            shares = recommender.explain(histories[user], items[0][0], arguments.explain, **features[user])
+            line[arguments.explain] = {"of": items[0][0], "history": dict(sorted(shares, key=lambda pair: -pair[1]))}
+        print(json.dumps(line, ensure_ascii=False))

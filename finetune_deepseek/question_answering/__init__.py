@@ -1,0 +1,1 @@
+"""Question answering: answers pointed at in a passage or written, and found in a folder of texts."""

@@ -1,0 +1,1 @@
+"""Recommendation: four tasks, the scores and baselines they share, and the models that are served."""

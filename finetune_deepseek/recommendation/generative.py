@@ -1,0 +1,234 @@
+"""Generative recommendation: items are written as the digits of semantic IDs, and a language model of those digits
+writes the next one (TIGER, Rajput et al., arXiv 2305.05065).
+
+Item vectors are quantized to codes (items/quantizer.py); the vocabulary is a padding, a start and one token per
+level and digit. A history is a start and its items' digits; beam search through the trie of all codes (items/trie.py)
+writes only items that there are and that the user hasn't seen. Data, baselines and scores are those of task.py; items
+outside of the beam rank behind those in it.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+
+from ..data.sources import Rows
+from ..training.arguments import ModelArguments
+from ..training.optimization import IGNORED_LABEL
+from ..training.task import CausalCollator
+from .arguments import RecommendationArguments
+from .item_vectors import neighbour_vectors, read_item_vectors
+from .items.catalogue import PADDING, PADDING_TOKEN
+from .items.quantizer import distinct_codes, residual_codes
+from .items.semantic_ids import SemanticIdTokenizer, choosable_items
+from .items.titles import read_titles, with_titles
+from .items.trie import CodeTrie, beam_items
+from .scores import target_ranks
+from .task import Recommendation
+
+
+@dataclass
+class GenerativeRecommendationArguments(RecommendationArguments):
+    """Which interactions, and the vectors that the items' codes are made of."""
+
+    item_vectors: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of a trained recommender or embedding model, or a .npy or .safetensors file of a matrix; "
+            "without it, vectors of which items stand near each other in the training histories."
+        },
+    )
+    item_ids_file: str | None = field(
+        default=None, metadata={"help": "Whose the rows of a matrix are: a JSON list, or a text with an id per line."}
+    )
+    titles_file: str | None = field(
+        default=None, metadata={"help": "File of --item_column and --title_column, for an embedding model to read."}
+    )
+    title_column: str = field(default="title", metadata={"help": "Column of the title."})
+    num_levels: int = field(default=3, metadata={"help": "Digits of a code, without the one that tells twins apart."})
+    codebook_size: int = field(default=256, metadata={"help": "Values of each digit."})
+    num_beams: int = field(default=20, metadata={"help": "Items that beam search ends with."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (("num_levels", 1), ("codebook_size", 2), ("num_beams", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"--{name} {getattr(self, name)}: it must be {least} or more.")
+        if self.items_file:
+            raise ValueError("--items_file: texts come in by --titles_file and an embedding model as --item_vectors.")
+        if flags := self.feature_flags:
+            raise ValueError(f"--{flags[0]}: a generative recommender reads no features; leave it out.")
+        if self.sasrec:
+            raise ValueError("--sasrec: train it by `finetune recommendation`, and name its folder in --compare_with.")
+
+
+class SemanticIdCollator(CausalCollator):
+    """Histories on the right for training; for evaluation on the left, with the target's digits and the seen items."""
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        if "target" not in features[0]:
+            return super().__call__(features)
+        batch = {
+            "target": torch.tensor([f["target"] for f in features]),
+            "row": torch.tensor([f["row"] for f in features]),
+        }
+        batch["target_ids"] = torch.tensor([f["target_ids"] for f in features])
+        batch["input_ids"], batch["attention_mask"] = self._pad([f["input_ids"] for f in features], left=True)
+        batch["seen"], _ = self._pad([f["seen"] for f in features])
+        return batch
+
+
+class GenerativeRecommendation(Recommendation):
+    """See the module. Rows are those of `Recommendation`."""
+
+    name = "generative_recommendation"
+    arguments_class = GenerativeRecommendationArguments
+    arguments: GenerativeRecommendationArguments
+    auto_class: Any = AutoModelForCausalLM
+    tokenizer_class = SemanticIdTokenizer
+    peft_task_type = "CAUSAL_LM"
+    recipe = Path(__file__).parents[1] / "examples" / "generative_recommendation.yaml"
+    examples = """examples:
+  deepseek-hf finetune generative_recommendation
+      the built-in recipe on simulated users, with prediction of two digits ahead
+  deepseek-hf finetune generative_recommendation --preset tiny_llm --interactions_file ratings.csv \\
+      --item_vectors runs/movies --num_levels 3 --codebook_size 64 --output_dir runs/semantic
+      codes of the vectors that `finetune recommendation` has left in runs/movies"""
+
+    trie: CodeTrie
+    tokenizer: SemanticIdTokenizer
+
+    def new_tokenizer(self, arguments: ModelArguments, splits: dict[str, Rows]) -> PreTrainedTokenizerBase:
+        """Quantizes the items' vectors: those of the splits, and what else has a vector.
+
+        Raises:
+            ValueError: if fewer than two items have a vector, or an item is named like the padding.
+        """
+        named = sorted(set(self.tokenizer_texts(splits)))
+        items, vectors = self._vectors(named, splits)
+        if len(items) < 2 or PADDING_TOKEN in items:
+            raise ValueError(
+                f"{len(items)} items have a vector; two or more are needed, none of them named {PADDING_TOKEN}."
+            )
+        if missing := len(set(named) - set(items)):
+            self._note(f"{missing:,} of {len(named):,} items have no vector and so no code; they can't be recommended")
+        codes, left_over = residual_codes(vectors, self.arguments.num_levels, self.arguments.codebook_size, self.seed)
+        codes, collisions = distinct_codes(codes)
+        self._note(
+            f"codes of {' x '.join(str(top + 1) for top in codes.max(0))} digits for {len(items):,} items; variance "
+            f"left over by level: {', '.join(f'{share:.1%}' for share in left_over)}",
+            f"{collisions:,} items share a code with another"
+            + ", so a last digit tells them apart" * bool(collisions),
+        )
+        return SemanticIdTokenizer.of_codes(items, codes)
+
+    def _vectors(self, named: list[str], splits: dict[str, Rows]) -> tuple[list[str], np.ndarray]:
+        arguments = self.arguments
+        if arguments.item_vectors is None:
+            if "train" not in splits:
+                raise ValueError("There is neither training data nor --item_vectors to make codes of.")
+            return named, neighbour_vectors(splits["train"]["source"], named, self.seed)
+        titles: dict[str, str] = {}
+        if arguments.titles_file:
+            titles = read_titles(arguments.titles_file, arguments.item_column, arguments.title_column)
+        texts, untitled = with_titles([*named, *(item for item in titles if item not in set(named))], titles)
+        if untitled and titles:
+            self._note(f"{untitled:,} items have no title; their ids stand in")
+        return read_item_vectors(arguments.item_vectors, arguments.item_ids_file, texts)
+
+    def config_fields(self, splits: dict[str, Rows], saved: dict[str, Any]) -> dict[str, Any]:
+        longest = (self.arguments.max_length + 1) * (self.arguments.num_levels + 1) + 1
+        return {} if saved else {"max_position_embeddings": longest}
+
+    def features(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, is_training: bool) -> Rows:
+        """As `Recommendation.features`, the items written as digits; for evaluation also the target's digits."""
+        assert isinstance(tokenizer, SemanticIdTokenizer)
+        self.tokenizer, self.trie = tokenizer, CodeTrie(tokenizer.codes)
+        numbered = super().features(rows, tokenizer, is_training)
+        features: dict[str, list[Any]] = {name: list(numbered[name]) for name in ("seen", "target") if not is_training}
+        features["input_ids"] = [tokenizer.history(window) for window in numbered["input_ids"]]
+        features["length"] = [len(tokens) for tokens in features["input_ids"]]
+        if is_training:
+            unlearned = 1 + self.trie.depth  # nothing stands before the first item
+            features["labels"] = [[IGNORED_LABEL] * unlearned + ids[unlearned:] for ids in features["input_ids"]]
+        else:
+            unknown = [IGNORED_LABEL] * self.trie.depth
+            features["target_ids"] = [
+                tokenizer.item_tokens[target - 1] if target != PADDING else unknown for target in features["target"]
+            ]
+        return Dataset.from_dict(features)
+
+    def item_numbers(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+        assert isinstance(tokenizer, SemanticIdTokenizer)
+        return tokenizer.numbers
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> CausalCollator:  # type: ignore[override]
+        return SemanticIdCollator(PADDING)
+
+    def loss_function(self, label_smoothing: float) -> None:
+        return None  # the language model's own, which is smoothed where asked for
+
+    def generation_config(self, tokenizer: PreTrainedTokenizerBase, num_beams: int) -> GenerationConfig | None:
+        if num_beams > 1:
+            raise ValueError("--generation_num_beams: items are searched by --num_beams; set that.")
+        return None
+
+    def predict_batch(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """Mean cross entropy of the target's digits, and [B, 1 + M]: the target's rank and the items of the beam."""
+        input_ids, mask, target_ids = (inputs[name] for name in ("input_ids", "attention_mask", "target_ids"))
+        ids = torch.cat((input_ids, target_ids.clamp(min=PADDING)), dim=1)
+        logits = model(
+            input_ids=ids,
+            attention_mask=torch.cat((mask, torch.ones_like(target_ids)), dim=1),
+            logits_to_keep=self.trie.depth + 1,
+            use_cache=False,
+        ).logits[:, :-1]
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1).float(), target_ids.flatten(), ignore_index=IGNORED_LABEL
+        )
+        num_items = len(self.tokenizer.items)
+        places, scores = beam_items(
+            getattr(model, "module", model),  # a wrapper of several processes can't generate
+            self.trie.to(input_ids.device),
+            self.tokenizer.first_tokens,
+            input_ids,
+            mask,
+            choosable_items(inputs["seen"], num_items),
+            self.arguments.num_beams,
+        )
+        items = places + 1  # numbers, of which the padding is 0
+        everything = scores.new_full((len(items), num_items + 1), float("-inf")).scatter_(1, items, scores)
+        ranks = target_ranks(everything, inputs["target"], inputs["seen"], PADDING)
+        return loss, torch.cat((ranks[:, None], items), dim=1)
+
+    def decode(self, outputs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+        tokens = np.array([PADDING_TOKEN, *self.tokenizer.items], dtype=object)
+        return [
+            {"rank": int(row[0]), "items": tokens[row[1:][row[1:] > PADDING]].tolist()} for row in outputs.astype(int)
+        ]
+
+    def score(self, predictions: list[Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+        scores = super().score(predictions, rows)
+        beam = f", by a beam of {self.arguments.num_beams}, items outside of it behind all others"
+        return scores | {"ranking_signature": scores["ranking_signature"] + beam}
+
+    def card_data(self) -> dict[str, Any]:
+        card = super().card_data()
+        return card | {
+            "title": "generative recommendation with semantic IDs",
+            "code": CARD_CODE,
+            "prediction": f"the items of a beam search with {self.arguments.num_beams} beams in the trie of all codes",
+            "preprocessing": f"at most {self.arguments.max_length} items of a history, each written as "
+            f"{self.trie.depth} digits",
+            "settings": card["settings"] | {"num_beams": self.arguments.num_beams},
+        }
+
+
+CARD_CODE = """from finetune_deepseek.recommend import load
+
+history = ["5", "3", "8"]  # ids of items, oldest first
+print(load("{name}").recommend(history, k=10))"""

@@ -1,0 +1,102 @@
+"""The catalogue of a task whose items are texts: which number an item has, and the folder that keeps it.
+
+The model holds the texts' tokens under numbers (modeling_deepseek/item_texts.py); the ids stand in a tokenizer with
+one token per item, in a folder beside the tokenizer of the words.
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from ...retrieval.encoding import token_ids
+from .interactions import as_text, read_columns, require_column
+
+PADDING, PADDING_TOKEN = 0, "<padding>"
+CATALOGUE_FOLDER = "catalogue"
+
+
+def catalogue_tokenizer(items: list[str]) -> PreTrainedTokenizerFast:
+    """One token per item, numbered from 1 in the order given; 0 is the padding."""
+    vocabulary = {token: number for number, token in enumerate([PADDING_TOKEN, *items])}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel(vocabulary)), pad_token=PADDING_TOKEN)
+
+
+def item_tokenizer(items: set[str], seed: int) -> PreTrainedTokenizerFast:
+    """One token per item: number 0 is the padding, the others follow the hash of seed and id.
+
+    Raises:
+        ValueError: for an empty catalogue, or an item that is named like the padding.
+    """
+    if len(items) < 2:
+        raise ValueError(f"The catalogue has {len(items)} items; recommending needs two or more.")
+    if PADDING_TOKEN in items:
+        raise ValueError(f"An item is named {PADDING_TOKEN}, which stands for no item; rename it.")
+    ordered = sorted(items, key=lambda item: hashlib.blake2b(f"{seed} {item}".encode(), digest_size=8).digest())
+    return catalogue_tokenizer(ordered)
+
+
+def read_items(path: str, item_column: str, text_columns: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Texts by item id out of a file, and a line for each kind of gap; several columns are joined by ". ".
+
+    Raises:
+        ValueError: if the file can't be read, has no such column, or no item.
+    """
+    columns = read_columns(path)
+    items = as_text(require_column(columns, "item_column", item_column, path))
+    parts = [require_column(columns, "text_columns", name, path) for name in text_columns]
+    texts: dict[str, str] = {}
+    nameless = repeated = 0
+    for item, *cells in zip(items, *parts, strict=True):
+        nameless += item is None
+        repeated += item in texts
+        if item is None or item in texts:
+            continue
+        cells = [", ".join(map(str, cell)) if isinstance(cell, (list, tuple)) else cell for cell in cells]
+        texts[item] = ". ".join(cell for cell in as_text(cells) if cell)
+    if not texts:
+        raise ValueError(f"{path}: no items.")
+    counts = {
+        "rows without an item id were left out": nameless,
+        "rows with the id of a row before were left out": repeated,
+        "items without any text; all of them get one vector": sum(not text for text in texts.values()),
+    }
+    return texts, [f"{Path(path).name}: {count:,} {what}" for what, count in counts.items() if count]
+
+
+class TextCatalogue:
+    """`texts` by item id, and `numbers`, which are known once a model has taken the texts."""
+
+    def __init__(self, texts: dict[str, str]) -> None:
+        self.texts = texts
+        self.numbers: dict[str, int] = {}
+
+    def config_fields(self, saved: dict[str, Any], max_text_length: int) -> dict[str, Any]:
+        """Fields of a new model's config; a model that has items keeps its own."""
+        return {} if saved.get("num_items") else {"num_items": 1, "item_text_length": max_text_length}
+
+    def prepare(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> str:
+        """Give the model the items that it lacks; what that was."""
+        if model.config.num_items > 1:
+            saved = PreTrainedTokenizerFast.from_pretrained(model.name_or_path, subfolder=CATALOGUE_FOLDER)
+            self.numbers = dict(saved.get_vocab())
+        else:
+            self.numbers = {PADDING_TOKEN: PADDING}
+        new = [item for item in self.texts if item not in self.numbers]
+        if not new:
+            return "the model has all items in its catalogue"
+        rows, cut = token_ids(tokenizer, [self.texts[item] for item in new], "", model.config.item_text_length)
+        self.numbers |= dict(zip(new, model.add_items(rows).tolist(), strict=True))
+        return f"{len(new):,} items were added to the catalogue, {cut:,} of them cut to the model's text length"
+
+    @property
+    def items(self) -> list[str]:
+        """In the order of their numbers, the padding first."""
+        return sorted(self.numbers, key=self.numbers.__getitem__)
+
+    def save(self, folder: Path) -> None:
+        catalogue_tokenizer(self.items[1:]).save_pretrained(str(folder / CATALOGUE_FOLDER))

@@ -1,0 +1,290 @@
+"""News recommendation: of the news shown to a user, which are clicked; MIND's files as they are (items/mind.py).
+
+A news is its title, encoded by the trunk that also reads the history of clicks, so one that came after training is
+ranked like any other (item_texts.py). The model learns to tell one click from others shown with it and not clicked
+(Wu et al., "Neural News Recommendation with Multi-Head Self-Attention", EMNLP 2019, section 2.3), drawn anew at each
+use. Scores are MIND's: AUC, MRR and nDCG of each impression, mean over impressions.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from modeling_deepseek import AutoModelForRecommendation
+
+from ..data.sources import SPLITS, Rows
+from ..training.task import CausalCollator, Task
+from .items.catalogue import PADDING, TextCatalogue
+from .items.mind import TEXT_FIELDS, read_behaviors, read_news
+from .report import TEXT_CARD_CODE
+from .scores import bootstrap_interval, impression_scores
+
+METRICS = {"auc": "AUC", "mrr": "MRR", "ndcg@5": "nDCG@5", "ndcg@10": "nDCG@10"}
+# What a trained model depends on: written into its card, and taken from there by evaluate and predict.
+MODEL_SETTINGS = ("text_fields", "max_history")
+
+
+@dataclass
+class NewsArguments:
+    """Which news and impressions, and what of them is read."""
+
+    _argument_group_name = "data"
+
+    train_dir: str | None = field(default=None, metadata={"help": "Folder with MIND's news.tsv and behaviors.tsv."})
+    validation_dir: str | None = field(default=None, metadata={"help": "The same, for --do_eval."})
+    test_dir: str | None = field(
+        default=None, metadata={"help": "The same, for --do_predict: MIND's dev folder; its test has no labels."}
+    )
+    text_fields: list[str] = field(
+        default_factory=lambda: ["title"],
+        metadata={"help": f"What a news is described by, of {', '.join(TEXT_FIELDS)}.", "metavar": "FIELD"},
+    )
+    max_text_length: int = field(default=32, metadata={"help": "Tokens of a news that a new model reads."})
+    max_history: int = field(default=50, metadata={"help": "Latest clicks of a user that the model reads."})
+    num_non_clicks: int = field(default=4, metadata={"help": "News not clicked that each click is learned against."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use this many impressions at most."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "The same, for validation."})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "The same, for test."})
+
+    def __post_init__(self) -> None:
+        if not (self.train_dir or self.validation_dir or self.test_dir):
+            raise ValueError(
+                "news_recommendation needs data: name MIND's folders by --train_dir, --validation_dir, --test_dir."
+            )
+        for name in ("max_text_length", "max_history", "num_non_clicks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: it must be 1 or more.")
+        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: it must be 1 or more.")
+        if isinstance(self.text_fields, str):
+            self.text_fields = [self.text_fields]
+        if wrong := [name for name in self.text_fields if name not in TEXT_FIELDS]:
+            raise ValueError(f"--text_fields {wrong[0]}: no such field; choose from {', '.join(TEXT_FIELDS)}.")
+
+
+class NewsCollator(CausalCollator):
+    """Pads histories and candidates; for training one click comes first, then non-clicks drawn from its impression."""
+
+    def __init__(self, num_non_clicks: int, seed: int) -> None:
+        super().__init__(PADDING)
+        self.num_non_clicks = num_non_clicks
+        self.random = random.Random(seed)
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = {}
+        batch["input_ids"], batch["attention_mask"] = self._pad([f["input_ids"] for f in features])
+        if "click" in features[0]:
+            drawn = []
+            for one in features:
+                others = one["candidates"]
+                drawn.append([one["click"], *self.random.sample(others, min(len(others), self.num_non_clicks))])
+            batch["candidates"], _ = self._pad(drawn)
+            batch["labels"] = torch.zeros(len(features), dtype=torch.long)
+        else:
+            batch["candidates"], mask = self._pad([f["candidates"] for f in features])
+            batch["count"] = mask.sum(1)
+        if "row" in features[0]:
+            batch["row"] = torch.tensor([f["row"] for f in features])
+        return batch
+
+
+class NewsRecommendation(Task):
+    """See the module. Rows are those of `mind.read_behaviors`."""
+
+    name = "news_recommendation"
+    arguments_class = NewsArguments
+    auto_class = AutoModelForRecommendation
+    peft_task_type = "FEATURE_EXTRACTION"
+    examples = """examples:
+  deepseek-hf finetune news_recommendation --preset tiny_llm --vocab_size 8000 --train_dir MINDsmall_train \\
+      --test_dir MINDsmall_dev --num_train_epochs 3 --output_dir runs/news
+      a small model on MIND's folders as they are
+  deepseek-hf predict news_recommendation runs/news --test_dir MINDsmall_dev
+      score it again; news that it has not seen are encoded first"""
+
+    def __init__(self, arguments: NewsArguments, seed: int) -> None:
+        self.arguments = arguments
+        self.seed = seed
+        self.notes: list[str] = []
+        self.catalogue = TextCatalogue({})  # the news of all splits
+        self.learned: set[str] = set()  # news that training has shown
+        self.left_out = 0
+
+    def _note(self, *lines: str) -> None:
+        self.notes += lines
+        for line in lines:
+            print(line)
+
+    # -- rows --
+
+    def load_splits(self) -> dict[str, Rows]:
+        arguments = self.arguments
+        folders = {split: folder for split in SPLITS if (folder := getattr(arguments, f"{split}_dir"))}
+        limits = (arguments.max_train_samples, arguments.max_eval_samples, arguments.max_predict_samples)
+        news: dict[str, dict[str, str]] = {}
+        for split, folder in folders.items():
+            news[split], notes = read_news(folder, arguments.text_fields)
+            self._note(*notes)
+            self.catalogue.texts = news[split] | self.catalogue.texts
+        splits: dict[str, Rows] = {}
+        for split, limit in zip(SPLITS, limits, strict=True):
+            if split not in folders:
+                continue
+            rows, notes = read_behaviors(folders[split], self.catalogue.texts)
+            self._note(*notes)
+            rows = rows[:limit]
+            splits[split] = Dataset.from_dict({name: [row[name] for row in rows] for name in rows[0]})
+            if split == "train":
+                self.learned = {one for row in rows for one in (*row["source"], *row["candidates"])}
+            elif self.learned and (cold := len(news[split].keys() - self.learned)):
+                self._note(f"{split}: {cold:,} of {len(news[split]):,} news are in no training impression or history")
+        return splits
+
+    # -- model --
+
+    def tokenizer_texts(self, splits: dict[str, Rows]) -> Iterator[str]:
+        yield from self.catalogue.texts.values()
+
+    def config_fields(self, splits: dict[str, Rows], saved: dict[str, Any]) -> dict[str, Any]:
+        fields = self.catalogue.config_fields(saved, self.arguments.max_text_length)
+        if not saved:
+            fields["max_position_embeddings"] = max(self.arguments.max_history, self.arguments.max_text_length)
+        return fields
+
+    def prepare_model(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._note(self.catalogue.prepare(model, tokenizer))
+
+    def save_beside(self, folder: Path) -> None:
+        self.catalogue.save(folder)
+
+    # -- features --
+
+    def features(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, is_training: bool) -> Rows:
+        """Numbers of the history and of the candidates; for training one row per click, with what wasn't clicked.
+
+        Raises:
+            ValueError: if nothing can be learned.
+        """
+        features: dict[str, list[Any]] = {"input_ids": [], "length": [], "candidates": []}
+        if is_training:
+            features["click"] = []
+        useless, numbers = 0, self.catalogue.numbers
+        for row in rows:
+            history = [numbers[one] for one in row["source"]][-self.arguments.max_history :] or [PADDING]
+            shown = [numbers.get(one, PADDING) for one in row["candidates"]]
+            pairs = list(zip(shown, row["clicked"], strict=True))
+            clicks = [one for one, click in pairs if click and one != PADDING] if is_training else [None]
+            if is_training:
+                shown = [one for one, click in pairs if not click and one != PADDING]
+                clicks = clicks if shown else []
+                useless += not clicks
+            for click in clicks:
+                features["input_ids"].append(history)
+                features["length"].append(len(history))
+                features["candidates"].append(shown)
+                if is_training:
+                    features["click"].append(click)
+        if useless:
+            self._note(f"left out {useless:,} training impressions without both clicks and news not clicked")
+        if not features["input_ids"]:
+            raise ValueError("No impression has both a click and news that weren't clicked; nothing to learn from.")
+        return Dataset.from_dict(features)
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> NewsCollator:
+        return NewsCollator(self.arguments.num_non_clicks, self.seed)
+
+    def loss_function(self, label_smoothing: float) -> Callable[..., torch.Tensor] | None:
+        if label_smoothing:
+            raise ValueError("--label_smoothing_factor: the loss over an impression has none; leave it out.")
+        return None
+
+    # -- scores and reports --
+
+    def predict_batch(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """[B, 1 + C]: how many candidates there are, and their scores."""
+        count = inputs.pop("count")
+        return None, torch.cat((count[:, None], model(**inputs).logits.float()), dim=1)
+
+    def decode(self, outputs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+        """The scores of the candidates, in the file's order."""
+        return [row[1 : 1 + int(row[0])].tolist() for row in outputs]
+
+    def _per_impression(self, predictions: list[Any], rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+        """The scores of each impression that has both clicks and other news, counting the rest.
+
+        Raises:
+            ValueError: if none has.
+        """
+        found = [
+            impression_scores(np.array(scores), np.array(row["clicked"]))
+            for scores, row in zip(predictions, rows, strict=True)
+            if 0 < sum(row["clicked"]) < len(row["clicked"])
+        ]
+        self.left_out = len(rows) - len(found)
+        if not found:
+            raise ValueError("No impression has both a click and news that weren't clicked; nothing can be scored.")
+        return {name: np.array([one[name] for one in found]) for name in METRICS}
+
+    def score(self, predictions: list[Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+        values = self._per_impression(predictions, rows)
+        return {name: float(value.mean()) for name, value in values.items()} | {
+            "impressions_left_out": self.left_out,
+            "impression_signature": "mean over impressions with clicks and non-clicks, ties against the clicks "
+            "(half in AUC)",
+        }
+
+    def baseline(self, train: Rows | None, rows: list[dict[str, Any]]) -> list[Any] | None:
+        """How often each candidate was clicked in training."""
+        if not isinstance(train, Dataset):
+            return None
+        clicks = Counter(one for target in train["target"] for one in target)
+        return [[float(clicks[one]) for one in row["candidates"]] for row in rows]
+
+    def report(
+        self, predictions: list[Any], rows: list[dict[str, Any]], train: Rows | None, folder: Path
+    ) -> dict[str, Any]:
+        """Intervals over impressions, and the scores of those whose clicks are all on news unseen in training."""
+        results: dict[str, Any] = {}
+        values = self._per_impression(predictions, rows)
+        for name, column in values.items():
+            results[f"test_{name}_low"], results[f"test_{name}_high"] = bootstrap_interval(column)
+        if self.left_out:
+            self._note(f"test: {self.left_out:,} of {len(rows):,} impressions have no click, or nothing else, and are "
+                       "left out of the scores")  # fmt: skip
+        scored = [row for row in rows if 0 < sum(row["clicked"]) < len(row["clicked"])]
+        cold = np.array([not self.learned.intersection(row["target"]) for row in scored])
+        if self.learned and cold.any():
+            results["test_cold_impressions"] = int(cold.sum())
+            results |= {f"test_cold_{name}": float(column[cold].mean()) for name, column in values.items()}
+            self._note(f"test: in {cold.sum():,} impressions all clicks are on news unseen in training; their AUC is "
+                       f"{results['test_cold_auc']:.4f}")  # fmt: skip
+        return results
+
+    def card_data(self) -> dict[str, Any]:
+        arguments = self.arguments
+        folders = [folder for split in SPLITS if (folder := getattr(arguments, f"{split}_dir"))]
+        read = f"{', '.join(arguments.text_fields)} of a news, the latest {arguments.max_history} clicks"
+        return {
+            "language": None,
+            "pipeline_tag": "other",
+            "datasets": [],
+            "metrics": {name: (name, label) for name, label in METRICS.items()},
+            "dataset_name": ", ".join(Path(folder).name for folder in folders),
+            "baseline": "clicks in training",
+            "title": "news recommendation",
+            "code": TEXT_CARD_CODE,
+            "prompt": "",
+            "prediction": "the scores of an impression's candidates",
+            "data": "\n".join(f"- {note}" for note in self.notes),
+            "preprocessing": read,
+            "settings": {"task": self.name} | {name: getattr(arguments, name) for name in MODEL_SETTINGS},
+        }

@@ -1,0 +1,457 @@
+"""A knowledge base: passages of a folder or file, kept in an index, and found by words, by vectors, or by both.
+
+    index = PassageIndex.open("runs/index", "notes", retriever)   # made, or brought up to date
+    for found in index.search("Where is it?", k=5):
+        print(found.score, found.source, found.text)
+
+An index is a folder: `index.json` (what it was made of, and by which model), `passages.jsonl`, and with a model
+`embeddings.safetensors`. What words are counted by, and a faiss index, are made anew when an index is opened.
+"""
+
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from modeling_deepseek import DeepSeekForEmbedding
+from tokenization_deepseek import DeepSeekTokenizer
+
+from ..data.files import replaced_folder, write_json, write_text
+from ..data.sources import READERS, read_file
+from ..training import model_card
+from ..training.loading import is_deepseek, named_source
+from .encoding import encode
+from .lexical import BM25, DEFAULT_WEIGHTS, WORDS_ALONE, fused_scores, part_terms
+
+INDEX_FILE, PASSAGES_FILE, EMBEDDINGS_FILE = "index.json", "passages.jsonl", "embeddings.safetensors"
+FORMAT = 1
+TEXT_ENDINGS = (".txt", ".md", ".rst")
+TEXT_COLUMNS = ("text", "passage", "context")  # of a table, the first that it has
+MAX_CHARACTERS = 1000
+SENTENCE_END = re.compile(r"(?<=[.!?])(?=\s)|(?<=[。！？])")
+# Fields of a config that say nothing about vectors.
+OTHER_FIELDS = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version")
+Mode = Literal["fused", "bm25", "dense"]
+MODES = ("fused", "bm25", "dense")
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A stretch of a file; `source` is its path below the knowledge folder and its first line (a table's row)."""
+
+    text: str
+    source: str
+
+
+@dataclass(frozen=True)
+class FoundPassage(Passage):
+    """A passage, and why it was found.
+
+    `score` is BM25's, the product of the vectors, or the fused score (`fused_scores`), by the way of searching.
+    `evidence` is from 0 to 1: by words the share of the question's words that the passage has (`BM25.share_found`), by
+    vectors their cosine, not below 0, and by both the mean of the two.
+    """
+
+    score: float
+    evidence: float
+
+
+@dataclass(frozen=True)
+class Retriever:
+    """An embedding model, its tokenizer, and the weights of BM25, BM25 of parts and its vectors when all are used.
+
+    A model that was trained here may have weights of its own in its card.
+    """
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    weights: tuple[float, ...] = DEFAULT_WEIGHTS
+
+    @classmethod
+    def load(cls, source: str) -> "Retriever":
+        """From a folder or the Hub.
+
+        Raises:
+            ValueError: if there is no such model.
+        """
+        with named_source("retriever", source):
+            tokenizer_class = DeepSeekTokenizer if is_deepseek(source, "main") else AutoTokenizer
+            model, tokenizer = DeepSeekForEmbedding.from_pretrained(source), tokenizer_class.from_pretrained(source)
+            weights = model_card.run_settings(source, "main", "embedding").get("fusion_weights", DEFAULT_WEIGHTS)
+            return cls(model.eval(), tokenizer, tuple(weights))
+
+    def fingerprint(self) -> str:
+        """SHA-256 over all that vectors depend on: config fields of the model, its weights, and the tokenizer."""
+        config = {k: v for k, v in self.model.config.to_dict().items() if k not in OTHER_FIELDS}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+        for name, weight in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tuple(weight.shape)}".encode())
+            digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        tokens = backend.to_str() if backend else json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
+        digest.update(tokens.encode())
+        return digest.hexdigest()
+
+    def encode(self, texts: list[str], is_query: bool) -> torch.Tensor:
+        """[N, D] of length 1."""
+        config = self.model.config
+        return encode(self.model, self.tokenizer, texts, config.query_prefix if is_query else config.passage_prefix)
+
+
+# Passages ------------------------------------------------------------------------------------------------------------
+
+
+def split_text(text: str, max_characters: int = MAX_CHARACTERS) -> Iterator[tuple[int, str]]:
+    """Passages of a text with the number of the line that each begins in, from 1.
+
+    Paragraphs (which end at an empty line) are joined while they fit; a longer one is cut between sentences, and a
+    longer sentence anywhere.
+    """
+    held, held_line = "", 1
+    for line, paragraph in _paragraphs(text):
+        for start, piece in _pieces(paragraph, max_characters):
+            if held and len(held) + len(piece) + 1 > max_characters:
+                yield held_line, held
+                held = ""
+            if not held:
+                held_line = line + paragraph[:start].count("\n")
+            held = f"{held}\n{piece}" if held else piece
+    if held:
+        yield held_line, held
+
+
+def _paragraphs(text: str) -> Iterator[tuple[int, str]]:
+    line = 1
+    for block in re.split(r"(\n[^\S\n]*\n\s*)", text):
+        if block.strip():
+            yield line + block[: len(block) - len(block.lstrip())].count("\n"), block.strip()
+        line += block.count("\n")
+
+
+def _pieces(paragraph: str, max_characters: int) -> Iterator[tuple[int, str]]:
+    """Where each piece begins, and its text as it stands in the paragraph."""
+    start = end = 0
+    for sentence_end in (*(match.start() for match in SENTENCE_END.finditer(paragraph)), len(paragraph)):
+        if end > start and sentence_end - start > max_characters:
+            yield start, paragraph[start:end]
+            start = end
+        start += len(paragraph[start:]) - len(paragraph[start:].lstrip()) if start == end else 0
+        while sentence_end - start > max_characters:
+            yield start, paragraph[start : start + max_characters]
+            start += max_characters
+        end = sentence_end
+    if end > start:
+        yield start, paragraph[start:end]
+
+
+def read_passages(path: Path, name: str, max_characters: int) -> list[Passage]:
+    """The passages of one file.
+
+    Raises:
+        ValueError: if it can't be read, or holds no text.
+    """
+    if path.suffix in TEXT_ENDINGS:
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"can't be read as UTF-8 text (byte {error.start + 1}); convert the file") from error
+        passages = [Passage(piece, f"{name}:{line}") for line, piece in split_text(text, max_characters)]
+    elif Path(path.name.removesuffix(".gz")).suffix in READERS:
+        rows = read_file(str(path), TEXT_COLUMNS)
+        columns = rows.column_names or []
+        column = next((column for column in TEXT_COLUMNS if column in columns), None)
+        if column is None:
+            raise ValueError(f"none of the columns {', '.join(TEXT_COLUMNS)}; it has {', '.join(columns)}")
+        passages = [
+            Passage(piece, f"{name}:{number}")
+            for number, text in enumerate(rows[column], start=1)
+            if isinstance(text, str)
+            for _, piece in split_text(text, max_characters)
+        ]
+    else:
+        raise ValueError(f"unknown ending; texts are {', '.join(TEXT_ENDINGS)}, tables {', '.join(READERS)}")
+    if not passages:
+        raise ValueError("no text in it")
+    return passages
+
+
+def knowledge_files(knowledge: Path) -> dict[str, Path]:
+    """Name by path of the files of a folder (hidden ones left out) or of one file.
+
+    Raises:
+        ValueError: if there is nothing.
+    """
+    if knowledge.is_file():
+        return {knowledge.name: knowledge}
+    if not knowledge.is_dir():
+        raise ValueError(f"{knowledge}: no such file or folder.")
+    files = {path.relative_to(knowledge).as_posix(): path for path in sorted(knowledge.rglob("*")) if path.is_file()}
+    files = {name: path for name, path in files.items() if not any(p.startswith(".") for p in name.split("/"))}
+    if not files:
+        raise ValueError(f"{knowledge}: there are no files in this folder.")
+    return files
+
+
+# The index -----------------------------------------------------------------------------------------------------------
+
+
+class PassageIndex:
+    """Passages by file, their vectors if there is a retriever, and BM25 over all.
+
+    Args:
+        embeddings: [P, D].
+        settings: the content of index.json.
+        use_faiss: search vectors by faiss in place of torch, with the same results.
+
+    Raises:
+        ValueError: if a package isn't installed.
+    """
+
+    def __init__(
+        self,
+        passages: list[Passage],
+        embeddings: torch.Tensor | None,
+        retriever: Retriever | None,
+        settings: dict[str, Any],
+        use_faiss: bool = False,
+    ) -> None:
+        self.passages = passages
+        self.embeddings = embeddings
+        self.retriever = retriever
+        self.settings = settings
+        self.bm25 = BM25([passage.text for passage in passages])
+        self.faiss = flat_index(embeddings) if use_faiss and embeddings is not None else None
+
+    @cached_property
+    def parts(self) -> BM25:
+        return BM25([passage.text for passage in self.passages], part_terms)
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path,
+        knowledge: str | Path | None = None,
+        retriever: Retriever | None = None,
+        max_characters: int = MAX_CHARACTERS,
+        use_faiss: bool = False,
+    ) -> "PassageIndex":
+        """The index in `folder`, made from `knowledge` or brought up to date with it.
+
+        Files that haven't changed since keep their passages and vectors; files that are gone leave the index. Each
+        file that can't be read is reported in a line.
+
+        Args:
+            knowledge: a folder or file; None takes the index as it is.
+            retriever: makes vectors, and searches by them. An index with vectors needs the one that made them.
+            max_characters: of a passage.
+            use_faiss: search vectors by faiss.
+
+        Raises:
+            ValueError: if the index is damaged, or was made by another model, tokenizer or length of passages, or if
+                nothing in `knowledge` can be read.
+        """
+        folder = Path(folder)
+        fingerprint = retriever.fingerprint() if retriever else None
+        old, passages, embeddings = _read_index(folder)
+        if knowledge is None and old is None:
+            raise ValueError(f"{folder}: no index there; name the knowledge that it is to be made from.")
+        if old is not None:
+            _refuse_another(folder, old, fingerprint, max_characters if knowledge is not None else None)
+            if knowledge is None:
+                return cls(passages, embeddings, retriever, old, use_faiss)
+        assert knowledge is not None
+        contents: dict[str, dict[str, Any]] = {}
+        all_passages: list[Passage] = []
+        kept: list[int | None] = []  # where a passage stood in the old index
+        unreadable = 0
+        known = old["files"] if old else {}
+        starts = dict(
+            zip(known, np.cumsum([0, *(file["passages"] for file in known.values())]).tolist(), strict=False)
+        )
+        for name, path in knowledge_files(Path(knowledge)).items():
+            try:
+                content_hash = hashlib.sha256(path.read_bytes()).hexdigest()
+                if name in known and known[name]["sha256"] == content_hash:
+                    places = list(range(starts[name], starts[name] + known[name]["passages"]))
+                    found = [passages[place] for place in places]
+                    kept += places
+                else:
+                    found = read_passages(path, name, max_characters)
+                    kept += [None] * len(found)
+            except (ValueError, OSError) as error:
+                unreadable += 1
+                print(f"left out {name}: {' '.join(str(error).split())}", file=sys.stderr)
+                continue
+            contents[name] = {"sha256": content_hash, "passages": len(found)}
+            all_passages += found
+        if not all_passages:
+            raise ValueError(f"{knowledge}: none of its {unreadable} files can be read, so there is nothing to find.")
+        new = [place for place, before in enumerate(kept) if before is None]
+        print(
+            f"{len(all_passages):,} passages of {len(contents):,} files ({len(new):,} new; "
+            f"{unreadable:,} files left out)",
+            file=sys.stderr,
+        )
+        vectors = None
+        if retriever:
+            vectors = torch.zeros(len(all_passages), retriever.model.config.hidden_size)
+            same = [(place, before) for place, before in enumerate(kept) if before is not None]
+            if same and embeddings is not None:
+                vectors[[place for place, _ in same]] = embeddings[[before for _, before in same]]
+            if new:
+                vectors[new] = retriever.encode([all_passages[place].text for place in new], is_query=False)
+        settings = {
+            "format": FORMAT,
+            "fingerprint": fingerprint,
+            "max_characters": max_characters,
+            "files": contents,
+        }
+        index = cls(all_passages, vectors, retriever, settings, use_faiss)
+        if new or contents != known:
+            index.save(folder)
+        return index
+
+    def save(self, folder: Path) -> None:
+        """Write the index; index.json takes its place last, and says what the other files must be."""
+        with replaced_folder(folder) as beside:
+            lines = [json.dumps(asdict(passage), ensure_ascii=False) for passage in self.passages]
+            write_text(beside / PASSAGES_FILE, "".join(line + "\n" for line in lines))
+            if self.embeddings is not None:
+                save_file({"embeddings": self.embeddings.contiguous()}, beside / EMBEDDINGS_FILE)
+            written = [path for path in beside.iterdir() if path.is_file()]
+            self.settings["written"] = {path.name: file_hash(path) for path in written}
+        write_json(folder / INDEX_FILE, self.settings)
+
+    def search(self, question: str, k: int = 5, mode: Mode | None = None) -> list[FoundPassage]:
+        """The k best passages, best first; only such that share a word with the question, if words alone decide.
+
+        Args:
+            mode: "bm25", "dense" (by vectors), or "fused" (the weighted mean of BM25, BM25 of parts of words and, with
+                a retriever, vectors); None is fused with a retriever, else bm25.
+
+        Raises:
+            ValueError: if k is less than 1, or the mode needs a retriever.
+        """
+        if k < 1:
+            raise ValueError(f"k={k} must be 1 or more")
+        mode = mode or ("fused" if self.retriever else "bm25")
+        scores, vectors = self._scores(question, mode, k)
+        found = []
+        for place in np.argsort(-scores, kind="stable")[:k]:
+            if vectors is None and scores[place] <= 0:
+                break
+            passage, parts = self.passages[place], []
+            if mode != "dense":
+                parts.append(self.bm25.share_found(question, passage.text))
+            if vectors is not None:
+                parts.append(min(1.0, max(0.0, float(vectors[place]))))
+            found.append(FoundPassage(passage.text, passage.source, float(scores[place]), float(np.mean(parts))))
+        return found
+
+    def scores(self, question: str, mode: Mode) -> np.ndarray:
+        """[P], by which `search` orders the passages.
+
+        Raises:
+            ValueError: if the mode needs a retriever.
+        """
+        return self._scores(question, mode, len(self.passages))[0]
+
+    def _scores(self, question: str, mode: Mode, k: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """[P] by the mode and, where vectors take part, by them; by vectors alone perhaps of the k best only."""
+        if mode not in MODES:
+            raise ValueError(f"unknown mode {mode!r}; use fused, bm25 or dense")
+        if mode == "bm25":
+            return self.bm25.scores(question), None
+        if mode == "dense" and (self.retriever is None or self.embeddings is None):
+            raise ValueError("searching by dense needs a retriever, and an index made with it; use bm25")
+        vectors = None
+        if self.retriever is not None and self.embeddings is not None:
+            vectors = self._similarities(question, k if mode == "dense" else len(self.passages))
+        if mode == "dense" and vectors is not None:
+            return vectors, vectors
+        words = [self.bm25.scores(question), self.parts.scores(question)]
+        if vectors is None or self.retriever is None:
+            return fused_scores(words, WORDS_ALONE), None
+        return fused_scores([*words, vectors], self.retriever.weights), vectors
+
+    def _similarities(self, question: str, k: int) -> np.ndarray:
+        """[P]; faiss gives -inf to what isn't among the k nearest."""
+        assert self.retriever is not None and self.embeddings is not None
+        query = self.retriever.encode([question], is_query=True)
+        if self.faiss is None:
+            return (self.embeddings @ query[0]).numpy()
+        similarities = np.full(len(self.passages), -np.inf, dtype=np.float32)
+        values, places = self.faiss.search(query.numpy(), min(k, len(self.passages)))
+        similarities[places[0]] = values[0]
+        return similarities
+
+
+def flat_index(embeddings: torch.Tensor) -> Any:
+    """An exact faiss index of inner products. It is no more than the vectors, so it isn't kept on disk.
+
+    Raises:
+        ValueError: if faiss isn't installed.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise ValueError(
+            'Searching by faiss needs the package faiss-cpu: pip install "deepseek-hf[faiss]".'
+        ) from error
+    index = faiss.IndexFlatIP(embeddings.shape[1])
+    index.add(embeddings.numpy())
+    return index
+
+
+def file_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _read_index(folder: Path) -> tuple[dict[str, Any] | None, list[Passage], torch.Tensor | None]:
+    """index.json (None if there is none), passages and vectors.
+
+    Raises:
+        ValueError: if one of the files is damaged.
+    """
+    if not (folder / INDEX_FILE).is_file():
+        return None, [], None
+    try:
+        settings = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+        if settings["format"] != FORMAT:
+            raise ValueError(f"format {settings['format']} is not {FORMAT}")
+        for name, expected in settings["written"].items():
+            if file_hash(folder / name) != expected:
+                raise ValueError(f"{name} is not the file that was written")
+        lines = (folder / PASSAGES_FILE).read_text(encoding="utf-8").split("\n")[:-1]
+        passages = [Passage(**json.loads(line)) for line in lines]
+        embeddings = None
+        if EMBEDDINGS_FILE in settings["written"]:
+            embeddings = load_file(folder / EMBEDDINGS_FILE)["embeddings"]
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{folder}: the index is damaged ({error}); remove the folder and make it again.") from error
+    return settings, passages, embeddings
+
+
+def _refuse_another(folder: Path, old: dict[str, Any], fingerprint: str | None, max_characters: int | None) -> None:
+    advice = "name those that made it, or another folder for a new index."
+    if old["fingerprint"] != fingerprint:
+        if fingerprint is None:
+            raise ValueError(f"{folder}: this index has vectors of a model and none is named; {advice}")
+        made = "by another model or tokenizer" if old["fingerprint"] else "without a model"
+        raise ValueError(f"{folder}: this index was made {made}; {advice}")
+    if max_characters is not None and old["max_characters"] != max_characters:
+        raise ValueError(
+            f"{folder}: its passages have at most {old['max_characters']} characters, not {max_characters}; keep "
+            "that, or name another folder for a new index."
+        )

@@ -1,0 +1,69 @@
+"""A reranker: one score for a question and a passage together, by a classifier that reads both.
+
+It is trained by the classification task with `--text_column question --text_pair_column passage`, which makes one text
+of the two by `pair_text`. The label says whether the passage answers the question: two labels of which the second in
+order means yes (0 and 1, no and yes), or a number from 0 to 1.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from modeling_deepseek import DeepSeekForSequenceClassification
+from tokenization_deepseek import DeepSeekTokenizer
+
+from ..data.words import pair_text
+from ..training.batches import batches_by_length
+from ..training.loading import is_deepseek, named_source
+
+
+@dataclass(frozen=True)
+class Reranker:
+    """A sequence classifier with one output or two, and its tokenizer."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def load(cls, source: str) -> "Reranker":
+        """From a folder or the Hub.
+
+        Raises:
+            ValueError: if there is no such model, or it has more than two labels.
+        """
+        with named_source("reranker", source):
+            tokenizer_class = DeepSeekTokenizer if is_deepseek(source, "main") else AutoTokenizer
+            model = DeepSeekForSequenceClassification.from_pretrained(source).eval()
+            tokenizer = tokenizer_class.from_pretrained(source)
+        if model.config.num_labels > 2:
+            raise ValueError(
+                f"--reranker {source}: it has {model.config.num_labels} labels; train one with two, no and yes, or "
+                "with a number."
+            )
+        return cls(model, tokenizer)
+
+    @torch.no_grad()
+    def scores(self, question: str, passages: Sequence[str], batch_size: int = 32) -> list[float]:
+        """From 0 to 1 for each passage; what is longer than the model is cut at its end."""
+        limit = self.model.config.max_position_embeddings
+        rows = [ids[:limit] for ids in self.tokenizer([pair_text(question, text) for text in passages])["input_ids"]]
+        found = [0.0] * len(rows)
+        for chosen in batches_by_length([len(row) for row in rows], batch_size):
+            texts = [torch.tensor(rows[number]) for number in chosen]
+            mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+            ids = pad_sequence(texts, batch_first=True, padding_value=self.model.config.pad_token_id or 0)
+            device = self.model.device
+            logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.float()
+            if self.model.config.num_labels == 2:
+                shares = logits.softmax(-1)[:, 1]
+            elif self.model.config.problem_type == "regression":
+                shares = logits[:, 0].clamp(0, 1)
+            else:
+                shares = logits[:, 0].sigmoid()
+            for number, share in zip(chosen, shares.tolist(), strict=True):
+                found[number] = share
+        return found

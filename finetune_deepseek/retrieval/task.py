@@ -1,0 +1,357 @@
+"""Embedding: queries and passages to vectors that are near each other where a passage answers a query.
+
+Training is contrastive: each query's passage among all passages of the batch. Scores are counted over all passages of
+the split, beside TF-IDF, BM25, and their fusion with the model, whose weights are chosen on the validation split.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from modeling_deepseek import AutoModelForEmbedding
+
+from ..data.sources import DataArguments, Rows, check_columns, joined, named, open_splits, utf8_text
+from ..training.model_card import table
+from ..training.task import CausalCollator, Task, prefixed
+from .encoding import token_ids
+from .lexical import (
+    BM25,
+    DEFAULT_WEIGHTS,
+    FUSED,
+    best_weights,
+    fused_scores,
+    has_bm25,
+    part_terms,
+    ranks_of,
+    retrieval_scores,
+    tfidf_scores,
+)
+
+SHOWN_PASSAGES = 5  # kept per scored query
+# What a trained model depends on: written into its card, and taken from there by evaluate and predict.
+MODEL_SETTINGS = ("max_query_length", "max_passage_length")
+# Flags that set fields of the model's config.
+CONFIG_FLAGS = ("pooling", "query_prefix", "passage_prefix", "matryoshka_sizes", "contrastive_temperature")
+
+
+@dataclass
+class EmbeddingArguments(DataArguments):
+    """Which queries and passages, and how the model makes vectors of them."""
+
+    query_column: str = field(default="query", metadata={"help": "Column of the query."})
+    passage_column: str = field(default="passage", metadata={"help": "Column of the passage that answers it."})
+    negatives_column: str | None = field(
+        default=None, metadata={"help": "Column of a passage or a list of passages that don't (hard negatives)."}
+    )
+    max_query_length: int = field(default=64, metadata={"help": "Longer queries are cut to so many tokens."})
+    max_passage_length: int = field(default=256, metadata={"help": "The same for passages."})
+    pooling: str | None = field(
+        default=None, metadata={"help": "mean, last_token or latent: how tokens become one vector; mean if new."}
+    )
+    query_prefix: str | None = field(default=None, metadata={"help": "Stands before each query, saved in the model."})
+    passage_prefix: str | None = field(default=None, metadata={"help": "The same for passages."})
+    matryoshka_sizes: list[int] | None = field(
+        default=None, metadata={"help": "Sizes that vectors may be cut to, trained together.", "metavar": "SIZE"}
+    )
+    contrastive_temperature: float | None = field(
+        default=None, metadata={"help": "Divides the products of the vectors in the loss; 0.05 if new."}
+    )
+    lexical_baselines: bool = field(
+        default=True, metadata={"help": "Score TF-IDF, BM25 and the fused ranking beside the model."}
+    )
+    fusion_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Weights of BM25, BM25 of parts of words and vectors in the fused ranking, saved in the card; "
+            "chosen on the validation split (--do_eval) if not given.",
+            "metavar": "WEIGHT",
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in MODEL_SETTINGS:
+            if getattr(self, name) < 2:
+                raise ValueError(f"--{name} {getattr(self, name)}: it must be 2 or more.")
+        weights = self.fusion_weights
+        if weights is not None and (len(weights) != len(FUSED) or min(weights) < 0 or not sum(weights)):
+            raise ValueError("--fusion_weights: three numbers are needed, none below 0 and not all 0.")
+
+
+class EmbeddingCollator(CausalCollator):
+    """Queries, and the passages of the batch, each once: a second copy would be a negative of its own query."""
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = {}
+        batch["input_ids"], batch["attention_mask"] = self._pad([f["query_ids"] for f in features])
+        places: dict[tuple[int, ...], int] = {}
+        labels = [places.setdefault(tuple(f["passage_ids"]), len(places)) for f in features]
+        for feature in features:
+            for negative in feature.get("negative_ids") or ():
+                places.setdefault(tuple(negative), len(places))
+        batch["labels"] = torch.tensor(labels)
+        batch["passage_input_ids"], batch["passage_attention_mask"] = self._pad([list(ids) for ids in places])
+        for name in ("row", "query_number", "passage_number"):
+            if name in features[0]:
+                batch[name] = torch.tensor([f[name] for f in features])
+        return batch
+
+
+class Embedding(Task):
+    """See the module. Rows are `source` (the query), `target` (its passage), and `negatives` where there are any."""
+
+    name = "embedding"
+    arguments_class = EmbeddingArguments
+    auto_class = AutoModelForEmbedding
+    peft_task_type = "FEATURE_EXTRACTION"
+    examples = """examples:
+  deepseek-hf finetune embedding --preset tiny_v3 --data_dir questions --query_column question \\
+      --passage_column context --output_dir runs/retriever
+      a small model from scratch on your questions and passages
+  deepseek-hf finetune embedding --model_name_or_path deepseek-ai/DeepSeek-V2-Lite --use_peft --pooling last_token \\
+      --data_dir questions --output_dir runs/retriever
+      LoRA on a pretrained model"""
+
+    def __init__(self, arguments: EmbeddingArguments, seed: int) -> None:
+        self.arguments = arguments
+        self.seed = seed
+        self.prefixes = ("", "")  # of queries and passages, known with the model
+        self.fields: dict[str, Any] = {}  # of the model's config
+        self.passages: list[str] = []  # of the scored splits, each once per split
+        self.queries: list[str] = []  # of the scored splits
+        self.targets: list[int] = []  # the number of each one's passage
+        self.weights = tuple(arguments.fusion_weights or ())
+        self.similarities: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # query number -> passage numbers, scores
+        self.table = ""
+
+    # -- rows --
+
+    def load_splits(self) -> dict[str, Rows]:
+        splits: dict[str, Rows] = {}
+        columns = [self.arguments.query_column, self.arguments.passage_column]
+        for split, parts in open_splits(self.arguments, columns).items():
+            rows = []
+            for part in parts:
+                with utf8_text(part.where):
+                    rows.append(self._read_rows(cast(Dataset, part.rows), part.where))
+            splits[split] = joined(rows, self.seed)
+            if split == "train" and len(set(splits[split]["target"])) < 2:
+                raise ValueError(f"{named(parts)}: there is only one passage, so there is nothing to tell apart.")
+        return splits
+
+    def _read_rows(self, dataset: Dataset, where: str) -> Dataset:
+        """Rows of query, passage and negatives; rows without one of the first two are left out, and counted aloud.
+
+        Raises:
+            ValueError: if there are no rows, no such columns, or a cell that isn't text.
+        """
+        if not len(dataset):
+            raise ValueError(f"{where}: no rows.")
+        arguments = self.arguments
+        wanted = {"query_column": arguments.query_column, "passage_column": arguments.passage_column}
+        if arguments.negatives_column:
+            wanted["negatives_column"] = arguments.negatives_column
+        check_columns(where, dataset.column_names, wanted)
+        rows: dict[str, list[Any]] = {"source": [], "target": [], "negatives": []}
+        negatives = dataset[arguments.negatives_column] if arguments.negatives_column else [None] * len(dataset)
+        cells = zip(dataset[arguments.query_column], dataset[arguments.passage_column], negatives, strict=True)
+        for number, (query, passage, others) in enumerate(cells, start=1):
+            others = [others] if isinstance(others, str) else others or []
+            for text in (query, passage, *others):
+                if text is not None and not isinstance(text, str):
+                    raise ValueError(f"{where}, row {number}: {str(text)[:40]!r} is not a text.")
+            if query and query.strip() and passage and passage.strip():
+                rows["source"].append(query.strip())
+                rows["target"].append(passage.strip())
+                rows["negatives"].append(
+                    [t.strip() for t in others if t and t.strip() and t.strip() != passage.strip()]
+                )
+        if not rows["source"]:
+            raise ValueError(f"{where}: no row has both a {columns_of(wanted)}.")
+        if left_out := len(dataset) - len(rows["source"]):
+            print(f"{where}: left out {left_out:,} of {len(dataset):,} rows without query or passage")
+        return Dataset.from_dict(
+            rows if arguments.negatives_column else rows | {"negatives": [[]] * len(rows["source"])}
+        )
+
+    def tokenizer_texts(self, splits: dict[str, Rows]) -> Iterator[str]:
+        yield from splits["train"]["source"]
+        yield from dict.fromkeys(splits["train"]["target"])
+
+    def config_fields(self, splits: dict[str, Rows], saved: dict[str, Any]) -> dict[str, Any]:
+        """The flags that were given; the model keeps its own of the others."""
+        given = {name: getattr(self.arguments, name) for name in CONFIG_FLAGS}
+        self.fields = {name: saved[name] for name in CONFIG_FLAGS if saved.get(name) is not None}
+        self.fields |= {name: value for name, value in given.items() if value is not None}
+        self.prefixes = (self.fields.get("query_prefix", ""), self.fields.get("passage_prefix", ""))
+        return self.fields
+
+    # -- features --
+
+    def features(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, is_training: bool) -> Rows:
+        """Token ids of query, passage and negatives; for evaluation also the numbers of query and passage."""
+        arguments = self.arguments
+        queries, cut_queries = token_ids(tokenizer, rows["source"], self.prefixes[0], arguments.max_query_length)
+        distinct = list(dict.fromkeys([*rows["target"], *(t for others in rows["negatives"] for t in others)]))
+        encoded, cut_passages = token_ids(tokenizer, distinct, self.prefixes[1], arguments.max_passage_length)
+        ids = dict(zip(distinct, encoded, strict=True))
+        if cut_queries or cut_passages:
+            print(
+                f"cut {cut_queries:,} of {len(queries):,} queries to --max_query_length {arguments.max_query_length}, "
+                f"{cut_passages:,} of {len(distinct):,} passages to --max_passage_length "
+                f"{arguments.max_passage_length} tokens"
+            )
+        passages = [ids[text] for text in rows["target"]]
+        features: dict[str, list[Any]] = {
+            "query_ids": queries,
+            "passage_ids": passages,
+            "length": [max(map(len, pair)) for pair in zip(queries, passages, strict=True)],
+        }
+        if is_training:
+            if arguments.negatives_column:
+                features["negative_ids"] = [[ids[text] for text in others] for others in rows["negatives"]]
+        else:
+            numbers = {text: len(self.passages) + n for n, text in enumerate(dict.fromkeys(rows["target"]))}
+            features["query_number"] = list(range(len(self.queries), len(self.queries) + len(queries)))
+            features["passage_number"] = [numbers[text] for text in rows["target"]]
+            self.passages += numbers
+            self.queries += rows["source"]
+            self.targets += features["passage_number"]
+        return Dataset.from_dict(features)
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> EmbeddingCollator:
+        return EmbeddingCollator(cast(int, tokenizer.pad_token_id))
+
+    def loss_function(self, label_smoothing: float) -> Callable[..., torch.Tensor] | None:
+        if label_smoothing:
+            raise ValueError("--label_smoothing_factor: the contrastive loss has none; leave it out.")
+        return None
+
+    # -- scores and reports --
+
+    def predict_batch(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """The contrastive loss within the batch, and [B, 2 + 2 D]: numbers and vectors of query and passage."""
+        numbers = torch.stack([inputs.pop(name) for name in ("query_number", "passage_number")], dim=1)
+        outputs = model(**inputs)
+        passages = outputs.passage_embeddings[inputs["labels"]]
+        return outputs.loss, torch.cat((numbers.float(), outputs.embeddings.float(), passages.float()), dim=1)
+
+    def decode(self, outputs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+        """The passage's rank among all passages of the rows, and the best passages."""
+        query_numbers, passage_numbers = outputs[:, 0].astype(int), outputs[:, 1].astype(int)
+        queries, passages = np.split(outputs[:, 2:], 2, axis=1)
+        distinct, first, targets = np.unique(passage_numbers, return_index=True, return_inverse=True)
+        scores = queries @ passages[first].T
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :SHOWN_PASSAGES]
+        predictions = []
+        for number, row, rank, chosen in zip(query_numbers, scores, ranks_of(scores, targets), best, strict=True):
+            self.similarities[int(number)] = distinct, row
+            texts = [self.passages[distinct[place]] for place in chosen]
+            predictions.append({"query_number": int(number), "rank": int(rank), "passages": texts})
+        return predictions
+
+    def score(self, predictions: list[Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return retrieval_scores(np.array([prediction["rank"] for prediction in predictions])) | {
+            "retrieval_signature": f"{len({row['target'] for row in rows}):,} passages of the split, ties against us"
+        }
+
+    def after_evaluation(self, folder: Path) -> dict[str, Any]:
+        """Choose the weights of the fused ranking, unless they are given.
+
+        Queries that stand with several passages are left out, unless all do: they can't say which one is meant.
+        """
+        if self.weights or not self.arguments.lexical_baselines or not has_bm25():
+            return {}
+        numbers = sorted(self.similarities)
+        asked = Counter(query for query, _ in {(self.queries[n], self.targets[n]) for n in numbers})
+        telling = [number for number in numbers if asked[self.queries[number]] == 1] or numbers
+        print(f"choosing the weights of the fused ranking by {len(telling):,} of {len(numbers):,} queries")
+        rankings, targets = self._rankings(telling)
+        self.weights = best_weights([rankings[name] for name in FUSED], targets, is_sparing=True)
+        named_weights = dict(zip(FUSED, self.weights, strict=True))
+        print("fused by the weights", ", ".join(f"{name} {weight:g}" for name, weight in named_weights.items()))
+        scores = retrieval_scores(ranks_of(fused_scores([rankings[name] for name in FUSED], self.weights), targets))
+        count = {"fusion_queries": len(telling)}
+        return prefixed("eval_fused", scores) | prefixed("fusion_weight", named_weights) | count
+
+    def _rankings(self, numbers: list[int]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """Scores [Q, P] of queries by each way, over the passages of their split, and the places [Q] of their own."""
+        found = self.similarities[numbers[0]][0]
+        passages, queries = [self.passages[number] for number in found], [self.queries[n] for n in numbers]
+        targets = np.searchsorted(found, [self.targets[number] for number in numbers])
+        rankings = {"dense": np.stack([self.similarities[number][1] for number in numbers])}
+        if has_bm25():
+            for name, ranking in (("bm25", BM25(passages)), ("parts", BM25(passages, part_terms))):
+                rankings[name] = np.stack([ranking.scores(query) for query in queries])
+        return rankings, targets
+
+    def report(
+        self, predictions: list[Any], rows: list[dict[str, Any]], train: Rows | None, folder: Path
+    ) -> dict[str, Any]:
+        """TF-IDF, BM25 and the model fused with BM25, over the same passages."""
+        if not self.arguments.lexical_baselines:
+            return {}
+        numbers = [prediction["query_number"] for prediction in predictions]
+        rankings, targets = self._rankings(numbers)
+        passages = [self.passages[number] for number in self.similarities[numbers[0]][0]]
+        methods = {"model": rankings["dense"], "tfidf": tfidf_scores([row["source"] for row in rows], passages)}
+        if "bm25" in rankings:
+            methods["bm25"] = rankings["bm25"]
+            weights = self.weights or DEFAULT_WEIGHTS
+            methods["fused"] = fused_scores([rankings[name] for name in FUSED], weights)
+        else:
+            print('BM25 and the fused ranking are left out: pip install "deepseek-hf[retrieval]" brings them')
+        found = {name: retrieval_scores(ranks_of(scores, targets)) for name, scores in methods.items()}
+        self.table = table(
+            ["", "R@1", "R@10", "MRR"], [[n, *(f"{x:.4f}" for x in s.values())] for n, s in found.items()]
+        )
+        print(f"\n{len(rows):,} queries, {len(passages):,} passages\n{self.table}\n")
+        results: dict[str, Any] = {}
+        for name in ("tfidf", "bm25", "fused"):
+            results |= prefixed(name, found.get(name, {}))
+        return results | prefixed("baseline", found.get("bm25", found["tfidf"]))  # the card's second column
+
+    def card_data(self) -> dict[str, Any]:
+        arguments = self.arguments
+        return {
+            "language": None,
+            "pipeline_tag": "sentence-similarity",
+            "datasets": [arguments.dataset_name] if arguments.dataset_name else [],
+            "metrics": {name: (name, name.upper()) for name in retrieval_scores(np.ones(1))},
+            "dataset_name": arguments.data_name,
+            "baseline": "BM25" if has_bm25() else "TF-IDF",
+            "title": "embedding",
+            "code": CARD_CODE,
+            "prompt": "",
+            "prediction": "passages by the product of their vectors with the query's",
+            "data": self.table,
+            "preprocessing": f"queries of at most {arguments.max_query_length} tokens, passages of "
+            f"{arguments.max_passage_length}",
+            # An adapter's folder has no config, so the card says how its base is to be set.
+            "settings": {"task": self.name}
+            | {name: getattr(arguments, name) for name in MODEL_SETTINGS}
+            | ({"fusion_weights": list(self.weights)} if self.weights else {})
+            | self.fields,
+        }
+
+
+def columns_of(wanted: dict[str, str]) -> str:
+    return f"{wanted['query_column']!r} and a {wanted['passage_column']!r}"
+
+
+CARD_CODE = """from finetune_deepseek.encoding import encode
+from modeling_deepseek import AutoModelForEmbedding
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForEmbedding.from_pretrained("{name}")
+queries = encode(model, tokenizer, ["What is it?"], model.config.query_prefix)
+passages = encode(model, tokenizer, ["This.", "That."], model.config.passage_prefix)
+print(queries @ passages.T)"""

@@ -1,0 +1,1 @@
+"""The one training path: what a task supplies, the flags, the run, Trainer, loss, schedule and card."""

@@ -1,0 +1,192 @@
+"""What a task is to the training path: rows, features, a collator, scores."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.utils.data import Sampler
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+
+from tokenization_deepseek import train_tokenizer
+
+from ..data.fault_report import CHECKS, Report
+from ..data.sources import Rows
+from .arguments import ModelArguments
+from .optimization import IGNORED_LABEL
+
+
+class Task(ABC):
+    """What a task supplies. A subclass sets the class variables and is entered in `TASKS`."""
+
+    name: ClassVar[str]
+    arguments_class: ClassVar[type]  # the dataclass of its data flags
+    recipe: ClassVar[Path | None] = None  # YAML file to run when neither a model nor data is named
+    examples: ClassVar[str] = ""  # the end of --help
+    auto_class: Any = AutoModelForCausalLM
+    tokenizer_class: Any = None  # that of its saved models, None for the model's own
+    peft_task_type: str = "CAUSAL_LM"
+    fault_names: ClassVar[dict[str, str]] = CHECKS  # what is said of a fault in the data, see data/fault_report.py
+
+    def __init__(self, arguments: Any, seed: int) -> None:
+        self.arguments = arguments
+        self.seed = seed
+
+    @abstractmethod
+    def load_splits(self) -> dict[str, Rows]:
+        """Rows by split: some of train, validation, test. Only train may be a stream.
+
+        A row has `source` and `target`, which are shown beside the prediction, and what else the task needs.
+        """
+
+    @abstractmethod
+    def tokenizer_texts(self, splits: dict[str, Rows]) -> Iterator[str]:
+        """Texts to train a tokenizer on."""
+
+    def new_tokenizer(self, arguments: ModelArguments, splits: dict[str, Rows]) -> PreTrainedTokenizerBase:
+        """The tokenizer of a model with random weights."""
+        tokenizer = train_tokenizer(self.tokenizer_texts(splits), arguments.vocab_size, arguments.tokenizer_generation)
+        print(f"trained a tokenizer of {len(tokenizer):,} tokens")
+        return tokenizer
+
+    def model_config(self, config: Any) -> Any:
+        """The config of a model with random weights, made of what was asked for."""
+        return config
+
+    def config_fields(self, splits: dict[str, Rows], saved: dict[str, Any]) -> dict[str, Any]:
+        """Fields of the model's config that the data decide, such as its labels. Called before `features`.
+
+        `saved` is the config.json of the model or adapter that is loaded, empty for random weights.
+        """
+        return {}
+
+    def check_native(self, fields: dict[str, Any]) -> None:
+        """Refuse those of the `config_fields` that transformers' own class (--native) would pass over silently."""
+        return
+
+    def prepare_model(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Change the model as the data want it. Called before `features`, and before an adapter is attached."""
+        return
+
+    def save_beside(self, folder: Path) -> None:
+        """Write what a saved model needs beside its weights and tokenizer, into its folder."""
+        return
+
+    @abstractmethod
+    def features(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, is_training: bool) -> Rows:
+        """Model inputs with a `length` in tokens; for evaluation one per row in the rows' order."""
+
+    @abstractmethod
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
+        """What makes a batch of features."""
+
+    def sampler(self, features: Dataset) -> Sampler[int] | None:
+        """The order of the training features, None for that of --train_sampling_strategy."""
+        return None
+
+    def loss_function(self, label_smoothing: float) -> Callable[..., torch.Tensor] | None:
+        """Trainer's `compute_loss_func`, None for the model's own loss."""
+        return None
+
+    def generation_config(self, tokenizer: PreTrainedTokenizerBase, num_beams: int) -> GenerationConfig | None:
+        """How to generate at evaluation, None to predict from the model's logits."""
+        return None
+
+    def predict_batch(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor] | None:
+        """Loss and outputs [B, ...] of an evaluation batch; None takes them from `generate` or the model's logits."""
+        return None
+
+    def decode(self, outputs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+        """One prediction per row, as `score` and JSON take it, from generated tokens [B, T] or from logits."""
+        return generated_texts(outputs, tokenizer)
+
+    @abstractmethod
+    def score(self, predictions: list[Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Scores (numbers) and their signatures (texts) of one prediction per row."""
+
+    def after_evaluation(self, folder: Path) -> dict[str, Any]:
+        """What is chosen by the validation split once it is scored (--do_eval), before the card is written; what the
+        model in the folder needs of it is written there."""
+        return {}
+
+    def check_splits(self, splits: dict[str, Rows], tokenizer: PreTrainedTokenizerBase) -> Report:
+        """Faults in the data by split, under names of `fault_names`."""
+        return {}
+
+    def baseline(self, train: Rows | None, rows: list[dict[str, Any]]) -> list[Any] | None:
+        """Predictions of a trivial method to compare with, None for no comparison."""
+        return None
+
+    def report(
+        self, predictions: list[Any], rows: list[dict[str, Any]], train: Rows | None, folder: Path
+    ) -> dict[str, Any]:
+        """Further results of the test split; files of its own go into the folder."""
+        return {}
+
+    @abstractmethod
+    def card_data(self) -> dict[str, Any]:
+        """What the model card says about the task and its data; see model_card.py."""
+
+
+def generated_texts(outputs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The texts of generated tokens [B, T]."""
+    ids = np.where(outputs == IGNORED_LABEL, tokenizer.pad_token_id, outputs)
+    return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def beam_search(
+    tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, num_beams: int, stop_text: str | None = None
+) -> GenerationConfig:
+    """Greedy generation, or by beams, until the end of text or `stop_text`."""
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        do_sample=False,
+        use_cache=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        stop_strings=stop_text,
+    )
+
+
+class CausalCollator:
+    """Pads a batch for a causal model: full rows on the right, generation prompts (if any) on the left."""
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = {}
+        if "input_ids" in features[0]:
+            batch["input_ids"], batch["attention_mask"] = self._pad([f["input_ids"] for f in features])
+            labels, _ = self._pad([f["labels"] for f in features])
+            batch["labels"] = labels.masked_fill(batch["attention_mask"] == 0, IGNORED_LABEL)
+        if "prompt_ids" in features[0]:
+            prompts = [f["prompt_ids"] for f in features]
+            batch["prompt_ids"], batch["prompt_mask"] = self._pad(prompts, left=True)
+        if "row" in features[0]:
+            batch["row"] = torch.tensor([f["row"] for f in features])
+        return batch
+
+    def _pad(self, rows: list[list[int]], left: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and attention mask, both [B, T] with the longest row's T."""
+        width = max(map(len, rows))
+        ids = torch.full((len(rows), width), self.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for index, row in enumerate(rows):
+            place = slice(width - len(row), width) if left else slice(len(row))
+            ids[index, place] = torch.tensor(row, dtype=ids.dtype)
+            mask[index, place] = 1
+        return ids, mask
+
+
+def numbers(results: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in results.items() if isinstance(value, (int, float))}
+
+
+def prefixed(prefix: str, scores: dict[str, Any]) -> dict[str, Any]:
+    return {f"{prefix}_{name}": value for name, value in scores.items()}

@@ -1,0 +1,238 @@
+"""Trainer with generation at evaluation, whole-or-nothing saving and this package's options.
+
+Generation happens inside Trainer's evaluation: `FinetuneTrainer.prediction_step` generates from left-padded prompts
+beside the loss on the full rows, and returns row numbers in place of labels, so that scores see the references' own
+text. A task without a generation config is predicted from the model's logits.
+"""
+
+import copy
+import json
+import math
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Sampler
+from transformers import GenerationConfig, Seq2SeqTrainer, Trainer
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import ParallelMode
+
+from modeling_deepseek import DeepSeekForCausalLM
+
+from ..data.files import replaced_folder
+from ..data.words import nearest_match
+from .arguments import MUON, TrainingArguments
+from .batches import TokenBatchSampler
+from .callbacks import TimeLimitCallback
+from .optimization import (
+    MULTI_STEP,
+    add_l1_gradient,
+    follow_the_clock,
+    l1_norm,
+    multi_step_schedule,
+    smooth_labels,
+    target_losses,
+)
+from .task import prefixed
+from .weights.muon import Muon, muon_groups
+
+
+class FinetuneTrainer(Seq2SeqTrainer):
+    """Seq2SeqTrainer for decoder-only models, with whole-or-nothing saving and this package's model card.
+
+    Where the loss is a language model's, evaluation reports it as the mean over all target tokens of the split, and
+    its exponential as perplexity.
+    """
+
+    model: Any
+    args: TrainingArguments
+
+    def __init__(
+        self,
+        *,
+        generation_config: GenerationConfig | None,
+        sampler: Sampler[int] | None,
+        card: Callable[[Path], None],
+        save_beside: Callable[[Path], None],
+        is_language_model: bool,
+        predict_batch: Callable[[Any, dict[str, Any]], tuple[torch.Tensor | None, torch.Tensor] | None],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.predict_batch = predict_batch
+        self.is_language_model = is_language_model
+        bare = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        self.can_skip_prompts = is_language_model and isinstance(bare, DeepSeekForCausalLM)
+        self.clock = TimeLimitCallback(self.args.train_minutes) if self.args.train_minutes else None
+        if self.clock:
+            self.add_callback(self.clock)
+        self.target_loss, self.target_tokens = 0.0, 0
+        if is_language_model and self.args.label_smoothing_factor:
+            self.label_smoother = None
+            hook = partial(smooth_labels, factor=self.args.label_smoothing_factor)
+            self.model.register_forward_hook(hook, with_kwargs=True)
+        if isinstance(self.model, PeftModel):
+            # The vocabulary is never resized here, so a LoRA on embeddings needs no copy of them in the adapter.
+            self.model.save_pretrained = partial(self.model.save_pretrained, save_embedding_layers=False)  # type: ignore
+        self.generation = generation_config
+        # Evaluations during training follow its course, for which greedy decoding is enough, and a few times faster.
+        self.greedy = copy.deepcopy(generation_config)
+        if self.greedy is not None:
+            self.greedy.num_beams, self.greedy.length_penalty = 1, 1.0
+        self.sampler = sampler
+        self.card, self.save_beside = card, save_beside
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if self.can_skip_prompts and model.training:
+            inputs = inputs | {"logits_to_keep": "labelled"}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):  # type: ignore[no-untyped-def]
+        """Returns the loss (None without labels), new tokens [B, T] or logits, and row numbers [B]."""
+        inputs = self._prepare_inputs(inputs)
+        prompt_ids, prompt_mask, rows = (inputs.pop(name, None) for name in ("prompt_ids", "prompt_mask", "row"))
+        with torch.no_grad(), self.compute_loss_context_manager():
+            predicted = self.predict_batch(model, inputs)
+        if predicted is not None:
+            return *predicted, rows
+        if self.generation is None:
+            loss_only = prediction_loss_only or not self.args.predict_with_generate
+            loss, logits, _ = Trainer.prediction_step(self, model, inputs, loss_only)
+            return loss, logits, rows
+        loss = None
+        if "labels" in inputs:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss, outputs = self.compute_loss(model, dict(inputs), return_outputs=True)
+            loss = loss.detach().mean()
+            if self.is_language_model:
+                sums, counts = target_losses(outputs["logits"], inputs["labels"])
+                sums, counts = self.accelerator.gather_for_metrics((sums, counts))
+                self.target_loss += sum(sums.tolist())
+                self.target_tokens += sum(counts.tolist())
+        if prediction_loss_only or not self.args.predict_with_generate or prompt_ids is None:
+            return loss, None, None
+        generation = self.greedy if self.is_in_train else self.generation
+        generated = self.model.generate(
+            input_ids=prompt_ids,
+            attention_mask=prompt_mask,
+            generation_config=generation,
+            **({"tokenizer": self.processing_class} if generation.stop_strings else {}),
+        )
+        return loss, generated[:, prompt_ids.shape[1] :], rows
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self.target_loss, self.target_tokens = 0.0, 0
+        output: Any = super().evaluation_loop(*args, **kwargs)
+        if self.target_tokens:
+            loss = self.target_loss / self.target_tokens
+            perplexity = math.exp(loss) if loss < 700 else math.inf  # beyond that a float overflows
+            output.metrics.update(prefixed(kwargs["metric_key_prefix"], {"loss": loss, "perplexity": perplexity}))
+        return output
+
+    def _regularized_weights(self) -> list[torch.nn.Parameter]:
+        """The trained weights that weight decay and L1 take hold of: all but norms and biases."""
+        names = set(self.get_decay_parameter_names(self.model))
+        return [p for name, p in self.model.named_parameters() if name in names and p.requires_grad]
+
+    def _has_replicas(self) -> bool:
+        """Whether the processes train copies of the whole model (DDP), rather than parts of one."""
+        is_divided = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.accelerator.parallelism_config
+        return self.args.parallel_mode is ParallelMode.DISTRIBUTED and not is_divided
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        is_new = self.optimizer is None
+        if is_new and self.args.optim == MUON:
+            args, names = self.args, self.get_decay_parameter_names(self.model)
+            self.optimizer = Muon(
+                muon_groups(self.model, names, args.weight_decay),
+                lr=args.learning_rate,
+                betas=(args.adam_beta1, args.adam_beta2),
+                eps=args.adam_epsilon,
+                processes=args.world_size if self._has_replicas() else 1,
+            )
+        optimizer = super().create_optimizer(model)
+        if is_new and self.args.l1:
+            # The weights are looked up at each step, for sharding replaces them.
+            optimizer.register_step_pre_hook(lambda *_: add_l1_gradient(self._regularized_weights(), self.args.l1))
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        if self.args.lr_scheduler_type == MULTI_STEP:
+            optimizer = optimizer or self.optimizer
+            assert optimizer is not None
+            self.lr_scheduler = multi_step_schedule(optimizer, self.args, num_training_steps)
+        else:
+            try:
+                super().create_scheduler(num_training_steps, optimizer)
+            except TypeError as error:  # wrong or missing names
+                raise ValueError(
+                    f"--lr_scheduler_type {SchedulerType(self.args.lr_scheduler_type).value} with "
+                    f"--lr_scheduler_kwargs {json.dumps(self.args.lr_scheduler_kwargs or {})}: {error}."
+                ) from error
+        if self.clock:
+            warmup_steps = self.args.get_warmup_steps(num_training_steps) if self.args.warmup_steps >= 1 else 0
+            follow_the_clock(cast(LambdaLR, self.lr_scheduler), self.clock, num_training_steps, warmup_steps)
+        return self.lr_scheduler
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.args.l1 and "loss" in logs:
+            logs["l1_penalty"] = self.args.l1 * l1_norm(self._regularized_weights())
+        super().log(logs, start_time)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        name = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
+        known = [key.removeprefix("eval_") for key, value in metrics.items() if isinstance(value, float)]
+        if f"eval_{name}" not in metrics:
+            raise ValueError(
+                f"--metric_for_best_model {name}: evaluation gives no such number{nearest_match(name, known)}; there "
+                f"is {', '.join(sorted(known))}."
+            )
+        return super()._determine_best_metric(metrics, trial)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.tokens_per_batch:
+            return TokenBatchSampler(
+                cast(Dataset, train_dataset or self.train_dataset)["length"],
+                self.args.tokens_per_batch,
+                seed=self.args.data_seed or self.args.seed,
+                rank=self.args.process_index,
+                world_size=self.args.world_size,
+            )
+        return self.sampler or super()._get_train_sampler(train_dataset)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        # Evaluation rows are sorted by length already; Trainer's own choice would shuffle them.
+        return torch.utils.data.SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if not self.args.should_save:  # Trainer calls it in every process, and one writes
+            return super()._save(output_dir, state_dict)
+        # Trainer switches config.use_cache off for its own forwards; a saved model should generate fast.
+        config: Any = self.model.config
+        use_cache, config.use_cache = config.use_cache, True
+        try:
+            with replaced_folder(Path(output_dir or self.args.output_dir or "")) as folder:
+                super()._save(str(folder), state_dict)
+                self.save_beside(folder)
+                if isinstance(self.model, PeftModel) and self.model.active_peft_config.modules_to_save:
+                    config.save_pretrained(str(folder))  # the base's doesn't know this head's labels
+        finally:
+            config.use_cache = use_cache
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except BaseException:  # a half-written checkpoint would be resumed from
+            folder = Path(str(self._get_output_dir(trial=trial))) / f"checkpoint-{self.state.global_step}"
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        if self.is_world_process_zero():
+            self.card(Path(str(self.args.output_dir)))

@@ -1,0 +1,1 @@
+"""Which weights learn and how: adapters, frozen groups, Muon, the mean of checkpoints."""

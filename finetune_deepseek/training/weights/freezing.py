@@ -1,0 +1,73 @@
+"""Which weights are trained where there is no LoRA: `--freeze GROUP ...` and `--train_last_n_layers N`."""
+
+import re
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from ...data.words import nearest_match
+from ..arguments import TrainingArguments
+from .lora import GROUPS, group_of, prediction_layers
+
+LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
+
+def is_before_layer(name: str, first: int) -> bool:
+    """Whether a parameter belongs to the embeddings or to a decoder layer before number `first`."""
+    layer = LAYER.search(name)
+    return int(layer[1]) < first if layer else group_of(name) == "embeddings"
+
+
+def freeze_weights(model: PreTrainedModel | PeftModel, args: TrainingArguments) -> None:
+    """Set `requires_grad` as `args.freeze` and `args.train_last_n_layers` say; without them nothing changes.
+
+    The last N layers are trained with all that follows them, the final norm and the head. A head that is tied to the
+    embeddings is one weight with them and frozen when either is.
+
+    Raises:
+        ValueError: for an unknown group or one that the model lacks, more layers than there are, an adapter, and when
+            nothing would be left to train.
+    """
+    words, last = args.freeze or [], args.train_last_n_layers
+    if not words and last is None:
+        return
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            f"--{'freeze' if words else 'train_last_n_layers'}: this is a LoRA adapter, and only its own weights are "
+            "trained; leave the flag out."
+        )
+    # A tied head is listed under its own name too.
+    parameters = list(model.named_parameters(remove_duplicate=False))
+    ahead = prediction_layers(model)
+    present = {group_of(name, ahead) for name, _ in parameters}
+    for word in words:
+        if word not in GROUPS:
+            raise ValueError(
+                f"--freeze {word}: no such group{nearest_match(word, GROUPS)}; choose from {', '.join(GROUPS)}."
+            )
+        if word not in present:
+            has = ", ".join(group for group in GROUPS if group in present)
+            raise ValueError(f"--freeze {word}: the model has no such weights; it has {has or 'none'}.")
+    first = 0
+    if last is not None:
+        behind = [name for name, _ in parameters if group_of(name, ahead) != "mtp"]
+        layers = len({layer[1] for name in behind if (layer := LAYER.search(name))})
+        if last > layers:
+            raise ValueError(f"--train_last_n_layers {last}: the model has {layers} layers; give at most that.")
+        first = layers - last
+    for name, parameter in parameters:
+        if group_of(name, ahead) in words or (last is not None and is_before_layer(name, first)):
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for _, parameter in parameters):
+        raise ValueError("--freeze and --train_last_n_layers leave no weight to train; free a group or a layer.")
+
+
+def trained_weights(model: Any, args: TrainingArguments) -> str:
+    """What is trained in words, for the census and the model card."""
+    if isinstance(model, PeftModel):
+        lora: Any = model.peft_config[model.active_adapter]
+        return f"LoRA adapters, r {lora.r}, alpha {lora.lora_alpha}"
+    last = args.train_last_n_layers
+    kept = "all" if last is None else f"the last {last} layers, final norm and head"
+    return f"{kept}, without {' '.join(args.freeze)}" if args.freeze else kept

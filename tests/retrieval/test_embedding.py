@@ -1,0 +1,204 @@
+"""The embedding task: rows, batches, scores over the split's passages, and a run that learns."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from finetune_deepseek.retrieval.encoding import encode, token_ids
+from finetune_deepseek.retrieval.lexical import FUSED
+from finetune_deepseek.retrieval.passage_index import Retriever
+from finetune_deepseek.retrieval.task import Embedding, EmbeddingArguments, EmbeddingCollator
+from finetune_deepseek.training.model_card import run_settings
+from finetune_deepseek.training.parsing import parse_command
+from finetune_deepseek.training.run import run_stages
+from modeling_deepseek import DeepSeekForEmbedding
+from tests.small_runs import TINY, flags
+from tokenization_deepseek import DeepSeekTokenizer, train_tokenizer
+
+ROWS = [
+    ("what is red", "a fox is red"),
+    ("where is the bird", "the bird sits in a tree"),
+    ("who has a fox", "a fox is red"),
+    ("什么是海", "海是蓝色的水"),
+]
+ONE = np.array([[1.0, 0.0]])
+OURS = {name: value for name, value in TINY.items() if name not in ("target_lang", "max_target_length")}
+
+
+def write(path, rows, **names):
+    names = {"query": "query", "passage": "passage"} | names
+    lines = [json.dumps({names["query"]: q, names["passage"]: p}, ensure_ascii=False) for q, p in rows]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return str(path)
+
+
+def run(folder, rows, **settings):
+    path = write(folder / "rows.jsonl", rows)
+    files = {f"{split}_file": path for split in ("train", "validation", "test")}
+    settings = OURS | files | {"output_dir": folder / "out", "max_steps": 30} | settings
+    return run_stages(Embedding, parse_command("embedding", EmbeddingArguments, flags(settings)))
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("embedding")
+    fields = {"query_prefix": "q: ", "passage_prefix": "p: ", "matryoshka_sizes": [8, 32], "pooling": "last_token"}
+    return folder, run(folder, ROWS, per_device_train_batch_size=4, **fields)
+
+
+def test_a_run_learns_which_passage_answers(learned):
+    folder, results = learned
+    assert results["test_r@1"] == results["test_r@10"] == results["test_mrr"] == results["eval_mrr"] == 1.0
+    assert {"tfidf_mrr", "fused_mrr", "baseline_r@1"} <= set(results)
+    assert results["test_retrieval_signature"] == "3 passages of the split, ties against us"
+    lines = [json.loads(line) for line in (folder / "out/generated_predictions.jsonl").read_text("utf-8").splitlines()]
+    assert [line["prediction"]["passages"][0] for line in lines] == [passage for _, passage in ROWS]
+    card = (folder / "out/README.md").read_text("utf-8")
+    assert "| fused |" in card and "AutoModelForEmbedding" in card and "max_passage_length: 256" in card
+
+
+def test_fusion_weights_are_chosen_on_validation_and_kept(learned, tmp_path):
+    pytest.importorskip("bm25s", reason="bm25s is not installed")
+    folder, results = learned
+    weights = tuple(results[f"fusion_weight_{name}"] for name in FUSED)
+    assert sum(weights) == pytest.approx(1) and results["eval_fused_mrr"] == 1.0
+    assert Retriever.load(str(folder / "out")).weights == weights
+    given = run(tmp_path, ROWS, max_steps=1, fusion_weights=[1, 0, 0])
+    assert given["fused_mrr"] == given["bm25_mrr"] and "fusion_weight_bm25" not in given
+    assert Retriever.load(str(tmp_path / "out")).weights == (1, 0, 0)
+
+
+def test_queries_of_several_passages_choose_no_weights(monkeypatch, tmp_path):
+    task = Embedding(EmbeddingArguments(validation_file="unread"), seed=0)
+    task.queries, task.targets = ["who?", "what is red", "who?", "who?"], [0, 0, 1, 1]
+    task.similarities = dict.fromkeys(range(4), (np.arange(2), np.ones(2)))
+    seen = []
+    monkeypatch.setattr(
+        task, "_rankings", lambda numbers: seen.append(numbers) or (dict.fromkeys(FUSED, ONE), np.array([0]))
+    )
+    assert task.after_evaluation(tmp_path)["fusion_queries"] == 1 and seen == [[1]]
+    task.weights, task.queries[1] = (), "who?"
+    assert task.after_evaluation(tmp_path)["fusion_queries"] == 4
+
+
+def test_the_saved_model_keeps_its_prefixes_and_gives_the_same_ranking(learned):
+    folder = learned[0] / "out"
+    model, tokenizer = DeepSeekForEmbedding.from_pretrained(folder), DeepSeekTokenizer.from_pretrained(folder)
+    assert (model.config.query_prefix, model.config.passage_prefix) == ("q: ", "p: ")
+    assert model.config.pooling == "last_token" and model.config.matryoshka_sizes == [8, 32]
+    queries, passages = [q for q, _ in ROWS], [p for _, p in ROWS]
+    for size in (None, 8):
+        ours = encode(model, tokenizer, queries, model.config.query_prefix, size=size)
+        theirs = encode(model, tokenizer, passages, model.config.passage_prefix, size=size)
+        torch.testing.assert_close(ours.norm(dim=1), torch.ones(4))
+        best = (ours @ theirs.T).argmax(1)
+        assert [passages[place] for place in best] == passages
+
+
+def test_evaluation_reads_the_prefixes_from_the_model(learned, tmp_path):
+    again = run(tmp_path, ROWS, preset=None, vocab_size=None, model_name_or_path=learned[0] / "out", do_predict=True)
+    assert again["test_mrr"] == 1.0
+
+
+def test_hard_negatives_are_read_and_trained_on(tmp_path):
+    rows = [{"query": q, "passage": p, "no": n} for (q, p), n in zip(ROWS, (["x"], [], "a tree", None), strict=True)]
+    task = Embedding(EmbeddingArguments(train_file="unread", negatives_column="no"), seed=0)
+    splits = {"train": task._read_rows(Dataset.from_list([r | {"no": r["no"] or []} for r in rows[:2]]), "train")}
+    assert splits["train"]["negatives"][:] == [["x"], []]
+    (tmp_path / "negatives.jsonl").write_text(
+        "\n".join(json.dumps({"query": q, "passage": p, "no": ["a tree", "x"]}) for q, p in ROWS)
+    )
+    path = str(tmp_path / "negatives.jsonl")
+    settings = OURS | {"train_file": path, "output_dir": tmp_path / "out", "max_steps": 2, "negatives_column": "no"}
+    results = run_stages(Embedding, parse_command("embedding", EmbeddingArguments, flags(settings)))
+    assert results["train_samples"] == 4 and np.isfinite(results["train_loss"])
+
+
+def test_a_batch_holds_each_passage_once():
+    rows = [
+        {"query_ids": [1], "passage_ids": [5, 6], "negative_ids": [[7], [8, 9, 10]]},
+        {"query_ids": [2, 3], "passage_ids": [7], "negative_ids": [[5, 6]]},
+        {"query_ids": [4], "passage_ids": [5, 6], "negative_ids": []},
+    ]
+    batch = EmbeddingCollator(0)(rows)
+    assert batch["labels"].tolist() == [0, 1, 0]
+    assert batch["passage_input_ids"].tolist() == [[5, 6, 0], [7, 0, 0], [8, 9, 10]]
+    assert batch["passage_attention_mask"].tolist() == [[1, 1, 0], [1, 0, 0], [1, 1, 1]]
+    assert batch["input_ids"].tolist() == [[1, 0], [2, 3], [4, 0]]
+
+
+def test_ranks_count_ties_against_the_passage():
+    task = Embedding(EmbeddingArguments(test_file="unread"), seed=0)
+    task.passages = ["none", "a", "b"]
+    vectors = [[1, 0, 1, 0], [1, 0, 1, 0], [0, 1, 1, 0]]  # both passages are the same vector
+    outputs = np.array([[n, 1 + n % 2, *vector] for n, vector in enumerate(vectors)], dtype=np.float32)
+    predictions = task.decode(outputs, None)
+    assert [prediction["rank"] for prediction in predictions] == [2, 2, 2]
+    assert predictions[0]["passages"] == ["a", "b"]
+    assert task.score(predictions, [{"target": "a"}] * 3)["mrr"] == 0.5
+
+
+def test_every_text_ends_with_the_end_of_text():
+    tokenizer = train_tokenizer(["one two birds three"] * 3, 300)
+    rows, cut = token_ids(tokenizer, ["one", "one two birds three " * 9], "q: ", 12)
+    assert [row[-1] for row in rows] == [tokenizer.eos_token_id] * 2 and cut == 1 and len(rows[1]) == 12
+    assert tokenizer.decode(rows[0], skip_special_tokens=True).strip() == "q: one"
+
+
+def test_order_and_batches_dont_change_the_vectors(learned):
+    folder = learned[0] / "out"
+    model, tokenizer = DeepSeekForEmbedding.from_pretrained(folder), DeepSeekTokenizer.from_pretrained(folder)
+    texts = [passage for _, passage in ROWS] * 11
+    together = encode(model.train(), tokenizer, texts, "")
+    assert model.training
+    alone = torch.cat([encode(model, tokenizer, [text], "") for text in texts[:4]])
+    torch.testing.assert_close(together[:4], alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together[4:8], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "message"),
+    [
+        ([("q", "p")], {"query_column": "qurey"}, "no column 'qurey'.*--query_column.*query"),
+        ([("q", " "), ("", "p")], {}, "no row has both a 'query' and a 'passage'"),
+        ([("q", 7), ("r", 8)], {}, "row 1: '7' is not a text"),
+        ([("q", "p"), ("r", "p")], {}, "there is only one passage"),
+        (ROWS, {"max_query_length": 1}, "--max_query_length 1: it must be 2 or more"),
+        (ROWS, {"fusion_weights": [1, 2]}, "--fusion_weights: three numbers are needed"),
+        (ROWS, {"fusion_weights": [1, -1, 1]}, "none below 0"),
+        (ROWS, {"pooling": "men"}, "pooling has the unknown word 'men'; did you mean 'mean'"),
+        (ROWS, {"label_smoothing_factor": 0.1}, "--label_smoothing_factor: the contrastive loss has none"),
+    ],
+)
+def test_bad_input_is_one_line(rows, settings, message, tmp_path):
+    with pytest.raises(ValueError, match=message) as error:
+        run(tmp_path, rows, **settings)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("pooling", ["last_token", "latent"])
+def test_an_adapter_is_trained_and_scored_again(learned, tmp_path, pooling):
+    """The base doesn't know the adapter's pooling and prefix: the card does, and latents lie beside the adapter."""
+    settings = {"preset": None, "vocab_size": None, "model_name_or_path": learned[0] / "out", "use_peft": True}
+    fields = {"pooling": pooling, "query_prefix": "other: ", "lora_r": 2, "max_steps": 3}
+    results = run(tmp_path, ROWS, **settings, **fields)
+    saved = run_settings(str(tmp_path / "out"), "main", "embedding")
+    assert (saved["pooling"], saved["query_prefix"], saved["passage_prefix"]) == (pooling, "other: ", "p: ")
+    again = parse_command(
+        "embedding",
+        EmbeddingArguments,
+        flags(
+            {
+                "model_name_or_path": tmp_path / "out",
+                "test_file": tmp_path / "rows.jsonl",
+                "output_dir": tmp_path / "again",
+                "use_cpu": True,
+                "disable_tqdm": True,
+            }
+        ),
+        defaults=saved,
+    )
+    assert run_stages(Embedding, again)["test_loss"] == pytest.approx(results["test_loss"], rel=1e-4)

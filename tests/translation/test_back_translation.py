@@ -1,0 +1,113 @@
+"""Back-translation: rows by the reverse model, made once, counted and said; what doesn't fit is one line."""
+
+import json
+
+import pytest
+import torch
+
+from finetune_deepseek.translation import back_translation
+from finetune_deepseek.translation.arguments import TranslationArguments
+from finetune_deepseek.translation.task import Translation
+from tests.small_runs import PAIRS, write_jsonl
+
+TEXT = "eins\n\n  drei\nzwei Vögel\n"
+
+
+@pytest.fixture(scope="module")
+def reverse(tmp_path_factory):
+    """A model from German to English that knows the three rows by heart."""
+    from finetune_deepseek.__main__ import guarded
+    from tests.small_runs import TINY, flags
+
+    folder = tmp_path_factory.mktemp("reverse")
+    path = write_jsonl(folder / "rows.jsonl", PAIRS)
+    settings = TINY | {"train_file": path, "source_lang": "de", "target_lang": "en", "max_steps": 40}
+    assert guarded(["translation", *flags(settings | {"output_dir": folder / "de-en"})]) == 0
+    return folder / "de-en"
+
+
+@pytest.fixture
+def settings(reverse, tmp_path):
+    (tmp_path / "mono.de").write_text(TEXT, encoding="utf-8")
+    return {
+        "train_file": str(write_jsonl(tmp_path / "rows.jsonl", PAIRS[:1])),
+        "target_lang": "de",
+        "back_translation_file": str(tmp_path / "mono.de"),
+        "back_translation_model": str(reverse),
+    }
+
+
+def load(**settings):
+    return Translation(TranslationArguments(**settings), seed=0).load_splits()["train"]
+
+
+def test_rows_are_added_counted_and_made_once(settings, finetune, tmp_path, monkeypatch, capsys):
+    results = finetune(**settings, max_steps=1, output_dir=tmp_path / "first")
+    assert results["train_samples"] == 1 + 3
+    (kept,) = tmp_path.glob("mono.de.de-en-*.jsonl")
+    rows = [json.loads(line)["translation"] for line in kept.read_text(encoding="utf-8").splitlines()]
+    assert rows == [{"en": en, "de": de} for en, de in (PAIRS[0], PAIRS[2], PAIRS[1])]
+    line = "3 training rows back-translated from mono.de by de-en"
+    assert line in capsys.readouterr().out
+    assert line in (tmp_path / "first" / "README.md").read_text(encoding="utf-8")
+
+    def fail(*args):
+        raise AssertionError("generated again")
+
+    monkeypatch.setattr(back_translation, "generate", fail)
+    again = finetune(**settings, max_steps=1, output_dir=tmp_path / "again")
+    assert again["train_loss"] == results["train_loss"]  # generation drew no random numbers from the run
+    (tmp_path / "mono.de").write_text("eins\n")
+    with pytest.raises(AssertionError, match="generated again"):  # another text, another file
+        load(**settings)
+    with pytest.raises(AssertionError, match="generated again"):
+        load(**settings, back_translation_beams=2)
+
+
+def test_only_the_direction_to_the_real_side_gets_rows(settings):
+    rows = load(**settings, both_directions=True)
+    assert [(row["source_lang"], row["target_lang"]) for row in rows][-3:] == [("en", "de")] * 3
+    assert len(rows) == 2 + 3
+    streamed = list(load(**settings, streaming=True))
+    assert sorted(row["target"] for row in streamed) == ["drei", "eins", "eins", "zwei Vögel"]
+
+
+def test_an_interrupted_generation_leaves_nothing(settings, tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        torch.rand(1)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(back_translation, "translate_lines", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        load(**settings)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mono.de", "rows.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"back_translation_model": None}, "--back_translation_file and --back_translation_model need each other"),
+        ({"back_translation_file": "missing"}, "--back_translation_file missing: no such file"),
+        ({"back_translation_model": "missing"}, "--back_translation_model missing: no such folder"),
+        ({"target_lang": "zh"}, "--source_lang zh --target_lang en: by its card, .* is for de to en; name another"),
+        ({"source_lang": "de", "target_lang": "en"}, "--source_lang en --target_lang de: by its card"),
+        ({"preprocess": "moses_lower"}, "was trained with --preprocess none, this run has moses_lower"),
+    ],
+)
+def test_what_does_not_fit_is_one_line(change, message, settings, tmp_path):
+    rows = [{"translation": {"en": "one", "de": "eins", "zh": "一"}}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(ValueError, match=message) as error:
+        load(**(settings | change))
+    assert "\n" not in str(error.value)
+
+
+def test_a_broken_file_of_pairs_is_not_used(settings, tmp_path):
+    load(**settings)
+    (kept,) = tmp_path.glob("mono.de.de-en-*.jsonl")
+    kept.write_text("{")
+    with pytest.raises(ValueError, match="jsonl: broken; remove it, and it will be made again"):
+        load(**settings)
+    (tmp_path / "mono.de").write_text(" \n")
+    with pytest.raises(ValueError, match="mono.de: no text"):
+        load(**settings)
