@@ -1,6 +1,7 @@
 # make quickstart   install, then train, adapt and evaluate a tiny DeepSeek translator (about 10 minutes on 2 cores)
 # make test         the test suite            make test-slow   the tests marked slow
 # make check        lint, format, types and the order of rooms    make format      mend lint and format
+# make matrix       tests on the lowest, the pinned and the newest versions: SETS=, PYTHONS=, TESTS= (.ci/matrix.py)
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 PACKAGES := configuration_deepseek tokenization_deepseek modeling_deepseek finetune_deepseek
 
-.PHONY: quickstart test test-slow check format
+.PHONY: quickstart test test-slow check format matrix
 quickstart: $(INSTALLED)
 	$(BIN)/deepseek-hf finetune translation
 
@@ -28,6 +29,9 @@ check: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+matrix:
+	$(PYTHON) .ci/matrix.py $(if $(SETS),--sets $(SETS)) $(if $(PYTHONS),--pythons $(PYTHONS)) $(if $(TESTS),--tests $(TESTS))
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

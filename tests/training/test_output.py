@@ -67,7 +67,7 @@ def test_write_text_is_whole_or_nothing(tmp_path):
 
 
 def test_template_is_one_file_and_a_valid_card():
-    assert (ROOT / "model_card.md").resolve() == TEMPLATE.resolve()
+    assert (ROOT / "model_card.md").read_bytes() == TEMPLATE.read_bytes()  # a link here, a copy in a source archive
     card = ModelCard.load(ROOT / "model_card.md", ignore_metadata_errors=False)
     assert card.data.library_name == "transformers"
     assert card.data.license == "apache-2.0"
