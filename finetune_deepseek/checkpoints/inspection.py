@@ -28,7 +28,6 @@ from ..training.weights.lora import OTHER, group_of, plain_name
 from .checkpoint import Checkpoint, check_weights, dequantize_at, head_of
 from .shards import (
     ADAPTER_FILE,
-    DTYPES,
     LazyTensor,
     OpenFiles,
     Tensors,
@@ -38,6 +37,7 @@ from .shards import (
     quantize,
     read_json,
     split_experts,
+    torch_type,
     unread,
 )
 
@@ -135,7 +135,7 @@ def headers(source: str | os.PathLike, revision: str) -> Tensors:
     except (NotASafetensorsRepoError, SafetensorsParsingError, HfHubHTTPError) as error:
         raise ValueError(f"{source}: {str(error).splitlines()[0]}") from error
     return {
-        name: LazyTensor(tuple(tensor.shape), DTYPES[tensor.dtype], unread)
+        name: LazyTensor(tuple(tensor.shape), torch_type(tensor.dtype, f"{source}: weight {name}"), unread)
         for file in metadata.files_metadata.values()
         for name, tensor in file.tensors.items()
     }
