@@ -32,6 +32,8 @@ from modeling_deepseek.quantization import (
     quantize_blocks,
 )
 
+from ..data.hub import check_source
+
 WEIGHTS_FILE, INDEX_FILE, ADAPTER_FILE = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 # The words of a safetensors header.
 DTYPES = {
@@ -217,6 +219,7 @@ def local_folder(source: str | os.PathLike, revision: str | None = None) -> Path
         return folder
     if folder.exists():
         raise ValueError(f"{source} is a file; name the folder of a checkpoint, or a Hub id")
+    check_source(str(source))
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.model"]
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))

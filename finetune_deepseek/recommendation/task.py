@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from modeling_deepseek import AutoModelForRecommendation
 
 from ..data.files import write_text
+from ..data.hub import check_named
 from ..data.sources import SPLITS, Rows
 from ..training.arguments import ModelArguments
 from ..training.optimization import IGNORED_LABEL
@@ -216,6 +217,7 @@ class Recommendation(Task):
         name = cast(str, arguments.dataset_name)
         if name == "ml-100k":
             return ml_100k(contexts=contexts)
+        check_named("dataset_name", name, "dataset")
         try:
             dataset = load_dataset(name, arguments.dataset_config_name, split="train")
         except Exception as error:  # the Hub client, datasets and pyarrow each raise classes of their own
