@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from . import TASKS
+from .data.hub import home_advice
 
 USAGE = f"""usage: deepseek-hf finetune TASK [config.yaml] [--flag value ...]
        deepseek-hf evaluate TASK MODEL [config.yaml] [--flag value ...]
@@ -58,7 +59,9 @@ def guarded(argv: Sequence[str], verb: str = "finetune") -> int:
     except (ValueError, OSError, SafetensorError, StrictDataclassError) as error:
         if os.environ.get("DEEPSEEK_HF_TRACEBACK"):
             raise
-        print(f"deepseek-hf: error: {' '.join(str(error).split())}", file=sys.stderr)
+        line = " ".join(str(error).split())
+        advice = home_advice(error)
+        print(f"deepseek-hf: error: {line.rstrip('.') if advice else line}{advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         advice = "; go on with --resume_from_checkpoint true" if verb == "finetune" else ""

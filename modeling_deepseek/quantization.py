@@ -77,6 +77,18 @@ class DequantizedSlice:
         return dequantize_blocks(self.weight[...], self.scale[...], self.block)[index]
 
 
+def check_readable(word: str, weight: str) -> None:
+    """Refuse safetensors' word for powers of two in one byte where torch (2.6) has no such type.
+
+    Raises:
+        CheckpointError: the line begins with `weight`.
+    """
+    if word == "F8_E8M0" and not hasattr(torch, "float8_e8m0fnu"):
+        raise CheckpointError(
+            f"{weight} is of type {word}, which torch {torch.__version__} lacks; install 2.7 or later"
+        )
+
+
 def dequantized(weights: dict[str, Any], config: Any) -> dict[str, Any]:
     """Replace the quantized entries of a checkpoint by ones that dequantize themselves when read.
 
@@ -117,6 +129,7 @@ def dequantized(weights: dict[str, Any], config: Any) -> dict[str, Any]:
                     f"blocks of {block[0]} x {block[1]} has {tuple(wanted)}; mend weight_block_size, or copy the "
                     "checkpoint again"
                 )
+            check_readable(weights[scale_key].get_dtype(), f"scale {scale_key}")
             result[key] = DequantizedSlice(entry, weights[scale_key], block)
         else:
             result[key] = entry

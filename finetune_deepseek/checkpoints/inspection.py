@@ -24,11 +24,11 @@ from modeling_deepseek.checkpoint_files import CheckpointError
 from modeling_deepseek.quantization import SCALE
 from tokenization_deepseek import DeepSeekTokenizer
 
+from ..data.hub import check_source
 from ..training.weights.lora import OTHER, group_of, plain_name
 from .checkpoint import Checkpoint, check_weights, dequantize_at, head_of
 from .shards import (
     ADAPTER_FILE,
-    DTYPES,
     LazyTensor,
     OpenFiles,
     Tensors,
@@ -38,6 +38,7 @@ from .shards import (
     quantize,
     read_json,
     split_experts,
+    torch_type,
     unread,
 )
 
@@ -88,6 +89,7 @@ def inspect_checkpoint(source: str | os.PathLike, revision: str = "main") -> Ins
     Raises:
         ValueError: for a config of another family, files that are missing or damaged, a repository that isn't there.
     """
+    check_source(str(source))
     try:
         config = DeepSeekConfig.from_pretrained(source, revision=revision)
     except OSError as error:
@@ -135,7 +137,7 @@ def headers(source: str | os.PathLike, revision: str) -> Tensors:
     except (NotASafetensorsRepoError, SafetensorsParsingError, HfHubHTTPError) as error:
         raise ValueError(f"{source}: {str(error).splitlines()[0]}") from error
     return {
-        name: LazyTensor(tuple(tensor.shape), DTYPES[tensor.dtype], unread)
+        name: LazyTensor(tuple(tensor.shape), torch_type(tensor.dtype, f"{source}: weight {name}"), unread)
         for file in metadata.files_metadata.values()
         for name, tensor in file.tensors.items()
     }
@@ -295,7 +297,12 @@ def describe_adapter(folder: Path) -> str:
 
 
 def is_adapter(source: str | os.PathLike, revision: str) -> Path | None:
-    """The folder of an adapter; from the Hub it is downloaded, being small."""
+    """The folder of an adapter; from the Hub it is downloaded, being small.
+
+    Raises:
+        ValueError: if there is no such model at all.
+    """
+    check_source(str(source))
     folder = Path(source)
     if not folder.exists():
         try:

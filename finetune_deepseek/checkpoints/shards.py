@@ -23,7 +23,16 @@ from safetensors.torch import save_file
 
 from configuration_deepseek import DeepSeekConfig
 from modeling_deepseek.checkpoint_files import CheckpointError
-from modeling_deepseek.quantization import QUANTIZED, DequantizedSlice, dequantized, grid_of, quantize_blocks
+from modeling_deepseek.quantization import (
+    QUANTIZED,
+    DequantizedSlice,
+    check_readable,
+    dequantized,
+    grid_of,
+    quantize_blocks,
+)
+
+from ..data.hub import check_source
 
 WEIGHTS_FILE, INDEX_FILE, ADAPTER_FILE = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 # The words of a safetensors header.
@@ -34,7 +43,6 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -42,6 +50,8 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+if hasattr(torch, "float8_e8m0fnu"):  # from torch 2.7 on
+    DTYPES["F8_E8M0"] = torch.float8_e8m0fnu
 SPOTS = 32  # values of each tensor that are compared after writing
 
 
@@ -110,6 +120,18 @@ class OpenFiles:
         return self.file
 
 
+def torch_type(word: str, weight: str) -> torch.dtype:
+    """torch's type for a word of a header.
+
+    Raises:
+        CheckpointError: if there is none here; the line begins with `weight`.
+    """
+    check_readable(word, weight)
+    if word not in DTYPES:
+        raise CheckpointError(f"{weight} is of type {word}, which is not read")
+    return DTYPES[word]
+
+
 def open_weights(path: Path, files: OpenFiles) -> Tensors:
     """The tensors of one safetensors file, in the order in which they lie in it.
 
@@ -120,9 +142,7 @@ def open_weights(path: Path, files: OpenFiles) -> Tensors:
     tensors: Tensors = {}
     for name in opened.offset_keys():
         entry = opened.get_slice(name)
-        word = entry.get_dtype()
-        if word not in DTYPES:
-            raise CheckpointError(f"{path}: weight {name} is of type {word}, which is not read")
+        dtype = torch_type(entry.get_dtype(), f"{path}: weight {name}")
 
         def read(name: str = name) -> torch.Tensor:
             return files.get(path).get_tensor(name)
@@ -130,7 +150,7 @@ def open_weights(path: Path, files: OpenFiles) -> Tensors:
         def cut(index: Any, name: str = name) -> torch.Tensor:
             return files.get(path).get_slice(name)[index]
 
-        tensors[name] = LazyTensor(tuple(entry.get_shape()), DTYPES[word], read, cut)
+        tensors[name] = LazyTensor(tuple(entry.get_shape()), dtype, read, cut)
     return tensors
 
 
@@ -199,6 +219,7 @@ def local_folder(source: str | os.PathLike, revision: str | None = None) -> Path
         return folder
     if folder.exists():
         raise ValueError(f"{source} is a file; name the folder of a checkpoint, or a Hub id")
+    check_source(str(source))
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.model"]
     try:
         return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))

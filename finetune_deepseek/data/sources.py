@@ -14,6 +14,7 @@ from typing import Any, TypeAlias, cast
 
 from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets, load_dataset
 
+from .hub import check_named
 from .words import nearest_match
 
 Rows: TypeAlias = Dataset | IterableDataset
@@ -214,6 +215,7 @@ def read_file(path: str, text_columns: Iterable[str] = (), streaming: bool = Fal
 
 
 def _load_hub(name: str, config: str | None, streaming: bool) -> dict[str, Rows]:
+    check_named("dataset_name", name, "dataset")
     try:
         dataset = load_dataset(name, config, streaming=streaming)
     except Exception as error:  # the Hub client, datasets and pyarrow each raise classes of their own

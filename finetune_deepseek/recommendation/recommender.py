@@ -21,6 +21,7 @@ from .items.catalogue import CATALOGUE_FOLDER, PADDING, catalogue_tokenizer
 from .items.feature_columns import FEATURES, request_features
 from .items.index import ItemIndex
 from .items.interactions import as_text
+from .sasrec import register_sasrec
 
 SERVED = ("recommendation", "news_recommendation")  # tasks whose models these are
 
@@ -246,6 +247,7 @@ def last_attention(
 
 def open_model(name: str, revision: str) -> Any:
     """The model in a folder or on the Hub, an adapter with the features that it has learned on its base merged."""
+    register_sasrec()
     config = saved_config(name, revision)
     features = {field: config[field] for field in FEATURES if config.get(field)}
     if not features or find_adapter_config_file(name, revision=revision) is None:

@@ -121,5 +121,8 @@ def sasrec_config(config: PreTrainedConfig) -> SASRecConfig:
     )
 
 
-AutoConfig.register(SASRecConfig.model_type, SASRecConfig, exist_ok=True)
-AutoModelForRecommendation.register(SASRecConfig, SASRecForRecommendation, exist_ok=True)
+def register_sasrec() -> None:
+    """Let `AutoModelForRecommendation` open SASRec's folders. A run and `recommend` do; importing does not, since the
+    table is the process's."""
+    AutoConfig.register(SASRecConfig.model_type, SASRecConfig, exist_ok=True)
+    AutoModelForRecommendation.register(SASRecConfig, SASRecForRecommendation, exist_ok=True)

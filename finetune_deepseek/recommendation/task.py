@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from modeling_deepseek import AutoModelForRecommendation
 
 from ..data.files import write_text
+from ..data.hub import check_named
 from ..data.sources import SPLITS, Rows
 from ..training.arguments import ModelArguments
 from ..training.optimization import IGNORED_LABEL
@@ -47,7 +48,7 @@ from .items.interactions import (
 )
 from .items.svd import add_item_svd
 from .report import CARD_CODE, FEATURE_CARD_CODE, RANKS_FILE, TEXT_CARD_CODE, read_ranks, scores_table
-from .sasrec import sasrec_config
+from .sasrec import register_sasrec, sasrec_config
 from .scores import bootstrap_interval, comparison, per_user, ranking_scores, target_ranks
 
 SHOWN_ITEMS = 20  # recommendations that are kept per scored user
@@ -104,6 +105,7 @@ class Recommendation(Task):
       MovieLens-100K, once `pip download recbole==1.2.1 --no-deps` has brought it here"""
 
     def __init__(self, arguments: RecommendationArguments, seed: int) -> None:
+        register_sasrec()
         self.arguments = arguments
         self.seed = seed
         self.notes: list[str] = []  # on the data, for the screen and the card
@@ -215,6 +217,7 @@ class Recommendation(Task):
         name = cast(str, arguments.dataset_name)
         if name == "ml-100k":
             return ml_100k(contexts=contexts)
+        check_named("dataset_name", name, "dataset")
         try:
             dataset = load_dataset(name, arguments.dataset_config_name, split="train")
         except Exception as error:  # the Hub client, datasets and pyarrow each raise classes of their own

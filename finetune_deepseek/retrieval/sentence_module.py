@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sentence_transformers import __version__
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
@@ -23,6 +22,12 @@ from ..data.files import write_json
 from .encoding import token_ids
 from .passage_index import Retriever
 
+try:
+    from sentence_transformers import __version__
+except ImportError as error:
+    raise ImportError(
+        'sentence-transformers is not installed: pip install "deepseek-hf[sentence-transformers]"'
+    ) from error
 try:
     from sentence_transformers.base.modules import InputModule
 except ImportError:  # before sentence-transformers 5.4

@@ -17,6 +17,7 @@ from configuration_deepseek.presets import preset
 from modeling_deepseek.register import MODELS_BY_AUTO_CLASS
 from tokenization_deepseek import DeepSeekTokenizer
 
+from ..data.hub import check_named, check_source
 from ..data.sources import Rows
 from .arguments import ModelArguments
 from .task import Task
@@ -40,22 +41,26 @@ def named_source(flag: str, name: str) -> Iterator[None]:
     """Loading what a flag names: errors say which flag and name, in one line.
 
     Raises:
-        ValueError: for a path that isn't there, and for whatever the loading raises for missing or broken files.
+        ValueError: for a model that isn't there, and for whatever the loading raises for missing or broken files, or
+            for packages that a model's own code needs.
     """
-    is_path = Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1
-    if is_path and not Path(name).exists():
-        raise ValueError(f"--{flag} {name}: no such folder; an id on the Hub is written owner/name.")
+    check_named(flag, name)
     try:
         yield
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, OSError, ImportError, SafetensorError) as error:
         raise ValueError(f"--{flag} {name}: {' '.join(str(error).split())}") from error
 
 
 def saved_config(source: str, revision: str) -> dict[str, Any]:
-    """The config.json of a folder or a model on the Hub; empty if it has none."""
+    """The config.json of a folder or a model on the Hub; empty if it has none.
+
+    Raises:
+        ValueError: if there is no such model.
+    """
+    check_source(source)
     try:
         return PreTrainedConfig.get_config_dict(source, revision=revision)[0]
-    except OSError:  # a tokenizer's folder, an adapter, or nothing at all: the loader will say
+    except OSError:  # a tokenizer's folder or an adapter
         return {}
 
 

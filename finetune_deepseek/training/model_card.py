@@ -17,6 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel
 from transformers.utils import cached_file
 
+from ..data.hub import check_source
 from .arguments import Stage
 from .optimization import recipe
 from .weights.freezing import trained_weights
@@ -44,11 +45,12 @@ def read(model: str, revision: str = "main") -> dict[str, Any]:
     Under `deepseek_hf` stands what a run of ours wrote there: its task, and the flags that its model depends on.
 
     Raises:
-        ValueError: if the metadata isn't YAML.
+        ValueError: if there is no such model, or the metadata isn't YAML.
     """
+    check_source(model)
     try:
         path = cached_file(model, "README.md", revision=revision)
-    except OSError:  # no such file; if there is no such model either, loading it will say so
+    except OSError:
         return {}
     try:
         return ModelCard.load(str(path), ignore_metadata_errors=True).data.to_dict()

@@ -30,6 +30,7 @@ from configuration_deepseek.presets import preset
 
 from ..data.fault_report import Report, fault_list, report_markdown, report_text
 from ..data.files import write_json, write_text
+from ..data.hub import check_named
 from ..data.sources import Rows
 from . import model_card
 from .arguments import Stage, TrainingArguments
@@ -121,6 +122,9 @@ class Run:
         self.results: dict[str, Any] = {}
         if stage.model.preset:  # a wrong name or field should not wait for the data
             preset(stage.model.preset, **parse_overrides(stage.model.config_overrides))
+        for flag in ("model_name_or_path", "config_name", "tokenizer_name"):
+            if name := getattr(stage.model, flag):
+                check_named(flag, name)
         set_seed(self.args.seed)
         if self.args.cpu_threads:
             torch.set_num_threads(self.args.cpu_threads)
