@@ -1,8 +1,8 @@
 """Control tokens that only templates write: in users' text their letters stay letters.
 
-A control token is an added token that is special, stands in brackets (`<think>`, `[INST]`, `｜DSML｜`), or is listed in
-`tokenizer.chat_control_tokens`; other added tokens (words, letters, blanks) are text. `split_special_tokens=True` of
-transformers splits special ones alone, and these functions serve any fast tokenizer:
+A control token is an added token that is special, stands in brackets (`<think>`, `[INST]`, `｜DSML｜`), or is listed
+in `tokenizer.chat_control_tokens`; other added tokens (words, letters, blanks) are text. transformers'
+`split_special_tokens=True` splits special ones alone. These functions serve any fast tokenizer:
 
     encode_text(tokenizer, texts, ...)                                    text without a control token
     encode_parts(tokenizer, [Control("<｜User｜>"), text, ...], ...)       a prompt, of a template's parts and texts
@@ -55,17 +55,19 @@ class Twin(NamedTuple):
         """The text with its control tokens marked as a user's."""
         return _pattern(self.names).sub(lambda match: f"{self.opening}{match[0]}{self.closing}", text)
 
-    def part(self, text: str) -> str:
-        """A part of a prompt; marks at a text's edges keep its letters from forming a token with the template's."""
-        return str(text) if isinstance(text, Control) else f"{self.closing}{self.mark(text)}{self.closing}"
-
     def respell(self, text: str) -> str:
-        """The text with those control tokens that aren't marked under their names in the twin."""
+        """The text with its control tokens under their names in the twin."""
+        return _pattern(self.names).sub(lambda match: self.names[match[0]], text)
+
+    def respell_unmarked(self, text: str) -> str:
+        """The text with those control tokens under their names that aren't marked as a user's."""
         if self.opening.encode("ascii", "backslashreplace").decode() in text:
             raise ValueError("the chat template escapes a text that holds a control token; take the token out of it")
         token = _pattern(self.names).pattern
         either = re.compile(f"{self.opening}(?:{token}){self.closing}|({token})")
-        return either.sub(lambda match: self.names[match[1]] if match[1] else match[0], text)
+        text = either.sub(lambda match: self.names[match[1]] if match[1] else match[0], text)
+        # no mark in front: tokenizers like Llama's put a blank before what begins at the first character
+        return text[1] + text[0] + text[2:] if text.startswith(self.opening) else text
 
 
 _TWINS: WeakKeyDictionary[Tokenizer, tuple[Any, Twin]] = WeakKeyDictionary()
@@ -92,14 +94,14 @@ def encode_text(tokenizer: PreTrainedTokenizerFast, text: Any, text_pair: Any = 
     Raises ValueError: no fast tokenizer; one that makes a control token out of plain letters.
     """
     if holds_control(tokenizer, [text, text_pair]):
-        tokenizer = _twin_view(tokenizer, twin_of(tokenizer, [text, text_pair]), rewrites=False)
+        tokenizer = _twin_view(tokenizer, twin_of(tokenizer, [text, text_pair]))
     return tokenizer(text, text_pair, **options)
 
 
 def encode_parts(
     tokenizer: PreTrainedTokenizerFast, rows: Sequence[str] | Sequence[Sequence[str]], **options: Any
 ) -> BatchEncoding:
-    """One row of parts, or several, as `tokenizer("".join(parts), **options)`; only `Control` parts hold control tokens.
+    """One row of parts, or several, as `tokenizer("".join(parts), **options)`, with control tokens in `Control` alone.
 
     Neighbouring parts are encoded as one text, so ids don't depend on where a template is cut.
     Raises ValueError as `encode_text`.
@@ -112,7 +114,7 @@ def encode_parts(
     if meant != [pattern.findall(text) for text in texts]:
         twin = twin_of(tokenizer, texts)
         tokenizer = _twin_view(tokenizer, twin)
-        texts = ["".join(map(twin.part, row)) for row in parts]
+        texts = ["".join(twin.respell(part) if isinstance(part, Control) else part for part in row) for row in parts]
     return tokenizer(texts[0] if single else texts, **options)
 
 
@@ -132,7 +134,7 @@ def encode_chat(
     without = _pattern(control_tokens(tokenizer)).sub
     if _changed(given, lambda text: without("", text)) != given:
         twin = twin_of(tokenizer, given)
-        given, tokenizer = _changed(given, twin.mark), _twin_view(tokenizer, twin)
+        given, tokenizer = _changed(given, twin.mark), _twin_view(tokenizer, twin, twin.respell_unmarked)
     encoded = PreTrainedTokenizerBase.apply_chat_template(tokenizer, **given, **options)
     if answers and (options.get("continue_final_message") or not isinstance(encoded, BatchEncoding)):
         raise ValueError("return_assistant_tokens_mask needs return_dict=True and no continue_final_message")
@@ -191,7 +193,7 @@ def _make_twin(backend: Tokenizer, tokens: dict[str, int], filler: str, opening:
 
 
 def _rename(model: dict[str, Any], names: dict[str, str]) -> int | None:
-    """Rename control tokens in the model's state, and drop merges of letters into one. Gives the id for the unknown."""
+    """Rename control tokens in the model's state, drop merges of letters into one, and give the id of the unknown."""
     unknown = model.get("unk_token")
     if isinstance(model["vocab"], dict):
         unknown_id = model["vocab"].get(unknown)
@@ -216,9 +218,8 @@ def _check_twin(twin: Twin, tokens: dict[str, int], unknown: int | None) -> None
             raise ValueError(f"this tokenizer can't tell the control token {token!r} from its letters in a text")
 
 
-def _twin_view(tokenizer: PreTrainedTokenizerFast, twin: Twin, rewrites: bool = True) -> Any:
+def _twin_view(tokenizer: Any, twin: Twin, rewrite: Callable[[str], str] | None = None) -> Any:
     ends = tokenizer.own_ends() if hasattr(tokenizer, "own_ends") else {}
-    rewrite = twin.respell if rewrites else None
     return view(tokenizer, Call(tokenizer.backend_tokenizer, encoder=twin.backend, rewrite=rewrite, **ends))
 
 

@@ -70,7 +70,7 @@ class Call:
         finisher = self._finisher()
         encodings = []
         for encoding, pair in zip(firsts, pairs, strict=True):
-            other = next(seconds) if pair else None
+            other = _part(next(seconds), slice(None), type_id=1) if pair else None
             if add_special_tokens:
                 encoding, other = self._without_own_ends(encoding, other)
             encodings.append(finisher.post_process(encoding, other, add_special_tokens))
@@ -90,7 +90,7 @@ class Call:
             first = _part(first, slice(1, None))
         last = first if second is None else second
         if self.own_eos is not None and last.ids[-1:] == [self.own_eos]:
-            last = _part(last, slice(-1))
+            last = _part(last, slice(-1), type_id=int(second is not None))
         return (last, None) if second is None else (first, last)
 
     def _padded(self, encodings: list[Encoding]) -> list[Encoding]:
@@ -121,12 +121,16 @@ def _each_string(change: Callable[[str], str], text: Any) -> Any:
     return change(text) if isinstance(text, str) else type(text)(_each_string(change, part) for part in text)
 
 
-def _part(encoding: Encoding, tokens: slice) -> Encoding:
-    """Some of the tokens with their own offsets; `Encoding.truncate` would keep the others as overflow."""
+def _part(encoding: Encoding, tokens: slice, type_id: int = 0) -> Encoding:
+    """Some of the tokens with their own offsets, as a text's of its kind (0 first, 1 second) that isn't processed yet.
+
+    `Encoding.truncate` would keep the others as overflow.
+    """
     state = json.loads(encoding.__getstate__())
     for name, values in state.items():
         if isinstance(values, list) and name != "overflowing":
             state[name] = values[tokens]
+    state |= {"type_ids": [type_id] * len(state["ids"]), "sequence_ranges": {}}
     part = Encoding()
-    part.__setstate__(json.dumps(state | {"sequence_ranges": {}}).encode())
+    part.__setstate__(json.dumps(state).encode())
     return part
