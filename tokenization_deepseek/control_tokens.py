@@ -70,6 +70,7 @@ class Twin(NamedTuple):
         return text[1] + text[0] + text[2:] if text.startswith(self.opening) else text
 
 
+_CONTROL: WeakKeyDictionary[Tokenizer, tuple[Any, dict[str, int]]] = WeakKeyDictionary()
 _TWINS: WeakKeyDictionary[Tokenizer, tuple[Any, Twin]] = WeakKeyDictionary()
 
 
@@ -77,12 +78,18 @@ def control_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     """Ids by control token. Raises ValueError for a tokenizer without the tokenizers library behind it."""
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{type(tokenizer).__name__} isn't a fast tokenizer; save it with a tokenizer.json")
-    listed = getattr(tokenizer, "chat_control_tokens", None) or ()
-    return {
-        token.content: token_id
-        for token_id, token in tokenizer.backend_tokenizer.get_added_tokens_decoder().items()
-        if token.special or token.content in listed or _BRACKETED.fullmatch(token.content)
-    }
+    backend = tokenizer.backend_tokenizer
+    listed = tuple(getattr(tokenizer, "chat_control_tokens", None) or ())
+    made_of = (backend.get_vocab_size(with_added_tokens=True), tuple(tokenizer.all_special_tokens), listed)
+    known, tokens = _CONTROL.get(backend, (None, {}))
+    if known != made_of:
+        tokens = {
+            token.content: token_id
+            for token_id, token in backend.get_added_tokens_decoder().items()
+            if token.special or token.content in listed or _BRACKETED.fullmatch(token.content)
+        }
+        _CONTROL[backend] = (made_of, tokens)
+    return tokens
 
 
 def encode_text(tokenizer: PreTrainedTokenizerFast, text: Any, text_pair: Any = None, **options: Any) -> BatchEncoding:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from tokenization_deepseek import DeepSeekTokenizer, encode_text
+from tokenization_deepseek import CHAT_TEMPLATES, DeepSeekTokenizer, encode_text
 from tokenization_deepseek.tokenization_deepseek import BOS, EOS
 
 LONG = "Die Straße überquert den Fluß; 12,5 Kilometer östlich von Köln. 深度求索"
@@ -66,6 +66,7 @@ def test_bad_calls_are_refused_as_by_transformers(both):
 
 def test_eight_threads_share_a_tokenizer(trained):
     """BOS lost or doubled, another thread's padding or truncation, text read for control tokens."""
+    trained.chat_template = CHAT_TEMPLATES["v3"]
     calls = [
         lambda t, i: t(f"{BOS}{i} a"),
         lambda t, i: t(f"{i} a"),
