@@ -143,9 +143,11 @@ def encode_chat(
         twin = twin_of(tokenizer, given)
         given, tokenizer = _changed(given, twin.mark), _twin_view(tokenizer, twin, twin.respell_unmarked)
     encoded = PreTrainedTokenizerBase.apply_chat_template(tokenizer, **given, **options)
-    if answers and (options.get("continue_final_message") or not isinstance(encoded, BatchEncoding)):
+    if not answers:
+        return encoded
+    if options.get("continue_final_message") or not isinstance(encoded, BatchEncoding):
         raise ValueError("return_assistant_tokens_mask needs return_dict=True and no continue_final_message")
-    return _with_assistant_masks(tokenizer, encoded, given, options) if answers else encoded
+    return _with_assistant_masks(tokenizer, encoded, given, options)
 
 
 def holds_control(tokenizer: PreTrainedTokenizerFast, texts: Any) -> bool:
@@ -276,7 +278,7 @@ def _with_assistant_masks(
     batched = isinstance(given["conversation"][0], list)
     chats = given["conversation"] if batched else [given["conversation"]]
     template = tokenizer.get_chat_template(options.get("chat_template"), given["tools"])
-    _, spans = render_jinja_template(
+    spans: list[list[tuple[int, int]]] = render_jinja_template(  # type: ignore[assignment]  # said to be a string
         [[{key: part for key, part in turn.items() if part is not None} for turn in chat] for chat in chats],
         given["tools"],
         given["documents"],
@@ -285,7 +287,7 @@ def _with_assistant_masks(
         return_assistant_tokens_mask=True,
         add_generation_prompt=options.get("add_generation_prompt", False),
         **{**tokenizer.special_tokens_map, **variables},
-    )
+    )[1]
     masks = [
         [int(any(start < stop and end > begin for begin, stop in answers)) for start, end in encoding.offsets]
         for answers, encoding in zip(spans, encoded.encodings or (), strict=True)

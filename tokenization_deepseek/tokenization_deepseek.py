@@ -223,10 +223,12 @@ class DeepSeekTokenizer(PreTrainedTokenizerFast):
         self._letters = self._find_letters()
         return number
 
-    def _decode(self, token_ids, *args, **kwargs) -> str:
+    def _decode(self, token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=None, **kwargs) -> str:
         ids = token_ids["input_ids"] if isinstance(token_ids, dict) else token_ids
-        decode = partial(super()._decode, **kwargs)
-        return _by_runs([ids] if isinstance(ids, int) else ids, self._letters, lambda run: decode(run, *args))
+        ids = [ids] if isinstance(ids, int) else ids
+        kwargs |= {"skip_special_tokens": skip_special_tokens}
+        kwargs |= {"clean_up_tokenization_spaces": clean_up_tokenization_spaces}
+        return _by_runs(ids, self._letters, partial(super()._decode, **kwargs))
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         letters = {letter: letter for letter in self._letters.values()}
@@ -272,7 +274,7 @@ def _by_runs(tokens: Sequence[Any], letters: dict[Any, str], decode: Callable[[l
     if letters.keys().isdisjoint(tokens):
         return decode(list(tokens))
     runs = itertools.groupby(tokens, letters.__contains__)
-    return "".join("".join(map(letters.get, run)) if written else decode(list(run)) for written, run in runs)
+    return "".join("".join(letters[token] for token in run) if written else decode(list(run)) for written, run in runs)
 
 
 def _read_backend(tokenizer_file: str | None, where: str) -> Tokenizer:

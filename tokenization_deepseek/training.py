@@ -60,11 +60,12 @@ def train_tokenizer(
     )
     length = len(texts) if isinstance(texts, Sized) else None  # only the progress bar uses it
     backend.train_from_iterator(_checked(texts), trainer=trainer, length=length)
+    word = TEMPLATES[generation] if chat_template == "own" else chat_template
     return DeepSeekTokenizer(
         tokenizer_object=_with_special_flags(backend),
         add_bos_token=add_bos_token,
         add_eos_token=add_eos_token,
-        chat_template=CHAT_TEMPLATES.get(TEMPLATES[generation] if chat_template == "own" else chat_template),
+        chat_template=None if word is None else CHAT_TEMPLATES[word],
         model_max_length=model_max_length,
     )
 
