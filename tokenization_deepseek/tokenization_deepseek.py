@@ -1,25 +1,32 @@
 """DeepSeekTokenizer: byte-level BPE on the tokenizers library, for every generation.
 
-It opens a released `tokenizer.json` as it is, and keeps four promises that transformers 5.23 does not:
+It opens a released `tokenizer.json` as it is, and keeps five promises that transformers 5.23 does not:
 
 - one BOS and no second one, when tokenizer_config.json says `add_bos_token` (transformers drops that flag on load);
 - a pad token is always set;
-- `decode(encode(x, add_special_tokens=False)) == x` for every string without lone surrogates;
+- `decode(encode(x, add_special_tokens=False)) == x` for every string without lone surrogates, unless the file has
+  tokens that swallow blanks (lstrip, rstrip);
+- threads may share it; control tokens in messages, or under `split_special_tokens=True`, are text;
 - saving writes all of this into `tokenizer.json`, so that stock transformers gives the same ids.
 
 This file travels to the Hub: it imports the standard library, tokenizers and transformers only.
 """
 
+import itertools
 import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
+
+from .control_tokens import encode_chat, holds_control, strings, twin_of
+from .encoding_call import Call, view
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 
@@ -89,7 +96,12 @@ class DeepSeekTokenizer(PreTrainedTokenizerFast):
             kwargs["add_eos_token"] = bool(added) and added[-1] == self._id(kwargs["eos_token"])
         kwargs["clean_up_tokenization_spaces"] = False  # it would remove blanks before punctuation
         kwargs.setdefault("padding_side", self.padding_side)  # so that it is saved
+        configured = [*(kwargs.get("added_tokens_decoder") or {}).values(), *kwargs.values()]
+        self._of_config = {_flags(token) for token in configured if isinstance(token, AddedToken)}
         super().__init__(**kwargs)
+        self._letters = self._find_letters()
+        backend.no_truncation()  # a call brings its own
+        backend.no_padding()
 
     def _id(self, token: str | AddedToken | None) -> int | None:
         return None if token is None else self._tokenizer.token_to_id(str(token))
@@ -130,65 +142,97 @@ class DeepSeekTokenizer(PreTrainedTokenizerFast):
         for flag, token in (("add_bos_token", self.bos_token), ("add_eos_token", self.eos_token)):
             if getattr(self, flag) and token is None:
                 raise ValueError(f"{flag} is true but there is no {flag[4:]}; set {flag[4:]} or {flag}=False")
-        self._tokenizer.post_processor = self._post_processor(self.add_bos_token)
-
-    def _post_processor(self, add_bos: bool) -> processors.PostProcessor:
-        bos = [self.bos_token] if add_bos else []
+        bos = [self.bos_token] if self.add_bos_token else []
         eos = [self.eos_token] if self.add_eos_token else []
-        return processors.TemplateProcessing(
+        self._tokenizer.post_processor = processors.TemplateProcessing(
             single=[*bos, "$A", *eos],
             pair=[*bos, "$A", "$B:1", *(f"{token}:1" for token in eos)],
             special_tokens=[(token, self._id(token)) for token in bos + eos],
         )
 
-    def _encode_plus(self, text, text_pair=None, add_special_tokens=True, split_special_tokens=None, **kwargs):
-        """As in transformers, but a text that opens with BOS (a rendered chat, say) gets no second one.
+    def own_ends(self) -> dict[str, int | None]:
+        """The ids that a text may begin or end with by itself where the tokenizer puts them on."""
+        return {
+            "own_bos": self.bos_token_id if self.add_bos_token else None,
+            "own_eos": self.eos_token_id if self.add_eos_token else None,
+        }
 
-        In a batch where only some texts do so, the offsets of those count from behind their BOS.
+    def _encode_plus(self, text, text_pair=None, *args, **kwargs):
+        """As in transformers, but nothing that threads share is written; a text that begins with BOS (a rendered chat,
+        say) or ends with EOS gets no second one; and `split_special_tokens` makes every control token text.
         """
-        splits = self.split_special_tokens if split_special_tokens is None else split_special_tokens
-        rest = {"split_special_tokens": split_special_tokens, **kwargs}
-        if any(map(_SURROGATE.search, _strings([text, text_pair]))):
+        if any(map(_SURROGATE.search, strings([text, text_pair]))):
             raise ValueError(
                 "the text holds a lone surrogate, which UTF-8 cannot express; "
                 "replace it, for instance by text.encode('utf-8', 'replace').decode()"
             )
-        if not (add_special_tokens and self.add_bos_token) or splits:
-            return super()._encode_plus(text, text_pair, add_special_tokens, **rest)
+        if isinstance(self._tokenizer, Call):
+            return super()._encode_plus(text, text_pair, *args, **kwargs)
+        call = Call(self._tokenizer, as_text=self._text_backend, **self.own_ends())
+        return super(DeepSeekTokenizer, view(self, call))._encode_plus(text, text_pair, *args, **kwargs)
 
-        batched = not isinstance(text, str) and not (
-            kwargs.get("is_split_into_words") and text and isinstance(text[0], str)
-        )
-        opens = [self._opens_with_bos(row) for row in (text if batched else [text])]
-        if not all(opens):
-            if any(opens):
-                text = [self._without_bos(row) if has else row for row, has in zip(text, opens, strict=True)]
-            return super()._encode_plus(text, text_pair, add_special_tokens, **rest)
-        self._tokenizer.post_processor = self._post_processor(add_bos=False)
-        try:
-            return super()._encode_plus(text, text_pair, add_special_tokens, **rest)
-        finally:
-            self.update_post_processor()
+    def _text_backend(self, texts: Any) -> Tokenizer:
+        return twin_of(self, texts).backend if holds_control(self, texts) else self._tokenizer
 
-    def _opens_with_bos(self, row: Any) -> bool:
-        return next(_strings(row), "").startswith(self.bos_token)
+    def apply_chat_template(
+        self,
+        conversation,
+        tools=None,
+        documents=None,
+        chat_template=None,
+        add_generation_prompt=False,
+        continue_final_message=False,
+        tokenize=True,
+        **kwargs,
+    ):
+        """As in transformers, but control tokens in messages, tools, documents and variables become text; with
+        tokenize=False they stand in the string as they are, for whoever encodes it.
+        """
+        kwargs |= {"chat_template": chat_template, "add_generation_prompt": add_generation_prompt}
+        kwargs |= {"tools": tools, "documents": documents, "continue_final_message": continue_final_message}
+        if tokenize:
+            return encode_chat(self, conversation, **kwargs)
+        return super().apply_chat_template(conversation, tokenize=False, **kwargs)
 
-    def _without_bos(self, row: Any) -> Any:
-        if isinstance(row, str):
-            return row.removeprefix(self.bos_token)
-        return [self._without_bos(row[0]), *row[1:]]  # a pair of texts, or a list of words
+    # ---- added tokens, which byte-level decoding may misread
+
+    def _find_letters(self) -> dict[int, str]:
+        """Added tokens outside the model's vocabulary whose letters the decoder takes for bytes, as ü in Coder's."""
+        return {
+            token_id: token.content
+            for token_id, token in self.added_tokens_decoder.items()
+            if self._is_misread(token.content) and self._tokenizer.model.token_to_id(token.content) is None
+        }
+
+    def _is_misread(self, token: str) -> bool:
+        return self._tokenizer.decoder.decode([token]) != token
 
     def _add_tokens(self, new_tokens, special_tokens=False) -> int:
-        """Refuse tokens that decode(encode(x)) would lose: transformers adds them and corrupts the text silently."""
-        for token in new_tokens:
-            if self._tokenizer.decoder.decode([str(token)]) != str(token):
+        """Refuse new tokens that decode(encode(x)) would lose. Those of the files stay as they are, with their ids."""
+        known = self._of_config | set(map(_flags, self.added_tokens_decoder.values()))
+        contents = {content for content, *_ in known}
+        for token in map(_flags, new_tokens):
+            if token[0] not in contents and self._is_misread(token[0]):
                 raise ValueError(
-                    f"token {str(token)!r} cannot be added: byte-level decoding reads its letters as bytes; "
+                    f"token {token[0]!r} cannot be added: byte-level decoding reads its letters as bytes; "
                     "spell it in ASCII, or include a sign beyond Latin, such as ｜"
                 )
-            if isinstance(token, AddedToken) and (token.lstrip or token.rstrip):
-                raise ValueError(f"token {str(token)!r} cannot be added: lstrip or rstrip would swallow blanks")
-        return super()._add_tokens(new_tokens, special_tokens)
+            if any(token[1:]) and token not in known:
+                raise ValueError(f"token {token[0]!r} cannot be added: lstrip or rstrip would swallow blanks")
+        number = super()._add_tokens(new_tokens, special_tokens)
+        self._letters = self._find_letters()
+        return number
+
+    def _decode(self, token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=None, **kwargs) -> str:
+        ids = token_ids["input_ids"] if isinstance(token_ids, dict) else token_ids
+        ids = [ids] if isinstance(ids, int) else ids
+        kwargs |= {"skip_special_tokens": skip_special_tokens}
+        kwargs |= {"clean_up_tokenization_spaces": clean_up_tokenization_spaces}
+        return _by_runs(ids, self._letters, partial(super()._decode, **kwargs))
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        letters = {letter: letter for letter in self._letters.values()}
+        return _by_runs(tokens, letters, super().convert_tokens_to_string)
 
     # ---- saving
 
@@ -221,6 +265,18 @@ class DeepSeekTokenizer(PreTrainedTokenizerFast):
         return super()._save_pretrained(save_directory, file_names, *args, **kwargs)
 
 
+def _flags(token: str | AddedToken) -> tuple[str, bool, bool]:
+    return (str(token), token.lstrip, token.rstrip) if isinstance(token, AddedToken) else (token, False, False)
+
+
+def _by_runs(tokens: Sequence[Any], letters: dict[Any, str], decode: Callable[[list[Any]], str]) -> str:
+    """`decode` for each run of tokens between those that stand for letters."""
+    if letters.keys().isdisjoint(tokens):
+        return decode(list(tokens))
+    runs = itertools.groupby(tokens, letters.__contains__)
+    return "".join("".join(letters[token] for token in run) if written else decode(list(run)) for written, run in runs)
+
+
 def _read_backend(tokenizer_file: str | None, where: str) -> Tokenizer:
     if tokenizer_file is None:
         raise ValueError(f"{where}: no tokenizer.json found; name a folder that has one, or use train_tokenizer")
@@ -228,12 +284,3 @@ def _read_backend(tokenizer_file: str | None, where: str) -> Tokenizer:
         return Tokenizer.from_file(str(tokenizer_file))
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ValueError(f"{tokenizer_file}: not a readable tokenizer.json: {error}") from error
-
-
-def _strings(text: Any) -> Iterator[str]:
-    """Every string in nested lists and tuples, in order."""
-    if isinstance(text, str):
-        yield text
-    elif isinstance(text, (list, tuple)):
-        for part in text:
-            yield from _strings(part)

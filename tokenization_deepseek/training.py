@@ -10,6 +10,7 @@ from .pre_tokenization import pre_tokenizer
 from .tokenization_deepseek import SPECIAL_TOKENS, DeepSeekTokenizer
 
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+TEMPLATES = {"llm": "v2", "coder": "coder", "v3": "v3"}  # the chat format of each generation of tokenizers
 
 
 def train_tokenizer(
@@ -19,7 +20,7 @@ def train_tokenizer(
     *,
     add_bos_token: bool = True,
     add_eos_token: bool = False,
-    chat_template: str | None = None,
+    chat_template: str | None = "own",
     model_max_length: int | None = None,
     min_frequency: int = 2,
     show_progress: bool = False,
@@ -31,7 +32,7 @@ def train_tokenizer(
 
     vocab_size: all tokens, special ones included. It is an upper bound: a small corpus has no more pairs that occur
         min_frequency times, so size the embedding by len(tokenizer).
-    chat_template: a word of CHAT_TEMPLATES ("v2", "v3", "r1", "v3.1"), or none.
+    chat_template: "own" for the generation's, a word of CHAT_TEMPLATES ("v2", "v3.1", ...), or None for none.
     model_max_length: tokens; where truncation=True cuts.
 
     Raises ValueError: a vocabulary too small for the bytes and special tokens, texts that are empty, no strings, or
@@ -42,8 +43,8 @@ def train_tokenizer(
             f"vocab_size {vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special tokens "
             f"take {MIN_VOCAB_SIZE}"
         )
-    if chat_template is not None and chat_template not in CHAT_TEMPLATES:
-        raise ValueError(f"no chat template {chat_template!r}; choose one of {', '.join(CHAT_TEMPLATES)}")
+    if chat_template not in ("own", None, *CHAT_TEMPLATES):
+        raise ValueError(f"no chat template {chat_template!r}; choose own or one of {', '.join(CHAT_TEMPLATES)}")
     if isinstance(texts, str):
         raise ValueError("texts is one string; give a list or another iterable of strings")
 
@@ -59,11 +60,12 @@ def train_tokenizer(
     )
     length = len(texts) if isinstance(texts, Sized) else None  # only the progress bar uses it
     backend.train_from_iterator(_checked(texts), trainer=trainer, length=length)
+    word = TEMPLATES[generation] if chat_template == "own" else chat_template
     return DeepSeekTokenizer(
         tokenizer_object=_with_special_flags(backend),
         add_bos_token=add_bos_token,
         add_eos_token=add_eos_token,
-        chat_template=None if chat_template is None else CHAT_TEMPLATES[chat_template],
+        chat_template=None if word is None else CHAT_TEMPLATES[word],
         model_max_length=model_max_length,
     )
 

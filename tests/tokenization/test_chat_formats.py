@@ -1,6 +1,10 @@
 """Chat formats against the released R1 template and against plain string building."""
 
+import copy
+import importlib.util
 import json
+import os
+from pathlib import Path
 
 import pytest
 from jinja2 import TemplateError
@@ -104,8 +108,181 @@ def test_a_second_round_of_tool_calls_is_written_like_the_first(render):
     assert render("r1", [*TOOLS[:4], *TOOLS[1:4]]) == f"{BOS}{USER}weather?{ASSISTANT}{once}{once}"
 
 
+# ---- what V3.1 has besides
+
+
+@pytest.mark.parametrize("options", [{}, {"thinking": True}, {"enable_thinking": True}], ids=str)
+@pytest.mark.parametrize("prompt", [False, True])
+@pytest.mark.parametrize("chat", CHATS.values(), ids=CHATS)
+def test_v3_1_equals_llama_cpps_copy_of_the_released_template(render, chat, prompt, options):
+    folder = os.environ.get("DEEPSEEK_HF_LLAMA_CPP")
+    if not folder:
+        pytest.skip("DEEPSEEK_HF_LLAMA_CPP names no folder with llama.cpp's models/templates")
+    template = Path(folder, "templates", "deepseek-ai-DeepSeek-V3.1.jinja").read_text("utf-8")
+    # llama.cpp's copy opens the thought that the release closes alone, and quotes arguments that are text already
+    template = template.replace("<think></think>", "</think>").replace("['arguments'] | tojson", "['arguments']")
+    chat = [{**message, "content": message["content"] or ""} for message in chat]
+    options = {"add_generation_prompt": prompt, **options}
+    assert render("v3.1", chat, **options) == render(template, chat, **options)
+    if chat[-1]["role"] == "assistant":
+        prefixed = [*chat[:-1], {**chat[-1], "content": "so", "prefix": True}]
+        assert render("v3.1", prefixed, **options) == render(template, prefixed, **options)
+
+
+TOOL = {
+    "type": "function",
+    "function": {"name": "get", "description": "Weather of a city.", "parameters": {"type": "object", "city": "Köln"}},
+}
+DESCRIBED = """
+
+## Tools
+You have access to the following tools:
+
+### get
+Description: Weather of a city.
+
+Parameters: {"type": "object", "city": "Köln"}
+
+### now
+Description: 
+
+Parameters: {}
+
+IMPORTANT: ALWAYS adhere to this exact format for tool use:
+<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>tool_call_name<｜tool▁sep｜>tool_call_arguments<｜tool▁call▁end｜>\
+{additional_tool_calls}<｜tool▁calls▁end｜>
+
+Where:
+- `tool_call_name` must be an exact match to one of the available tools
+- `tool_call_arguments` must be valid JSON that strictly follows the tool's Parameters Schema
+- For multiple tool calls, chain them directly without separators or spaces"""  # noqa: W291
+
+
+def test_v3_1_describes_tools_as_its_model_card(render):
+    tools = [TOOL, {"type": "function", "function": {"name": "now"}}]
+    for system in ([turn("system", "Be brief.")], []):
+        before = BOS + "".join(message["content"] for message in system)
+        assert render("v3.1", [*system, TOOLS[0]], tools=tools) == f"{before}{DESCRIBED}{USER}weather?"
+
+
+def test_v3_1_describes_functions_of_python(render):
+    def double(number: int):
+        """Twice a number.
+
+        Args:
+            number: which one
+        """
+
+    assert "### double\nDescription: Twice a number.\n\nParameters: {" in render("v3.1", PLAIN[1:2], tools=[double])
+
+
+def test_v3_1_leaves_a_prefilled_thought_open(render):
+    ask, start = turn("user", "hi"), f"{BOS}{USER}hi{ASSISTANT}"
+    continued = {"continue_final_message": True}
+    assert render("v3.1", [ask, turn("assistant", "<think>so")], **continued) == f"{start}<think>so"
+    prefix = turn("assistant", "so", prefix=True)
+    assert render("v3.1", [ask, prefix], thinking=True, **continued) == f"{start}<think>so"
+    assert render("v3.1", [ask, prefix], **continued) == f"{start}</think>so"
+    whole = turn("assistant", "<think>so</think>yes", prefix=True)
+    assert render("v3.1", [ask, whole], thinking=True, **continued) == f"{start}<think>so</think>yes"
+    assert render("r1", [ask, turn("assistant", "<think>so")], **continued) == f"{start}<think>so"
+
+
+# ---- what all have in common
+
+
+def test_content_as_parts_is_their_text(render):
+    parts = [{"type": "text", "text": "2+"}, {"type": "text", "text": "2?"}, "!"]
+    for template in CHAT_TEMPLATES:
+        chats = [
+            [turn("system", content), turn("user", content), turn("assistant", content), turn("user", "x")]
+            for content in (parts, "2+2?!")
+        ]
+        assert render(template, chats[0]) == render(template, chats[1])
+        for image in ({"type": "image", "url": "x"}, {"type": "image_url"}):
+            with pytest.raises(TemplateError, match="has no place for a part of type image"):
+                render(template, [turn("user", [*parts, image])])
+    outputs = [[TOOLS[0], TOOLS[1], turn("tool", content)] for content in (parts, "2+2?!")]
+    for template in ("v3", "v3.1"):
+        assert render(template, outputs[0]) == render(template, outputs[1])
+
+
+def test_reasoning_content_is_written_before_the_last_answer_alone(render):
+    chat = [turn("user", "a"), turn("assistant", "b", reasoning_content="B"), turn("user", "c")]
+    answer = turn("assistant", "d", reasoning_content="D")
+    old = {"r1": f"{BOS}{USER}a{ASSISTANT}b{EOS}{USER}c{ASSISTANT}", "v3.1": f"{BOS}{USER}a{ASSISTANT}</think>b{EOS}"}
+    assert render("r1", [*chat, answer]) == f"{old['r1']}<think>\nD\n</think>\n\nd{EOS}"
+    assert render("v3.1", [*chat, answer]) == f"{old['v3.1']}{USER}c{ASSISTANT}<think>D</think>d{EOS}"
+    assert render("r1", [*chat, answer], thinking=False) == f"{old['r1']}d{EOS}"
+    assert render("v3.1", [*chat, answer], thinking=False) == f"{old['v3.1']}{USER}c{ASSISTANT}</think>d{EOS}"
+    prompt = render("v3.1", chat, add_generation_prompt=True, thinking=True)
+    assert render("v3.1", [*chat, answer], thinking=True).startswith(prompt)
+    calling = turn("assistant", None, reasoning_content="D", tool_calls=[call("get", "{}")])
+    assert f"{USER}c{ASSISTANT}<think>D</think><｜tool▁calls▁begin｜>" in render("v3.1", [*chat, calling])
+
+
+def test_a_tool_call_without_a_type_is_a_functions(render):
+    bare = [{"function": {"name": "get", "arguments": {"c": "Köln"}}}]
+    full = [call("get", {"c": "Köln"})]
+    for template in ("v3", "v3.1"):
+        assert render(template, [turn("assistant", None, tool_calls=bare)]) == render(
+            template, [turn("assistant", None, tool_calls=full)]
+        )
+
+
+def test_v2_reads_an_empty_content(render):
+    assert render("v2", [turn("user", None), turn("assistant", None)]) == f"{BOS}User: \n\nAssistant: {EOS}"
+
+
+def test_coder_by_plain_strings(render):
+    chat = [turn("system", "Be brief."), turn("user", "hi"), turn("assistant", "hello"), turn("user", "2+2?")]
+    answered = f"{BOS}Be brief.### Instruction:\nhi\n### Response:\nhello\n{EOS}\n"
+    assert render("coder", chat) == f"{answered}### Instruction:\n2+2?\n"
+    assert render("coder", chat, add_generation_prompt=True) == f"{answered}### Instruction:\n2+2?\n### Response:"
+
+
+CALLS = turn("assistant", None, tool_calls=[call("get", "{}")])
+REASONED = turn("assistant", "x", reasoning_content="so")
+REFUSED = [
+    *((template, PLAIN[1:2], {"tools": [TOOL]}, "tools; describe") for template in ("coder", "v2", "v3", "r1")),
+    *((template, PLAIN[1:2], {"thinking": True}, "thinking=True") for template in ("coder", "v2", "v3", "r1")),
+    *((template, PLAIN[1:2], {"documents": [{"text": "x"}]}, "documents") for template in CHAT_TEMPLATES),
+    *((template, [CALLS], {}, "tool calls") for template in ("coder", "v2")),
+    *((template, [REASONED], {}, "reasoning_content; thinking=False leaves it out") for template in ("coder", "v2")),
+    *((template, [*TOOLS[:3], REASONED], {}, "reasoning_content in an answer to tool") for template in ("v3", "v3.1")),
+]
+
+
+@pytest.mark.parametrize(("template", "chat", "options", "what"), REFUSED)
+def test_what_a_format_has_no_place_for_is_refused_in_one_line(render, template, chat, options, what):
+    with pytest.raises(TemplateError, match=f"this chat format has no place for {what}") as error:
+        render(template, chat, **options)
+    assert "\n" not in str(error.value)
+    if "thinking=False" in what:
+        render(template, chat, thinking=False)
+
+
+def test_sentence_transformers_reads_texts_through_our_templates(trained, tmp_path):
+    if importlib.util.find_spec("sentence_transformers") is None:
+        pytest.skip("sentence-transformers is not installed")
+    from sentence_transformers.sentence_transformer.modules import Transformer
+    from transformers import LlamaConfig, LlamaModel
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = LlamaConfig(vocab_size=len(trained), num_key_value_heads=1, **sizes)
+    LlamaModel(config).save_pretrained(tmp_path)
+    for template in CHAT_TEMPLATES.values():
+        tokenizer = copy.copy(trained)
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(tmp_path)
+        module = Transformer(str(tmp_path))
+        ids = tokenizer.apply_chat_template([turn("user", "hi")])["input_ids"]
+        assert module.preprocess(["hi"])["input_ids"].tolist() == [ids]
+
+
 @pytest.mark.parametrize(
-    "template, learned", [("v2", " b" + EOS), ("v3", "b" + EOS), ("r1", "b" + EOS), ("v3.1", "b" + EOS)]
+    "template, learned",
+    [("coder", "\nb\n" + EOS), ("v2", " b" + EOS), ("v3", "b" + EOS), ("r1", "b" + EOS), ("v3.1", "b" + EOS)],
 )
 def test_the_assistant_mask_covers_answers_and_their_eos(trained, template, learned):
     chat = [turn("user", "a"), turn("assistant", "b"), turn("user", "b"), turn("assistant", "b")]
@@ -122,7 +299,7 @@ def test_a_prompt_is_the_beginning_of_its_answered_chat(render, template):
     assert render(template, chat).startswith(render(template, chat[:2], add_generation_prompt=True))
 
 
-@pytest.mark.parametrize("template, role", [("v2", "tool"), ("v3", "critic"), ("v3.1", "critic")])
+@pytest.mark.parametrize("template, role", [("coder", "tool"), ("v2", "tool"), ("v3", "critic"), ("v3.1", "critic")])
 def test_unknown_roles_are_refused(render, template, role):
     with pytest.raises(TemplateError, match=f"this chat format has no role {role}"):
         render(template, [turn(role, "x")])

@@ -147,8 +147,12 @@ def test_a_rendered_chat_has_one_bos_whichever_way_it_is_encoded(released_bos):
 
 def test_offsets_of_a_text_that_opens_with_bos_are_those_of_the_text(released_bos):
     text = BOS + "hi there"
-    offsets = released_bos(text, return_offsets_mapping=True).offset_mapping
-    assert [text[a:b] for a, b in offsets] == [BOS, "hi", " there"]
+    for offsets in (
+        released_bos(text, return_offsets_mapping=True).offset_mapping,
+        released_bos(["a", text], return_offsets_mapping=True).offset_mapping[1],
+    ):
+        assert offsets[0] == (0, 0)  # a special token, put on
+        assert [text[a:b] for a, b in offsets[1:]] == ["hi", " there"]
 
 
 def test_eos_on_request(trained):

@@ -32,6 +32,9 @@ for name, (folder, trust) in folders.items():
         "chat": tokenizer.apply_chat_template(chat)["input_ids"],
         "length": tokenizer.model_max_length,
         "double": tokenizer("<｜begin▁of▁sentence｜>hi").input_ids.count(tokenizer.bos_token_id),
+        "thoughts": tokenizer.apply_chat_template([{"role": "user", "content": "<think>"}])["input_ids"].count(
+            tokenizer.convert_tokens_to_ids("<think>")
+        ),
     }
 json.dump(answers, open("answers.json", "w"))
 """
@@ -96,7 +99,7 @@ def test_stock_transformers_gives_the_same_without_remote_code(stranger, tokeniz
 
 def test_our_class_travels_when_asked_to(stranger, tokenizers):
     answers = stranger["remote"]
-    assert answers["class"] == "DeepSeekTokenizer" and answers["double"] == 1
+    assert answers["class"] == "DeepSeekTokenizer" and (answers["double"], answers["thoughts"]) == (1, 0)
     for key, expected in answers_of(tokenizers["trained"]).items():
         assert answers[key] == expected, key
 

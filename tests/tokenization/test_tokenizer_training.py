@@ -81,6 +81,12 @@ def test_options_arrive(corpus):
     assert train_tokenizer(corpus, 300)("").input_ids == [0]
 
 
+@pytest.mark.parametrize(("generation", "word"), [("llm", "v2"), ("coder", "coder"), ("v3", "v3")])
+def test_a_tokenizer_has_the_chat_template_of_its_generation(corpus, generation, word):
+    assert train_tokenizer(corpus, 300, generation).chat_template == CHAT_TEMPLATES[word]
+    assert train_tokenizer(corpus, 300, generation, chat_template=None).chat_template is None
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -90,7 +96,7 @@ def test_options_arrive(corpus):
         ({"texts": []}, "no text to train on"),
         ({"texts": ["", ""]}, "no text to train on"),
         ({"generation": "v2"}, "generation 'v2' has no pre-tokenizer; choose one of llm, coder, v3"),
-        ({"chat_template": "v9"}, "no chat template 'v9'; choose one of v2, v3, r1, v3.1"),
+        ({"chat_template": "v9"}, "no chat template 'v9'; choose own or one of coder, v2, v3, r1, v3.1"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(corpus, change, message):
