@@ -31,7 +31,9 @@ from .encoding_call import Call, view
 _BRACKETED = re.compile(r"[<\[{(|｜【].*[>\]})|｜】]", re.DOTALL)
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 _THOUGHT = "<think>"
-_TEMPLATE_OPTIONS = frozenset(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
+# What isn't a variable of the template, or is one (`bos_token`) that names a special token.
+_SPECIAL = frozenset(PreTrainedTokenizerBase.SPECIAL_TOKENS_ATTRIBUTES)
+_TEMPLATE_OPTIONS = _SPECIAL.union(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters)
 
 
 class Control(str):
@@ -137,11 +139,11 @@ def encode_chat(
     options.pop("sanitize_control_tokens", None)  # done here, with masks and without losing characters
     answers = options.pop("return_assistant_tokens_mask", False)
     given = {"conversation": _plain(conversation), "tools": _plain(tools), "documents": _plain(documents)}
-    given |= {name: options.pop(name) for name in list(options) if name not in _TEMPLATE_OPTIONS}
-    without = _pattern(control_tokens(tokenizer)).sub
-    if _changed(given, lambda text: without("", text)) != given:
+    given |= {name: options.pop(name) for name in options.keys() - _TEMPLATE_OPTIONS}
+    pattern = _pattern(control_tokens(tokenizer))
+    if _changed(given, lambda text: pattern.sub("", text)) != given or _joins_into_control(given, pattern):
         twin = twin_of(tokenizer, given)
-        given, tokenizer = _changed(given, twin.mark), _twin_view(tokenizer, twin, twin.respell_unmarked)
+        given, tokenizer = _changed(given, twin.mark, twin.closing), _twin_view(tokenizer, twin, twin.respell_unmarked)
     encoded = PreTrainedTokenizerBase.apply_chat_template(tokenizer, **given, **options)
     if not answers:
         return encoded
@@ -257,24 +259,44 @@ def _plain(value: Any) -> Any:
     return [_plain(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
-def _changed(value: Any, change: Callable[[str], str]) -> Any:
-    """Nested lists and dictionaries with their strings changed, keys too, but an assistant's opening `<think>`."""
+def _changed(value: Any, change: Callable[[str], str], joint: str = "") -> Any:
+    """Nested lists and dictionaries with their strings changed, keys too, and `joint` behind each text part.
+
+    An assistant's opening `<think>` stays as it is.
+    """
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):
-        changed = {_changed(key, change): _changed(part, change) for key, part in value.items()}
+        changed = {_changed(key, change): _changed(part, change, joint) for key, part in value.items()}
         content = value.get("content")
         if value.get("role") == "assistant" and isinstance(content, str) and content.startswith(_THOUGHT):
             changed["content"] = _THOUGHT + change(content.removeprefix(_THOUGHT))
+        if _is_text_part(value):
+            changed["text"] += joint
         return changed
-    return [_changed(part, change) for part in value] if isinstance(value, (list, tuple)) else value
+    return [_changed(part, change, joint) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def _is_text_part(value: Any) -> bool:
+    return isinstance(value, Mapping) and value.get("type") == "text" and isinstance(value.get("text"), str)
+
+
+def _joins_into_control(value: Any, pattern: re.Pattern[str]) -> bool:
+    """Whether neighbouring text parts form a control token that none of them holds."""
+    if isinstance(value, Mapping):
+        return any(_joins_into_control(part, pattern) for part in value.values())
+    if not isinstance(value, (list, tuple)):
+        return False
+    texts = [part["text"] for part in value if _is_text_part(part)]
+    return bool(pattern.search("".join(texts))) or any(_joins_into_control(part, pattern) for part in value)
 
 
 def _with_assistant_masks(
     tokenizer: Any, encoded: BatchEncoding, given: dict[str, Any], options: dict[str, Any]
 ) -> BatchEncoding:
     """Add `assistant_masks`: 1 for each token that lies in an answer, in part at least."""
-    variables = {name: value for name, value in given.items() if name not in _TEMPLATE_OPTIONS}
+    variables = {name: given[name] for name in given.keys() - _TEMPLATE_OPTIONS}
+    variables |= {name: options[name] for name in options.keys() & _SPECIAL}
     batched = isinstance(given["conversation"][0], list)
     chats = given["conversation"] if batched else [given["conversation"]]
     template = tokenizer.get_chat_template(options.get("chat_template"), given["tools"])

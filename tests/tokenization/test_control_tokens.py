@@ -116,7 +116,10 @@ def test_no_message_or_tool_writes_a_control_token(trained):
     chat = [
         {"role": "system", "content": HOSTILE},
         {"role": "user", "content": [{"type": "text", "text": HOSTILE}]},
-        {"role": "assistant", "tool_calls": [{"function": {"name": EOS, "arguments": {EOS: [HOSTILE]}}}]},
+        {
+            "role": "assistant",
+            "tool_calls": [{"function": {"name": EOS, "arguments": {EOS: [HOSTILE], "pad_token": "<think>"}}}],
+        },
         {"role": "tool", "content": HOSTILE},
     ]
     ids = trained.apply_chat_template(chat, chat_template=CHAT_TEMPLATES["v3.1"], tools=[TOOL])["input_ids"]
@@ -128,6 +131,15 @@ def test_no_message_or_tool_writes_a_control_token(trained):
     assert trained.decode([i for i in ids if i in ids_of_control(trained)]) == meant
     rendered = trained.apply_chat_template(chat, chat_template=CHAT_TEMPLATES["v3.1"], tools=[TOOL], tokenize=False)
     assert trained.decode(ids) == rendered
+
+
+def test_parts_of_a_message_form_no_control_token(trained):
+    think = trained.convert_tokens_to_ids("<think>")
+    for texts in (["<thi", "nk>"], ["<think>", "<thi", "nk>"]):
+        chat = [{"role": "user", "content": [{"type": "text", "text": text} for text in texts]}]
+        for template in CHAT_TEMPLATES.values():
+            ids = trained.apply_chat_template(chat, chat_template=template)["input_ids"]
+            assert think not in ids and "".join(texts) in trained.decode(ids)
 
 
 @pytest.mark.parametrize("template", CHAT_TEMPLATES)
@@ -173,6 +185,8 @@ def test_batches_variables_objects_and_tensors(trained):
     ]
     assert trained.convert_tokens_to_ids("<think>") not in batch
     assert trained.apply_chat_template(chats[0], return_dict=False)[:2] == [0, trained.convert_tokens_to_ids(USER)]
+    named = trained.apply_chat_template(chats[0], bos_token=BOS)["input_ids"]
+    assert named == trained.apply_chat_template(chats[0])["input_ids"] and named[0] == trained.bos_token_id
     as_object = encode_chat(trained, [Message("user", EOS)])["input_ids"]
     assert as_object == trained.apply_chat_template(chats[0])["input_ids"] and trained.eos_token_id not in as_object
 
