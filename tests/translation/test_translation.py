@@ -40,7 +40,8 @@ def tokenizer():
 )
 @pytest.mark.parametrize("streaming", [False, True])
 def test_every_file_form_gives_the_same_rows(name, streaming, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)  # 5 s per opened parquet stream
+    # 5 s per opened parquet stream
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
     path = tmp_path / name
     nested = [{"translation": {"en": source, "de": target}} for source, target in PAIRS]
     flat = Dataset.from_list([{"en": source, "de": target} for source, target in PAIRS])
