@@ -18,9 +18,18 @@ from ..data.sources import Rows
 from .arguments import ModelArguments
 from .optimization import IGNORED_LABEL
 
+# In the order in which a run first calls them: each may rely on what those before it have set.
+HOOKS = (
+    *("load_splits", "new_tokenizer", "tokenizer_texts", "check_splits"),  # data and tokenizer
+    *("config_fields", "check_native", "model_config", "prepare_model"),  # the model
+    *("features", "collator", "loss_function", "generation_config", "sampler"),  # the trainer
+    *("save_beside", "predict_batch", "decode", "score", "after_evaluation"),  # training and the validation split
+    *("baseline", "report", "card_data"),  # the test split and the card
+)
+
 
 class Task(ABC):
-    """What a task supplies. A subclass sets the class variables and is entered in `TASKS`."""
+    """What a task supplies, by the hooks in `HOOKS`. A subclass sets the class variables and is entered in `TASKS`."""
 
     name: ClassVar[str]
     arguments_class: ClassVar[type]  # the dataclass of its data flags

@@ -236,8 +236,8 @@ OLDER = """
 import sys
 import peft, torch, transformers.trainer
 vars(torch).pop("float8_e8m0fnu", None)
-from finetune_deepseek.export import export_native
-from finetune_deepseek.inspection import inspect_checkpoint
+from finetune_deepseek.checkpoints.export import export_native
+from finetune_deepseek.checkpoints.inspection import inspect_checkpoint
 from modeling_deepseek import DeepSeekForCausalLM
 for read in (DeepSeekForCausalLM.from_pretrained, lambda path: export_native(path, path + "/out"), inspect_checkpoint):
     try:

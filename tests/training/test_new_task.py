@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 from datasets import Dataset
@@ -11,7 +12,9 @@ from transformers import GenerationConfig
 import finetune_deepseek
 from finetune_deepseek.commands.finetune import finetune
 from finetune_deepseek.training.optimization import IGNORED_LABEL
-from finetune_deepseek.training.task import CausalCollator, Task
+from finetune_deepseek.training.parsing import parse_command
+from finetune_deepseek.training.run import run_stages
+from finetune_deepseek.training.task import HOOKS, CausalCollator, Task
 from tests.small_runs import TINY, flags
 
 
@@ -30,7 +33,7 @@ class Uppercase(Task):
 
     def load_splits(self):
         rows = Dataset.from_list([{"source": word, "target": word.upper()} for word in self.arguments.words])
-        return {"train": rows, "test": rows}
+        return {"train": rows, "validation": rows, "test": rows}
 
     def tokenizer_texts(self, splits) -> Iterator[str]:
         for row in splits["train"]:
@@ -75,3 +78,39 @@ def test_a_task_is_one_file_and_one_line(tmp_path, monkeypatch):
     results = json.loads((tmp_path / "all_results.json").read_text())
     assert results["test_right"] == 1
     assert "capital letters" in (tmp_path / "README.md").read_text()
+
+
+def recorded(calls: list[str]) -> type[Uppercase]:
+    """The task, which writes down the first call of each hook."""
+
+    def wrap(name: str):
+        def hook(self, *args, **kwargs):
+            if name not in calls:
+                calls.append(name)
+            return getattr(super(task, self), name)(*args, **kwargs)
+
+        return hook
+
+    task = type("Recorded", (Uppercase,), {name: wrap(name) for name in HOOKS})
+    return task
+
+
+def run(calls: list[str], settings: dict[str, Any]) -> None:
+    task = recorded(calls)
+    run_stages(task, parse_command(task.name, task.arguments_class, flags(settings)))
+
+
+def test_hooks_are_called_in_the_order_that_is_written_down(tmp_path):
+    """A hook may rely on what those before it have set, so the order is part of what a task is promised."""
+    hooks = {name for name, value in vars(Task).items() if isinstance(value, FunctionType) and name != "__init__"}
+    assert hooks == set(HOOKS)
+    settings = {name: value for name, value in TINY.items() if name not in ("target_lang", "max_target_length")}
+    settings |= {"words": ["ab", "cat"], "max_steps": 1, "save_strategy": "no"}
+    calls: list[str] = []
+    run(calls, settings | {"output_dir": tmp_path / "new"})
+    assert calls == [name for name in HOOKS if name != "check_native"]
+    calls.clear()
+    saved = settings | {"output_dir": tmp_path / "again", "model_name_or_path": tmp_path / "new", "preset": None}
+    run(calls, saved | {"vocab_size": None, "native": True})
+    new_only = ("new_tokenizer", "tokenizer_texts", "model_config")
+    assert calls == [name for name in HOOKS if name not in new_only]
