@@ -86,9 +86,10 @@ class ItemKNN:
 
     @staticmethod
     def _nearest(block: sparse.csr_matrix) -> sparse.csr_matrix:
+        block.sort_indices()
         for row in np.flatnonzero(np.diff(block.indptr) > NEIGHBOURS):
             values = block.data[block.indptr[row] : block.indptr[row + 1]]
-            values[np.argpartition(-values, NEIGHBOURS)[NEIGHBOURS:]] = 0
+            values[np.argsort(-values, kind="stable")[NEIGHBOURS:]] = 0
         block.eliminate_zeros()
         return block
 

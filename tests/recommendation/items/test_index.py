@@ -125,6 +125,14 @@ def test_what_has_no_index_is_one_line():
         Recommender(SASRecForRecommendation(SASRecConfig(vocab_size=3)), item_tokenizer({"a", "b"}, 0), index="faiss")
 
 
+def test_of_equally_near_items_the_first_are_kept():
+    """Not whichever a version of numpy happens to leave in front."""
+    similarity = ItemKNN([list(range(1, 301))], 301).similarity.toarray()  # [neighbour, item]: all are as near
+    for item in (1, 150, 300):
+        expected = [other for other in range(1, 301) if other != item][:100]
+        assert np.flatnonzero(similarity[:, item]).tolist() == expected
+
+
 def test_item_knn_in_small_blocks_equals_one_block(monkeypatch):
     rng = np.random.default_rng(0)
     histories = [rng.choice(np.arange(1, 40), size=rng.integers(1, 9), replace=False).tolist() for _ in range(50)]
