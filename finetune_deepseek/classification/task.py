@@ -61,10 +61,6 @@ class ClassificationArguments(DataArguments):
         super().__post_init__()
         if not self.names_data:
             raise ValueError("Name data by --dataset_name, --data_dir, or --train_file and the like.")
-        if self.max_length < 1:
-            raise ValueError(f"--max_length {self.max_length}: it must be 1 or more.")
-        if self.most_frequent_labels is not None and self.most_frequent_labels < 2:
-            raise ValueError(f"--most_frequent_labels {self.most_frequent_labels}: it must be 2 or more.")
         if self.label_separator and self.problem_type not in ("auto", MultiLabel.problem_type):
             raise ValueError(f"--label_separator separates several labels, but --problem_type is {self.problem_type}.")
 

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from ..data.files import read_lines, write_text
+from ..data.ranges import check_ranges
 from ..question_answering.answering import Answer, Reader, SentenceReader, answer_questions
 from ..retrieval.passage_index import PassageIndex, Retriever
 from ..retrieval.reranker import Reranker
@@ -78,11 +79,7 @@ class AnswerArguments:
     def __post_init__(self) -> None:
         if not self.knowledge and not self.index:
             raise ValueError("--knowledge: name the folder or file to answer from.")
-        for name in ("k", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: it must be 1 or more.")
-        if not 0 <= self.min_score <= 1:
-            raise ValueError(f"--min_score {self.min_score:g}: it must be from 0 to 1.")
+        check_ranges(self)
         if self.mode == "dense" and not self.retriever:
             raise ValueError("--mode dense needs --retriever, an embedding model.")
         if self.vector_search == "faiss" and not self.retriever:

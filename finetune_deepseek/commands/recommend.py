@@ -19,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from modeling_deepseek.modeling_deepseek import feature_reader
 
+from ..data.ranges import check_ranges
 from ..recommendation.items.feature_columns import known_only, parse_context, read_users, require_known, unknown_notes
 from ..recommendation.items.interactions import (
     clean,
@@ -92,9 +93,7 @@ class RecommendArguments:
     def __post_init__(self) -> None:
         if not self.history:
             raise ValueError("--history is missing: name a file of histories.")
-        for name in ("k", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: it must be 1 or more.")
+        check_ranges(self)
         if self.output and self.explain != "none":
             raise ValueError("--explain prints on standard output; leave out --output.")
         if self.output and not Path(self.output).parent.is_dir():

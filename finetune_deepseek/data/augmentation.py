@@ -40,8 +40,6 @@ class AugmentationArguments:
     back_translation_beams: int = field(default=1, metadata={"help": "Width of that model's beam search."})
 
     def __post_init__(self) -> None:
-        if self.augment_copies < 1:
-            raise ValueError(f"--augment_copies {self.augment_copies}: it must be 1 or more.")
         rates = self.augmentation_rates
         if rates["synonym"] and not self.synonyms_file:
             raise ValueError("--augment synonym needs --synonyms_file.")

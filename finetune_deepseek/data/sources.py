@@ -15,6 +15,7 @@ from typing import Any, TypeAlias, cast
 from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets, load_dataset
 
 from .hub import check_named
+from .ranges import check_ranges
 from .words import nearest_match
 
 Rows: TypeAlias = Dataset | IterableDataset
@@ -61,10 +62,7 @@ class DataArguments:
             raise ValueError(
                 "--dataset_name, --data_dir and the --train_file group are three ways to name data; use one."
             )
-        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} {value}: it must be 1 or more; leave out --do_... to skip a part.")
+        check_ranges(self)
 
     @property
     def names_data(self) -> bool:

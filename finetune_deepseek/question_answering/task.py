@@ -100,12 +100,10 @@ class QuestionAnsweringArguments(DataArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("n_best_size", "max_answer_length", "max_seq_length", "max_question_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: it must be 1 or more.")
-        if not 0 <= self.doc_stride < self.max_seq_length:
-            raise ValueError(f"--doc_stride {self.doc_stride}: it must be 0 or more and below --max_seq_length "
-                             f"{self.max_seq_length}.")  # fmt: skip
+        if self.doc_stride >= self.max_seq_length:
+            raise ValueError(
+                f"--doc_stride {self.doc_stride}: it must be below --max_seq_length {self.max_seq_length}."
+            )
         if self.null_score_diff_threshold and not self.version_2_with_negative:
             raise ValueError("--null_score_diff_threshold has no effect without --version_2_with_negative; add it.")
         wrong = {"extractive": "prefix", "generative": "bidirectional"}[self.answer_mode]

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..data.ranges import check_ranges
 from .items.feature_columns import FeatureArguments
 from .report import RANKS_FILE
 
@@ -103,16 +104,7 @@ class RecommendationArguments(FeatureArguments):
         if self.sasrec and self.item_counts:
             raise ValueError("--item_counts: SASRec has none; leave out it or --sasrec.")
         self.check_features(self.dataset_name == "ml-100k", has_contexts=not (self.data_dir or files))
-        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples", "k_core", "max_text_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} {value}: it must be 1 or more.")
-        if self.max_length < 2:
-            raise ValueError(f"--max_length {self.max_length}: it must be 2 or more.")
-        if not 0 <= self.item_dropout < 1:
-            raise ValueError(f"--item_dropout {self.item_dropout:g}: it must be 0 or more, and below 1.")
-        if not 0 < self.time_share < 0.5:
-            raise ValueError(f"--time_share {self.time_share:g}: it must be above 0 and below 0.5.")
+        check_ranges(self)
 
     @property
     def is_embedded(self) -> bool:

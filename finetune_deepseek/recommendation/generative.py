@@ -55,9 +55,6 @@ class GenerativeRecommendationArguments(RecommendationArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("num_levels", 1), ("codebook_size", 2), ("num_beams", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} {getattr(self, name)}: it must be {least} or more.")
         if self.items_file:
             raise ValueError("--items_file: texts come in by --titles_file and an embedding model as --item_vectors.")
         if flags := self.feature_flags:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from scipy import sparse
 from sklearn.decomposition import TruncatedSVD
 
+from ..data.hub import check_named
 from ..retrieval.passage_index import Retriever
 from ..training.loading import saved_config
 from .items.catalogue import PADDING
@@ -38,6 +39,7 @@ def read_item_vectors(source: str, ids_file: str | None, titles: dict[str, str])
         raise ValueError(
             f"--item_ids_file belongs to a file of vectors, but --item_vectors is {source}; leave it out."
         )
+    check_named("item_vectors", source)
     if "DeepSeekForEmbedding" in (saved_config(source, "main").get("architectures") or ()):
         return list(titles), Retriever.load(source).encode(list(titles.values()), is_query=False).float().cpu().numpy()
     recommender = None if task_of(source, "main") == "generative_recommendation" else open_recommender(source)

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_deepseek import AutoModelForRecommendation
 
+from ..data.ranges import check_ranges
 from ..data.sources import SPLITS, Rows
 from ..training.task import CausalCollator, Task
 from .items.catalogue import PADDING, TextCatalogue
@@ -59,12 +60,7 @@ class NewsArguments:
             raise ValueError(
                 "news_recommendation needs data: name MIND's folders by --train_dir, --validation_dir, --test_dir."
             )
-        for name in ("max_text_length", "max_history", "num_non_clicks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: it must be 1 or more.")
-        for name in ("max_train_samples", "max_eval_samples", "max_predict_samples"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: it must be 1 or more.")
+        check_ranges(self)
         if isinstance(self.text_fields, str):
             self.text_fields = [self.text_fields]
         if wrong := [name for name in self.text_fields if name not in TEXT_FIELDS]:

@@ -72,9 +72,6 @@ class PromptRankingArguments(RecommendationArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (("num_candidates", 2), ("examples_per_history", 1), ("negatives", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} {getattr(self, name)}: it must be {least} or more.")
         if self.items_file:
             raise ValueError("--items_file: titles for the prompt come in by --titles_file.")
         if self.sasrec:

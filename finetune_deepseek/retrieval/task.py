@@ -77,11 +77,8 @@ class EmbeddingArguments(DataArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in MODEL_SETTINGS:
-            if getattr(self, name) < 2:
-                raise ValueError(f"--{name} {getattr(self, name)}: it must be 2 or more.")
         weights = self.fusion_weights
-        if weights is not None and (len(weights) != len(FUSED) or min(weights) < 0 or not sum(weights)):
+        if weights is not None and (len(weights) != len(FUSED) or not sum(weights)):
             raise ValueError("--fusion_weights: three numbers are needed, none below 0 and not all 0.")
 
 

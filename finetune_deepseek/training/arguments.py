@@ -9,12 +9,18 @@ from typing import Any, Literal
 
 import torch
 from transformers import Seq2SeqTrainingArguments
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
+from ..data.ranges import check_ranges
 from ..data.words import nearest_match
 
 STEPS_WITHOUT_END = 1_000_000  # what Trainer is told where time says when to stop
+# What pip installs for a word of --report_to; transformers itself looks after the words that aren't here.
+TRACKERS = {"tensorboard": '"deepseek-hf[tensorboard]"', "trackio": '"deepseek-hf[trackio]"', "comet_ml": "comet-ml"}
+OWN_NAMES = ("wandb", "mlflow", "neptune", "codecarbon", "clearml", "dagshub", "dvclive", "swanlab")
+TRACKERS |= dict(zip(OWN_NAMES, OWN_NAMES, strict=True))
 MUON = "muon"  # our optimizer beside those of transformers; see weights/muon.py
 MULTI_STEP = "multi_step"  # our schedule beside those of transformers; see optimization.py
 
@@ -77,9 +83,7 @@ class ModelArguments:
             raise ValueError("--config_overrides needs --preset or --config_name; a pretrained model has its shape.")
         if self.native and not self.model_name_or_path:
             raise ValueError("--native needs --model_name_or_path: which class opens that checkpoint.")
-        for name, rate in self.dropouts.items():
-            if not 0 <= rate < 1:
-                raise ValueError(f"--{name} {rate:g}: it must be at least 0 and less than 1.")
+        check_ranges(self)
 
     @property
     def dropouts(self) -> dict[str, float]:
@@ -119,10 +123,7 @@ class LoraArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.lora_r < 1:
-            raise ValueError(f"--lora_r {self.lora_r}: the rank must be 1 or more.")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"--lora_dropout {self.lora_dropout}: it must be at least 0 and less than 1.")
+        check_ranges(self)
         if self.lora_target is not None:
             # YAML and habit also write "attention,dense".
             self.lora_target = [word for words in self.lora_target for word in words.split(",") if word]
@@ -217,8 +218,8 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     def __post_init__(self) -> None:
         if not self.output_dir:
             raise ValueError("--output_dir is missing: name the folder for the model and its results.")
-        if self.cpu_threads is not None and self.cpu_threads < 1:
-            raise ValueError(f"--cpu_threads {self.cpu_threads}: it must be 1 or more.")
+        is_timed = self.max_steps > 0 or self.train_minutes is not None
+        check_ranges(self, but=("num_train_epochs",) if is_timed else ())
         if self.early_stopping_patience is not None:
             self.load_best_model_at_end = True
         if self.load_best_model_at_end and self.eval_strategy == "no":
@@ -260,22 +261,20 @@ class TrainingArguments(Seq2SeqTrainingArguments):
                 raise ValueError(
                     f"--{flag} {value}: no such choice{nearest_match(value, known)}; there is {', '.join(known)}."
                 )
-        if not all(0 < milestone < float("inf") for milestone in self.lr_milestones):
-            raise ValueError(f"--lr_milestones {' '.join(map(str, self.lr_milestones))}: each must be above 0.")
-        if not 0 < self.lr_factor < 1:
-            raise ValueError(f"--lr_factor {self.lr_factor:g}: it must be above 0 and below 1.")
-        if not 0 <= self.label_smoothing_factor < 1:
-            raise ValueError(
-                f"--label_smoothing_factor {self.label_smoothing_factor:g}: it must be at least 0 and less than 1."
-            )
-        for flag in ("tokens_per_batch", "train_minutes", "average_checkpoints"):
-            if getattr(self, flag) is not None and not getattr(self, flag) > 0:
-                raise ValueError(f"--{flag} {getattr(self, flag):g}: it must be above 0.")
+        self._check_trackers()
         if self.generation_length_penalty != 1 and (self.generation_num_beams or 1) == 1:
             raise ValueError("--generation_length_penalty has no effect without beams; add --generation_num_beams 5.")
-        for flag in ("l1", "weight_decay", "train_last_n_layers"):
-            if not (getattr(self, flag) or 0) >= 0:
-                raise ValueError(f"--{flag} {getattr(self, flag):g}: it must be 0 or more.")
+
+    def _check_trackers(self) -> None:
+        """Refuse --report_to for a package that isn't here, which else shows when all data have been read."""
+        asked = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+        for name in set(asked) - {"all", "none"}:
+            if name not in INTEGRATION_TO_CALLBACK:
+                known = ("none", "all", *INTEGRATION_TO_CALLBACK)
+                near = nearest_match(name, known)
+                raise ValueError(f"--report_to {name}: no such choice{near}; there is {', '.join(known)}.")
+            if name in TRACKERS and name not in get_available_reporting_integrations():
+                raise ValueError(f"--report_to {name}: it is not installed: pip install {TRACKERS[name]}")
 
 
 @dataclass

@@ -6,6 +6,7 @@ from typing import Literal, TypeAlias
 
 from ..data.augmentation import AugmentationArguments
 from ..data.moses import moses_lower
+from ..data.ranges import check_ranges
 from ..data.sources import DataArguments
 from ..training.arguments import ModelArguments
 
@@ -142,10 +143,7 @@ class TranslateArguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Run the code that comes with a Hub model."})
 
     def __post_init__(self) -> None:
-        for name in ("num_beams", "batch_size", "max_target_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name} {value}: it must be 1 or more.")
+        check_ranges(self)
         if self.length_penalty != 1 and self.num_beams == 1:
             raise ValueError("--length_penalty has no effect without beams; add --num_beams 5, say.")
 

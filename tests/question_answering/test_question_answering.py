@@ -228,7 +228,7 @@ def test_bad_rows_end_in_one_line(rows, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"doc_stride": 64}, "--doc_stride 64: it must be 0 or more and below"),
+        ({"doc_stride": 64}, "--doc_stride 64: it must be below"),
         ({"max_answer_length": 0}, "--max_answer_length 0"),
         ({"null_score_diff_threshold": 1.0}, "add it"),
         ({"attention_direction": "prefix"}, "can't be used with --answer_mode extractive"),

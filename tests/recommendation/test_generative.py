@@ -233,7 +233,7 @@ def test_mtp_takes_part_in_training_only(learned):
             {"item_vectors": "x.npy", "item_ids_file": "y"},
             "--item_vectors x.npy with --item_ids_file y: .*No such file",
         ),
-        ({"item_vectors": "./none"}, "--model ./none: no such folder"),
+        ({"item_vectors": "./none"}, "--item_vectors ./none: no such folder"),
         ({"item_vectors": "./none", "item_ids_file": "y"}, "leave it out"),
         ({"generation_num_beams": 4}, "--generation_num_beams: items are searched by --num_beams"),
     ],

@@ -168,7 +168,7 @@ def test_order_and_batches_dont_change_the_vectors(learned):
         ([("q", "p"), ("r", "p")], {}, "there is only one passage"),
         (ROWS, {"max_query_length": 1}, "--max_query_length 1: it must be 2 or more"),
         (ROWS, {"fusion_weights": [1, 2]}, "--fusion_weights: three numbers are needed"),
-        (ROWS, {"fusion_weights": [1, -1, 1]}, "none below 0"),
+        (ROWS, {"fusion_weights": [1, -1, 1]}, "each must be 0 or more"),
         (ROWS, {"pooling": "men"}, "pooling has the unknown word 'men'; did you mean 'mean'"),
         (ROWS, {"label_smoothing_factor": 0.1}, "--label_smoothing_factor: the contrastive loss has none"),
     ],

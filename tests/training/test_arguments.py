@@ -84,7 +84,7 @@ def test_bad_yaml_is_one_line(yaml_file, text, message):
         (["--preset=tiny_v3", "--config_name=x"], "--preset and --config_name both name a model"),
         (["--model_name_or_path=x", "--config_overrides=a=1"], "a pretrained model has its shape"),
         (["--use_peft", "--lora_r=0"], "--lora_r 0"),
-        (["--use_peft", "--lora_dropout=1"], "--lora_dropout 1.0"),
+        (["--use_peft", "--lora_dropout=1"], "--lora_dropout 1:"),
         (["--lora_target=all"], "--lora_target has no effect without --use_peft"),
         (["--early_stopping_patience=2"], "add --eval_strategy"),
         (["--source_lang=zh"], "are both 'zh'"),

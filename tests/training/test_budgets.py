@@ -160,7 +160,7 @@ def test_a_training_step_computes_logits_of_targets_only(finetune, data, tmp_pat
     [
         ({"train_minutes": 1, "max_steps": 4}, "--train_minutes and --max_steps both say when to stop"),
         ({"train_minutes": 0}, "--train_minutes 0: it must be above 0"),
-        ({"tokens_per_batch": -5}, "--tokens_per_batch -5: it must be above 0"),
+        ({"tokens_per_batch": -5}, "--tokens_per_batch -5: it must be 1 or more"),
         (
             {"average_checkpoints": 2, "load_best_model_at_end": True, "eval_strategy": "steps"},
             "--average_checkpoints takes the last ones, not the best",

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from configuration_deepseek import preset
 from finetune_deepseek.__main__ import guarded
-from finetune_deepseek.training.arguments import ModelArguments
+from finetune_deepseek.training import arguments
+from finetune_deepseek.training.arguments import ModelArguments, TrainingArguments
 from finetune_deepseek.training.callbacks import plot_metrics
 from finetune_deepseek.training.loading import with_dropout
 from finetune_deepseek.training.optimization import smoothing_term, target_losses
@@ -431,7 +433,7 @@ BY_SCORE |= {"eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
         ({"lr_scheduler_type": "multistep"}, "(did you mean 'multi_step'?)"),
         ({"lr_milestones": [0.5]}, "--lr_milestones has no effect without --lr_scheduler_type multi_step"),
         ({"lr_factor": 0.5}, "--lr_factor has no effect without --lr_scheduler_type multi_step"),
-        ({"lr_scheduler_type": "multi_step", "lr_milestones": [0, 0.5]}, "--lr_milestones 0.0 0.5: each must be"),
+        ({"lr_scheduler_type": "multi_step", "lr_milestones": [0, 0.5]}, "--lr_milestones 0 0.5: each must be"),
         ({"lr_scheduler_type": "multi_step", "lr_factor": 1.5}, "--lr_factor 1.5: it must be above 0 and below 1"),
         ({"lr_scheduler_type": "multi_step", "lr_milestones": [0.5, 7]}, "step 7 is never reached"),
         ({"lr_scheduler_type": "warmup_stable_decay"}, "missing 1 required positional argument: 'num_decay_steps'"),
@@ -456,6 +458,22 @@ def test_bad_values_are_one_line(settings, message, data, tmp_path, capsys):
     assert guarded(["translation", *argv]) == 2
     *_, error = capsys.readouterr().err.strip().splitlines()
     assert error.startswith("deepseek-hf: error: ") and message in error
+
+
+@pytest.mark.parametrize(
+    ("trackers", "message"),
+    [
+        (["none", "trackio"], '--report_to trackio: it is not installed: pip install "deepseek-hf[trackio]"'),
+        ("tensorboard", '--report_to tensorboard: it is not installed: pip install "deepseek-hf[tensorboard]"'),
+        (["wandb"], "--report_to wandb: it is not installed: pip install wandb"),
+        (["wandbb"], "--report_to wandbb: no such choice (did you mean 'wandb'?); there is none, all, "),
+    ],
+)
+def test_a_tracker_that_is_not_there_is_one_line_before_data_are_read(trackers, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(arguments, "get_available_reporting_integrations", lambda: ["mlflow"])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TrainingArguments(str(tmp_path), report_to=trackers)
+    TrainingArguments(str(tmp_path), report_to="none")
 
 
 @pytest.mark.parametrize(
