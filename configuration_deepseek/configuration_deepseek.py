@@ -36,6 +36,12 @@ HEADS_BY_OWN_AUTO_CLASS = {
     "AutoModelForEmbedding": "DeepSeekForEmbedding",
     "AutoModelForRecommendation": "DeepSeekForRecommendation",
 }
+FILES_BY_CLASS = {
+    "DeepSeekModel": "modeling_deepseek",
+    **dict.fromkeys(HEADS_BY_AUTO_CLASS.values(), "language_heads"),
+    "DeepSeekForEmbedding": "embedding_head",
+    "DeepSeekForRecommendation": "recommendation_head",
+}
 
 
 class LayerSpec(NamedTuple):
@@ -308,12 +314,17 @@ class DeepSeekConfig(PreTrainedConfig):
 
     @property
     def auto_map(self) -> dict[str, str]:
-        """Where a process without this package finds the classes in the files beside config.json."""
-        own = [head for head in HEADS_BY_OWN_AUTO_CLASS.values() if head in (self.architectures or [])]
+        """Where a process without this package finds the classes in the files beside config.json.
+
+        A saved class brings the files that it needs: a text head those of all text heads, others none of these.
+        """
+        saved = next((name for name in self.architectures or [] if name in FILES_BY_CLASS), None)
+        trunk = saved if saved in HEADS_BY_OWN_AUTO_CLASS.values() else "DeepSeekModel"
+        heads = {} if saved == trunk else HEADS_BY_AUTO_CLASS
+        classes = {"AutoModel": trunk, **heads}
         return {
             "AutoConfig": "configuration_deepseek.DeepSeekConfig",
-            "AutoModel": f"modeling_deepseek.{own[0] if own else 'DeepSeekModel'}",
-            **{auto_class: f"modeling_deepseek.{head}" for auto_class, head in HEADS_BY_AUTO_CLASS.items()},
+            **{auto_class: f"{FILES_BY_CLASS[name]}.{name}" for auto_class, name in classes.items()},
         }
 
     @auto_map.setter

@@ -2,16 +2,16 @@
 
 from configuration_deepseek import DeepSeekConfig
 
-from .modeling_deepseek import (
+from .embedding_head import DeepSeekForEmbedding
+from .language_heads import (
     DeepSeekForCausalLM,
-    DeepSeekForEmbedding,
     DeepSeekForQuestionAnswering,
-    DeepSeekForRecommendation,
     DeepSeekForSequenceClassification,
     DeepSeekForTokenClassification,
-    DeepSeekModel,
-    DeepSeekPreTrainedModel,
 )
+from .modeling_deepseek import DeepSeekModel
+from .pretrained import DeepSeekPreTrainedModel
+from .recommendation_head import DeepSeekForRecommendation
 from .register import AutoModelForEmbedding, AutoModelForRecommendation, register
 
 register()

@@ -25,6 +25,28 @@ def last_token(hidden_states: torch.Tensor, is_token: torch.Tensor) -> torch.Ten
     return hidden_states[rows, (positions * is_token).argmax(-1)]
 
 
+def which_are_tokens(
+    hidden_states: torch.Tensor,
+    input_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    pad_token_id: int | None,
+) -> torch.Tensor:
+    """[B, S] booleans, false at padding: by token id, else by the mask, else all.
+
+    Raises:
+        ValueError: for a batch of rows in which nothing tells where one ends.
+    """
+    if input_ids is not None and pad_token_id is not None:
+        is_token = input_ids != pad_token_id
+    elif attention_mask is not None and attention_mask.ndim == 2:
+        is_token = attention_mask[:, -hidden_states.shape[1] :].bool()
+    elif hidden_states.shape[0] == 1 or input_ids is None:
+        is_token = torch.ones(hidden_states.shape[:2], dtype=torch.bool)
+    else:
+        raise ValueError("batches of more than one row need config.pad_token_id or an attention_mask")
+    return is_token.to(hidden_states.device)
+
+
 class LatentAttentionPooling(nn.Module):
     """Every token's state looks at R learned latents, then the mean over tokens (Lee et al., arXiv 2405.17428,
     section 3.1): the states are the queries, the latents keys and values, and two linear layers with a GELU follow.

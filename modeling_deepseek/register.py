@@ -20,15 +20,15 @@ from configuration_deepseek.configuration_deepseek import HEADS_BY_OWN_AUTO_CLAS
 from configuration_deepseek.official import SOURCES
 from tokenization_deepseek import DeepSeekTokenizer
 
-from .modeling_deepseek import (
+from .embedding_head import DeepSeekForEmbedding
+from .language_heads import (
     DeepSeekForCausalLM,
-    DeepSeekForEmbedding,
     DeepSeekForQuestionAnswering,
-    DeepSeekForRecommendation,
     DeepSeekForSequenceClassification,
     DeepSeekForTokenClassification,
-    DeepSeekModel,
 )
+from .modeling_deepseek import DeepSeekModel
+from .recommendation_head import DeepSeekForRecommendation
 
 
 class AutoModelForEmbedding(_BaseAutoModelClass):

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from modeling_deepseek.modeling_deepseek import feature_reader
+from modeling_deepseek.recommendation_head import feature_reader
 
 from ..data.ranges import check_ranges
 from ..recommendation.items.feature_columns import known_only, parse_context, read_users, require_known, unknown_notes

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from modeling_deepseek import AutoModelForRecommendation, DeepSeekForRecommendation
 from modeling_deepseek.item_ranking import item_scores
+from modeling_deepseek.pooling import last_token, which_are_tokens
 
 
 class SASRecConfig(PreTrainedConfig):
@@ -102,12 +103,11 @@ class SASRecForRecommendation(PreTrainedModel):
         if labels is not None:
             loss = self.next_item_loss(hidden_states, labels, num_items_in_batch)
         if labels is None or not self.training:
-            rows = torch.arange(len(input_ids), device=input_ids.device)
-            last = hidden_states[rows, self.last_token(hidden_states, input_ids, attention_mask)]
+            is_token = which_are_tokens(hidden_states, input_ids, attention_mask, self.config.pad_token_id)
+            last = last_token(hidden_states, is_token)
             logits = item_scores(last, self.item_embeddings())
         return SequenceClassifierOutputWithPast(loss=loss, logits=logits)
 
-    last_token: Any = DeepSeekForRecommendation.last_token
     next_item_loss: Any = DeepSeekForRecommendation.next_item_loss
     recommend: Any = DeepSeekForRecommendation.recommend
 

@@ -12,7 +12,7 @@ HEADS = ["CausalLM", "SequenceClassification", "TokenClassification", "QuestionA
 AUTO_MAP = {
     "AutoConfig": "configuration_deepseek.DeepSeekConfig",
     "AutoModel": "modeling_deepseek.DeepSeekModel",
-    **{f"AutoModelFor{head}": f"modeling_deepseek.DeepSeekFor{head}" for head in HEADS},
+    **{f"AutoModelFor{head}": f"language_heads.DeepSeekFor{head}" for head in HEADS},
 }
 
 
@@ -52,6 +52,21 @@ def test_auto_map_is_always_whole():
         DeepSeekConfig.from_dict(config.to_dict() | {"auto_map": {"AutoModel": "elsewhere.Model"}}).auto_map
         == AUTO_MAP
     )
+
+
+@pytest.mark.parametrize(
+    ("saved", "trunk"),
+    [
+        ("DeepSeekModel", "modeling_deepseek.DeepSeekModel"),
+        ("DeepSeekForEmbedding", "embedding_head.DeepSeekForEmbedding"),
+        ("DeepSeekForRecommendation", "recommendation_head.DeepSeekForRecommendation"),
+    ],
+)
+def test_auto_map_names_no_class_whose_file_is_not_saved(saved, trunk):
+    config = preset("tiny_v3", architectures=[saved])
+    assert config.auto_map == {"AutoConfig": AUTO_MAP["AutoConfig"], "AutoModel": trunk}
+    config.architectures = ["DeepSeekForTokenClassification"]  # whose file has all heads for text
+    assert config.auto_map == AUTO_MAP
 
 
 def test_derived_values_are_not_frozen_in_the_file():

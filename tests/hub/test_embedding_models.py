@@ -90,4 +90,4 @@ def test_a_stranger_gets_the_embedding_model_by_automodel(saved, run_stranger, f
         check(facts[name], "transformers_modules", saved[name])
         check(again[name], "transformers_modules", saved[name])
         config = json.loads((folder / name / "config.json").read_text())
-        assert config["auto_map"]["AutoModel"] == "modeling_deepseek.DeepSeekForEmbedding"
+        assert config["auto_map"]["AutoModel"] == "embedding_head.DeepSeekForEmbedding"

@@ -235,9 +235,9 @@ def test_the_command_pushes_with_its_card(pushed, hub):
 def test_the_code_is_pushed_beside_the_weights(pushed, hub):
     files = hub.repos["models", "alice/model"].commit_at("main").files
     code = {path for path in files if path.endswith(".py")}
-    assert {"modeling_deepseek.py", "configuration_deepseek.py"} <= code
+    assert {"language_heads.py", "modeling_deepseek.py", "configuration_deepseek.py"} <= code
     assert "register.py" not in code
-    assert b"class DeepSeekForCausalLM(" in hub.read("alice/model", "modeling_deepseek.py")
+    assert b"class DeepSeekForCausalLM(" in hub.read("alice/model", "language_heads.py")
 
 
 def test_what_is_private_or_missing_is_an_oserror_that_names_it(pushed):

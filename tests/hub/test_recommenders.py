@@ -104,7 +104,7 @@ def test_a_stranger_gets_the_recommender_by_automodel(saved, run_stranger, folde
     for name in PRESETS:
         check(facts[name], ["transformers_modules", "DeepSeekForRecommendation"], saved[name])
         config = json.loads((folder / name / "config.json").read_text())
-        assert config["auto_map"]["AutoModel"] == "modeling_deepseek.DeepSeekForRecommendation"
+        assert config["auto_map"]["AutoModel"] == "recommendation_head.DeepSeekForRecommendation"
     again = run_stranger(load, str(folder / "again"), "AutoModel", True)  # what a stranger saved
     for name in PRESETS:
         check(again[name], ["transformers_modules", "DeepSeekForRecommendation"], saved[name])

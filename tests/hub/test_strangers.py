@@ -209,7 +209,19 @@ def test_adapters_merge_and_unmerge(saved):
 def test_the_folder_holds_all_that_travels(saved, folder):
     head = folder / "tiny_v3" / "DeepSeekForQuestionAnswering"
     config = json.loads((head / "config.json").read_text())
-    for auto_class in ["AutoConfig", *HEADS.values()]:
-        module, _, name = config["auto_map"][auto_class].partition(".")
+    assert config["auto_map"].keys() == {"AutoConfig", *HEADS.values()}
+    for auto_class, reference in config["auto_map"].items():
+        module, _, name = reference.partition(".")
         assert f"class {name}(" in (head / f"{module}.py").read_text(), auto_class
-    assert not (head / "register.py").exists()
+
+
+@pytest.mark.parametrize(
+    ("head", "extra"),
+    [("DeepSeekForCausalLM", {"language_heads.py", "losses.py", "pooling.py"}), ("DeepSeekModel", set())],
+)
+def test_a_folder_holds_no_file_that_its_class_does_not_need(saved, folder, head, extra):
+    trunk = """configuration_deepseek official modeling_deepseek pretrained outputs attention_core attention_dsa
+        attention_mha attention_mla cache checkpoint_files checkpoint_keys indexer layers moe mtp quantization rope
+        routers tested_versions transformers_names"""
+    needed = {f"{name}.py" for name in trunk.split()} | extra
+    assert {file.name for file in (folder / "tiny_v3" / head).glob("*.py")} == needed

@@ -8,7 +8,8 @@ import transformers
 from transformers import DynamicCache, GenerationMixin, StaticCache
 
 import modeling_deepseek
-from modeling_deepseek.modeling_deepseek import DeepSeekSequenceOutput, tells_prompt
+from modeling_deepseek.language_heads import tells_prompt
+from modeling_deepseek.outputs import DeepSeekSequenceOutput
 from modeling_deepseek.tested_versions import tell_if_untested
 from modeling_deepseek.transformers_names import GradientCheckpointingLayer, in_library_words
 from tests.modeling.conftest import TINY, tiny, token_ids

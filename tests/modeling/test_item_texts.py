@@ -133,7 +133,7 @@ def test_training_reaches_every_weight_by_plain_gradients(loss, monkeypatch):
         text_model(item_loss=loss, num_item_negatives=5, item_id_embeddings=True, **small).train() for _ in range(2)
     ]
     drawn = torch.tensor([2, 7, 7, 4, 1])
-    monkeypatch.setattr("modeling_deepseek.modeling_deepseek.draw_negatives", lambda *args: drawn)
+    monkeypatch.setattr("modeling_deepseek.recommendation_head.draw_negatives", lambda *args: drawn)
     rows = torch.tensor([[3, 1, 6, 2], [5, 4, 0, 0]])
     labels = rows.masked_fill(rows == 0, -100)
     ours, theirs = pair
@@ -156,7 +156,7 @@ def test_training_reaches_every_weight_by_plain_gradients(loss, monkeypatch):
 
 
 def test_the_loss_is_whole_while_all_texts_can_be_read():
-    from modeling_deepseek.modeling_deepseek import loss_name
+    from modeling_deepseek.recommendation_head import loss_name
 
     assert loss_name(preset("tiny_llm", num_items=513)) == "softmax"
     assert loss_name(preset("tiny_llm", num_items=514)) == "sampled_softmax"

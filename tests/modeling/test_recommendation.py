@@ -8,12 +8,12 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import AutoModel
 
-import modeling_deepseek.modeling_deepseek as home
+import modeling_deepseek.recommendation_head as home
 from configuration_deepseek import preset
 from modeling_deepseek import DeepSeekForRecommendation, DeepSeekModel
 from modeling_deepseek.item_losses import gbce_loss, item_loss, sampled_softmax_loss, softmax_loss
 from modeling_deepseek.item_ranking import top_k
-from modeling_deepseek.modeling_deepseek import loss_name
+from modeling_deepseek.recommendation_head import loss_name
 from tests.modeling.conftest import TINY, tiny, token_ids
 from tests.reference import item_losses as reference
 from tests.reference.compare import assert_close, assert_same_gradients

@@ -198,3 +198,19 @@ def test_one_step_of_trls_sft_trainer(native, tmp_path):
     trainer.train()
     assert math.isfinite(trainer.state.log_history[0]["loss"])
     assert not torch.equal(trainer.model.lm_head.weight, before.lm_head.weight)
+
+
+@pytest.mark.parametrize("trust_remote_code", [False, True])
+def test_a_folder_whose_classes_stood_in_one_file_opens(tmp_path, trust_remote_code):
+    model = tiny("tiny_v3", DeepSeekForCausalLM)
+    model.save_pretrained(tmp_path)
+    new = json.loads((tmp_path / "config.json").read_text())
+    old = {
+        auto_class: name.replace("language_heads", "modeling_deepseek") for auto_class, name in new["auto_map"].items()
+    }
+    (tmp_path / "config.json").write_text(json.dumps(new | {"auto_map": old}))
+    (tmp_path / "language_heads.py").unlink()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=trust_remote_code)
+    assert type(again) is DeepSeekForCausalLM and again.config.auto_map == new["auto_map"]
+    ids = token_ids(2, 7)
+    assert torch.equal(again.eval()(ids).logits, model(ids).logits)

@@ -1,0 +1,156 @@
+"""What all our models share towards transformers: loading, saving, initialising, switching implementations."""
+
+import os
+import tempfile
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.modeling_utils import PreTrainedModel
+
+from .checkpoint_files import CheckpointError, in_turn, naming_the_broken_file, open_slices, unlisted, writing_beside
+from .checkpoint_keys import LAYER, register_conversions, take_mtp_keys
+from .configuration_deepseek import DeepSeekConfig
+from .moe import DeepSeekExperts
+from .quantization import DequantizedSlice, dequantized
+from .routers import DeepSeekTopKRouter
+from .tested_versions import tell_if_untested
+
+register_conversions()
+
+
+class DeepSeekPreTrainedModel(PreTrainedModel):
+    """What all our models share towards transformers: loading, initialising, recording, switching implementations."""
+
+    config_class = DeepSeekConfig
+    config: DeepSeekConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DeepSeekDecoderLayer", "DeepSeekMTPLayer"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias", "gate.weight"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, DeepSeekTopKRouter):
+            init.normal_(module.weight, mean=0.0, std=std)
+            if isinstance(bias := getattr(module, "e_score_correction_bias", None), torch.Tensor):
+                init.zeros_(bias)
+        elif isinstance(module, DeepSeekExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=std)
+            init.normal_(module.down_proj, mean=0.0, std=std)
+
+    # transformers finds out by reading this file's text whether implementations may be chosen; ours are in siblings.
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """The implementation asked for; without a wish grouped_mm, or eager for widths that grouped_mm refuses."""
+        config = self.config
+        # It wants rows of whole 16 bytes: 8 numbers in bfloat16, to which a model may be cast at any time.
+        odd = config.n_routed_experts and (config.hidden_size % 8 or (config.moe_intermediate_size or 0) % 8)
+        if requested_experts is None and odd:
+            requested_experts = "eager"
+        return super().get_correct_experts_implementation(requested_experts)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As transformers', but a damaged file is named."""
+        tell_if_untested()
+        with naming_the_broken_file(pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
+        """As transformers', but weights are read one by one, quantized ones dequantized as they are read."""
+        if state_dict is None and checkpoint_files and checkpoint_files[0].endswith(".safetensors"):
+            try:
+                state_dict = model.official_slices(open_slices(checkpoint_files), load_config)
+            except CheckpointError as error:
+                raise CheckpointError(f"{load_config.pretrained_model_name_or_path}: {error}") from None
+            if is_deepspeed_zero3_enabled():  # reads the files itself, on one process for all
+                state_dict = None
+        with in_turn():
+            return PreTrainedModel._load_pretrained_model(
+                model, state_dict, checkpoint_files, load_config, expected_keys
+            )
+
+    def official_slices(self, weights: dict[str, Any], load_config) -> dict[str, Any]:
+        """What of a checkpoint's entries, still in their files, is to be loaded into this model."""
+        weights = dequantized(weights, self.config)
+        reads_elsewhere = is_deepspeed_zero3_enabled() or "disk" in (load_config.device_map or {}).values()
+        if reads_elsewhere and any(isinstance(entry, DequantizedSlice) for entry in weights.values()):
+            raise CheckpointError(
+                "FP8 weights cannot be loaded under DeepSpeed ZeRO-3 or with offload to disk; load the model without, "
+                "and save it dequantized first"
+            )
+        rest, ahead = take_mtp_keys(weights, self.config)
+        return {**rest, **self.slices_ahead(ahead, rest, load_config.pretrained_model_name_or_path)}
+
+    def slices_ahead(self, ahead: dict[str, Any], rest: dict[str, Any], source: str) -> dict[str, Any]:
+        """What of the prediction layers' entries is to be loaded: nothing, only the language model has such layers."""
+        return {}
+
+    def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
+        """As transformers', but a save that fails leaves the folder as it was."""
+        tell_if_untested()
+        if kwargs.get("distributed_checkpoint"):  # all processes write to one folder, and need its true name
+            return super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
+        with writing_beside(save_directory) as beside:
+            weights = None if state_dict is None else dict(state_dict)  # transformers empties what it is given
+            super().save_pretrained(beside, is_main_process, weights, **kwargs)
+        if push_to_hub:  # apart, so that a failed upload doesn't undo the save
+            kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            with tempfile.TemporaryDirectory() as upload:
+                super().save_pretrained(upload, is_main_process, state_dict, push_to_hub, **kwargs)
+
+    @staticmethod
+    def _finalize_model_loading(model, load_config, loading_info):
+        """As transformers', but a trunk weight that the checkpoint lacks or misshapes is an error, not a warning."""
+        source = load_config.pretrained_model_name_or_path
+        shards = unlisted(source)
+        reason = f"the index does not list {shards[0]}" if shards else "the checkpoint is incomplete"
+        if loading_info.conversion_errors:
+            key = min(loading_info.conversion_errors)
+            raise CheckpointError(
+                f"{source}: the checkpoint's parts of weight {key} do not fit together (first of "
+                f"{len(loading_info.conversion_errors)}); {reason}, or some are misshapen: copy or download it again"
+            )
+        if loading_info.mismatched_keys and not load_config.ignore_mismatched_sizes:
+            key, found, wanted = sorted(loading_info.mismatched_keys)[0]
+            raise CheckpointError(
+                f"{source}: weight {key} has shape {tuple(found)} but the config asks for {tuple(wanted)} (first of "
+                f"{len(loading_info.mismatched_keys)}); mend config.json, or pass ignore_mismatched_sizes=True"
+            )
+        loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
+        prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
+        missing = sorted(key for key in loading_info.missing_keys if key.startswith(prefix))
+        if missing and source is not None:
+            others = sorted(loading_info.unexpected_keys)
+            found = f" (it has {others[0]})" if others else ""
+            raise CheckpointError(
+                f"{source}: {len(missing)} weights of the model are not in the checkpoint, the first is {missing[0]}"
+                f"{found}; {reason}, or config.json describes another model"
+            )
+        layers = [(LAYER.match(key), key) for key in sorted(loading_info.unexpected_keys)]
+        foreign = [key for layer, key in layers if layer and int(layer[1]) < model.config.num_hidden_layers]
+        if foreign and source is not None:
+            raise CheckpointError(
+                f"{source}: the model has no place for {len(foreign)} weights of the checkpoint, the first is "
+                f"{foreign[0]}; config.json describes another model"
+            )
+        return loading_info
