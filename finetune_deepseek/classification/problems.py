@@ -65,10 +65,10 @@ class Problem(ABC):
         """The target back from its encoding."""
 
     @abstractmethod
-    def loss(
+    def losses(
         self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None, smoothing: float
     ) -> torch.Tensor:
-        """Summed over the elements of `labels`: logits [B, N], weights [N]."""
+        """[B], each row's summed over its labels: logits [B, N], weights [N]."""
 
     @abstractmethod
     def balanced_weights(self, targets: list[Any]) -> np.ndarray:
@@ -115,10 +115,10 @@ class SingleLabel(Problem):
     def decode(self, encoded: Any) -> str:
         return self.labels[int(encoded)]
 
-    def loss(
+    def losses(
         self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None, smoothing: float
     ) -> torch.Tensor:
-        return F.cross_entropy(logits, labels, weights, reduction="sum", label_smoothing=smoothing)
+        return F.cross_entropy(logits, labels, weights, reduction="none", label_smoothing=smoothing)
 
     def balanced_weights(self, targets: list[str]) -> np.ndarray:
         """Rows of an average class / rows of the class: 1 on average over the rows."""
@@ -167,10 +167,10 @@ class MultiLabel(Problem):
     def decode(self, encoded: Any) -> list[str]:
         return [label for label, is_set in zip(self.labels, encoded, strict=True) if is_set]
 
-    def loss(
+    def losses(
         self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None, smoothing: float
     ) -> torch.Tensor:
-        return F.binary_cross_entropy_with_logits(logits, labels, pos_weight=weights, reduction="sum")
+        return F.binary_cross_entropy_with_logits(logits, labels, pos_weight=weights, reduction="none").sum(1)
 
     def balanced_weights(self, targets: list[list[str]]) -> np.ndarray:
         """Rows without the label / rows with it, for the rows with it."""
@@ -214,10 +214,10 @@ class Regression(Problem):
     def decode(self, encoded: Any) -> float:
         return float(encoded)
 
-    def loss(
+    def losses(
         self, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None, smoothing: float
     ) -> torch.Tensor:
-        return F.mse_loss(logits[:, 0], labels, reduction="sum")
+        return F.mse_loss(logits[:, 0], labels, reduction="none")
 
     def balanced_weights(self, targets: list[float]) -> np.ndarray:
         raise ValueError("--balance weights: regression has no classes.")

@@ -19,6 +19,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from ..data.sources import DataArguments, Rows, check_columns, joined, named, open_splits, progress, utf8_text
 from ..data.words import pair_text
+from ..training.eval_loss import Predicted
 from ..training.task import CausalCollator, Task
 from .problems import PROBLEMS, MultiLabel, Problem, Regression, SingleLabel, sort_key
 
@@ -123,6 +124,7 @@ class Classification(Task):
         self.problem_class: type[Problem]  # known with the data
         self.problem: Problem  # known with the model
         self.weights: np.ndarray | None = None
+        self.label_smoothing = 0.0
 
     # -- rows --
 
@@ -299,16 +301,29 @@ class Classification(Task):
         """
         if label_smoothing and self.problem_class is not SingleLabel:
             raise ValueError(f"--label_smoothing_factor is for one label per row, not {self.problem.problem_type}.")
+        self.label_smoothing = label_smoothing
 
         def loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> Any:
-            logits = outputs["logits"].float()
-            weights = None if self.weights is None else torch.tensor(self.weights).to(logits)
-            total = self.problem.loss(logits, labels, weights, label_smoothing)
+            total = self._losses(outputs["logits"], labels).sum()
             return total / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
 
         return loss
 
+    def _losses(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """[B], each row's summed over its labels."""
+        weights = None if self.weights is None else torch.tensor(self.weights, dtype=torch.float32)
+        if weights is not None:
+            weights = weights.to(logits.device)
+        return self.problem.losses(logits.float(), labels, weights, self.label_smoothing)
+
     # -- scores and reports --
+
+    def predict_batch(self, model: Any, inputs: dict[str, Any]) -> Predicted:
+        """The rows' losses as training counts them, and their logits [B, N]."""
+        labels = inputs["labels"]
+        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])["logits"].float()
+        counts = torch.full((len(labels),), labels[0].numel(), device=labels.device)
+        return Predicted(self._losses(logits, labels), counts, logits)
 
     def decode(self, outputs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
         return [self.problem.decode(encoded) for encoded in self.problem.choose(outputs)]

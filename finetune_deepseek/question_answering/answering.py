@@ -111,8 +111,8 @@ class Reader:
         return found
 
     def _point(self, batch: dict[str, torch.Tensor]) -> list[tuple[str, float]]:
-        _, output = self.task.reader.predict_batch(self.model, batch)
-        texts = self.task.decode(output.cpu().numpy(), self.tokenizer)
+        outputs = self.task.reader.predict_batch(self.model, batch).outputs
+        texts = self.task.decode(outputs.cpu().numpy(), self.tokenizer)
         ids = [self.task.reader.examples[int(number)].id for number in batch["example"]]
         margins = np.array([self.task.reader.null_margins[name] for name in ids])
         shares = 1 / (1 + np.exp(np.clip(margins, -60, 60)))

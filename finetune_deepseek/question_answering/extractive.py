@@ -15,12 +15,14 @@ from datasets import Dataset
 from transformers import AutoModelForQuestionAnswering, PreTrainedTokenizerBase
 
 from ..data.sources import Rows, progress
+from ..training.eval_loss import Predicted
 from ..training.task import CausalCollator
 from .windows import Layout, Passage
 
 NOWHERE = 1 << 30  # beyond any window: such positions are left out of the loss
 WINDOWS_AT_ONCE = 64
 TRAINING_COLUMNS = ("input_ids", "token_type_ids", "start_positions", "end_positions")
+MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 WINDOW_COLUMNS = ("input_ids", "token_type_ids", "begins", "firsts", "counts", "start_positions", "end_positions")
 OUTPUT_HEAD, OUTPUT_SPAN = 2, 3  # columns of a prediction: example and null score; first and last token and score
 
@@ -59,6 +61,22 @@ class WindowCollator(CausalCollator):
         if self.has_types:
             batch["token_type_ids"] = self._pad(flat["token_type_ids"])[0] * batch["attention_mask"]
         return batch | {name: torch.tensor(flat[name]) for name in ("start_positions", "end_positions")}
+
+
+def window_losses(logits: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """[W], each window's loss on the place of its answer's first or last token, 0 where that is unknown.
+
+    Padding is no place to point at: with it the loss would depend on the longest window of the batch.
+
+    Args:
+        logits, mask: [W, T].
+        positions: [W].
+    """
+    outside = logits.shape[1]
+    logits = logits.masked_fill(mask == 0, float("-inf"))
+    return torch.nn.functional.cross_entropy(
+        logits, positions.clamp(max=outside), ignore_index=outside, reduction="none"
+    )
 
 
 def best_spans(
@@ -155,47 +173,46 @@ class ExtractiveReader:
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> WindowCollator:
         return WindowCollator(cast(int, tokenizer.pad_token_id), self.arguments.mark_matches)
 
-    def predict_batch(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The windows' mean loss, and for each row [2 + 3 N]: its example, the score of no answer, and the spans."""
-        arguments, owner, losses = self.arguments, inputs["owner"], []
-        found: list[tuple[torch.Tensor, ...]] = []
+    def predict_batch(self, model: Any, inputs: dict[str, Any]) -> Predicted:
+        """The losses of each row's windows, and for each row [2 + 3 N]: its example, the score of no answer, and the
+        spans."""
+        owner, losses, found = inputs["owner"], [], []
         names = ("input_ids", "attention_mask", "start_positions", "end_positions", "begins", "firsts", "counts")
-        types = inputs["token_type_ids"].split(WINDOWS_AT_ONCE) if "token_type_ids" in inputs else None
-        chunks = zip(*(inputs[name].split(WINDOWS_AT_ONCE) for name in names), strict=True)
-        for number, chunk in enumerate(chunks):
-            input_ids, mask, start_positions, end_positions, begins, firsts, counts = chunk
-            more = {} if types is None else {"token_type_ids": types[number]}
-            outputs = model(
-                input_ids=input_ids,
-                attention_mask=mask,
-                start_positions=start_positions,
-                end_positions=end_positions,
-                **more,
-            )
+        names += ("token_type_ids",) * ("token_type_ids" in inputs)
+        for parts in zip(*(inputs[name].split(WINDOWS_AT_ONCE) for name in names), strict=True):
+            chunk = dict(zip(names, parts, strict=True))
+            outputs = model(**{name: chunk[name] for name in MODEL_INPUTS if name in chunk})
             start_logits, end_logits = outputs["start_logits"].float(), outputs["end_logits"].float()
-            # A window of an unknown answer has no loss; a mean over none is not a number.
-            is_learned = start_positions < NOWHERE
-            losses.append((torch.nan_to_num(outputs["loss"].float()), is_learned.sum()))
-            places = torch.arange(input_ids.shape[1], device=input_ids.device)
-            is_passage = (places >= begins[:, None]) & (places < (begins + counts)[:, None])
-            best, first, last = best_spans(
-                start_logits, end_logits, is_passage, arguments.max_answer_length, arguments.n_best_size
-            )
-            final = mask.sum(1, keepdim=True) - 1
-            null = (start_logits.gather(1, final) + end_logits.gather(1, final))[:, 0]
-            shift = (firsts - begins)[:, None]
-            found.append((best, first + shift, last + shift, null))
+            ends = ((start_logits, chunk["start_positions"]), (end_logits, chunk["end_positions"]))
+            losses.append(sum(window_losses(*end, chunk["attention_mask"]) for end in ends) / 2)
+            found.append(self._spans(start_logits, end_logits, chunk))
         scores, starts, ends, nulls = (torch.cat(part) for part in zip(*found, strict=True))
         rows = []
         for number, example in enumerate(inputs["example"]):
             mine = owner == number
-            top, order = scores[mine].flatten().topk(arguments.n_best_size)
+            top, order = scores[mine].flatten().topk(self.arguments.n_best_size)
             spans = torch.stack([starts[mine].flatten()[order].float(), ends[mine].flatten()[order].float(), top], 1)
             head = torch.stack([example.float(), nulls[mine].min()])
             rows.append(torch.cat([head, spans.flatten()]))
-        weights = torch.stack([count for _, count in losses])
-        loss = (torch.stack([loss for loss, _ in losses]) * weights).sum() / weights.sum().clamp(min=1)
-        return loss, torch.stack(rows)
+        is_learned = (inputs["start_positions"] < NOWHERE).float()
+        sums, counts = (
+            values.new_zeros(len(rows)).index_add(0, owner, values) for values in (torch.cat(losses), is_learned)
+        )
+        return Predicted(sums, counts, torch.stack(rows))
+
+    def _spans(
+        self, start_logits: torch.Tensor, end_logits: torch.Tensor, chunk: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
+        """Scores, first and last tokens in the passage of each window's best spans [W, N], and its score of no answer
+        [W]."""
+        begins, mask, longest = chunk["begins"][:, None], chunk["attention_mask"], self.arguments.max_answer_length
+        places = torch.arange(mask.shape[1], device=mask.device)
+        is_passage = (places >= begins) & (places < begins + chunk["counts"][:, None])
+        best, first, last = best_spans(start_logits, end_logits, is_passage, longest, self.arguments.n_best_size)
+        final = mask.sum(1, keepdim=True) - 1
+        null = (start_logits.gather(1, final) + end_logits.gather(1, final))[:, 0]
+        shift = chunk["firsts"][:, None] - begins
+        return best, first + shift, last + shift, null
 
     def decode(self, outputs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """The text of each row's best span, or nothing where no answer is better by more than the threshold."""

@@ -24,6 +24,7 @@ from ..data.fault_report import Report, finding
 from ..data.files import write_json
 from ..data.scripts import HAN, looks_mojibake
 from ..data.sources import SPLITS, DataArguments, Part, Rows, joined, named, open_splits, utf8_text
+from ..training.eval_loss import Predicted
 from ..training.task import Task, prefixed
 from .extractive import ExtractiveReader
 from .floors import FLOORS, NAMES, floor_answers
@@ -285,7 +286,9 @@ class QuestionAnswering(Task):
             return None
         return self.reader.generation_config(tokenizer, num_beams)
 
-    def predict_batch(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor] | None:
+    def predict_batch(self, model: Any, inputs: dict[str, Any]) -> Predicted:
+        if isinstance(self.reader, GenerativeReader):
+            return super().predict_batch(model, inputs)
         return self.reader.predict_batch(model, inputs)
 
     def decode(self, outputs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[str]:

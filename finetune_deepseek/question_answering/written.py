@@ -3,7 +3,6 @@
 from typing import Any, cast
 
 import numpy as np
-import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
@@ -77,9 +76,6 @@ class GenerativeReader:
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> CausalCollator:
         return CausalCollator(cast(int, tokenizer.pad_token_id))
-
-    def predict_batch(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor] | None:
-        return None
 
     def generation_config(self, tokenizer: PreTrainedTokenizerBase, num_beams: int) -> GenerationConfig:
         return beam_search(tokenizer, self.arguments.max_answer_length, num_beams)

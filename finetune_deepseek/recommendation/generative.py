@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 
 from ..data.sources import Rows
 from ..training.arguments import ModelArguments
+from ..training.eval_loss import Predicted
 from ..training.optimization import IGNORED_LABEL
 from ..training.task import CausalCollator
 from .arguments import RecommendationArguments
@@ -174,8 +175,8 @@ class GenerativeRecommendation(Recommendation):
             raise ValueError("--generation_num_beams: items are searched by --num_beams; set that.")
         return None
 
-    def predict_batch(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Mean cross entropy of the target's digits, and [B, 1 + M]: the target's rank and the items of the beam."""
+    def predict_batch(self, model: Any, inputs: dict[str, Any]) -> Predicted:
+        """Cross entropies of the target's digits, and [B, 1 + M]: the target's rank and the items of the beam."""
         input_ids, mask, target_ids = (inputs[name] for name in ("input_ids", "attention_mask", "target_ids"))
         ids = torch.cat((input_ids, target_ids.clamp(min=PADDING)), dim=1)
         logits = model(
@@ -184,8 +185,8 @@ class GenerativeRecommendation(Recommendation):
             logits_to_keep=self.trie.depth + 1,
             use_cache=False,
         ).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(
-            logits.flatten(0, 1).float(), target_ids.flatten(), ignore_index=IGNORED_LABEL
+        losses = torch.nn.functional.cross_entropy(
+            logits.float().transpose(1, 2), target_ids, ignore_index=IGNORED_LABEL, reduction="none"
         )
         num_items = len(self.tokenizer.items)
         places, scores = beam_items(
@@ -200,7 +201,8 @@ class GenerativeRecommendation(Recommendation):
         items = places + 1  # numbers, of which the padding is 0
         everything = scores.new_full((len(items), num_items + 1), float("-inf")).scatter_(1, items, scores)
         ranks = target_ranks(everything, inputs["target"], inputs["seen"], PADDING)
-        return loss, torch.cat((ranks[:, None], items), dim=1)
+        counts = (target_ids != IGNORED_LABEL).sum(1)
+        return Predicted(losses.sum(1), counts, torch.cat((ranks[:, None], items), dim=1))
 
     def decode(self, outputs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
         tokens = np.array([PADDING_TOKEN, *self.tokenizer.items], dtype=object)

@@ -22,6 +22,7 @@ from modeling_deepseek import AutoModelForRecommendation
 
 from ..data.ranges import check_ranges
 from ..data.sources import SPLITS, Rows
+from ..training.eval_loss import Predicted
 from ..training.task import CausalCollator, Task
 from .items.catalogue import PADDING, TextCatalogue
 from .items.mind import TEXT_FIELDS, read_behaviors, read_news
@@ -205,10 +206,10 @@ class NewsRecommendation(Task):
 
     # -- scores and reports --
 
-    def predict_batch(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor]:
+    def predict_batch(self, model: Any, inputs: dict[str, Any]) -> Predicted:
         """[B, 1 + C]: how many candidates there are, and their scores."""
         count = inputs.pop("count")
-        return None, torch.cat((count[:, None], model(**inputs).logits.float()), dim=1)
+        return Predicted(outputs=torch.cat((count[:, None], model(**inputs).logits.float()), dim=1))
 
     def decode(self, outputs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
         """The scores of the candidates, in the file's order."""

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from ..data.sources import Rows
 from ..training.arguments import ModelArguments
+from ..training.eval_loss import Predicted
 from ..training.optimization import IGNORED_LABEL
 from ..training.task import CausalCollator, Task
 from .arguments import RecommendationArguments
@@ -407,19 +408,19 @@ class PromptRanking(Recommendation):
 
     # -- scores and reports --
 
-    def predict_batch(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Mean cross entropy of the target among the candidates, and [B, 1 + C]: its rank and the candidates' places,
+    def predict_batch(self, model: Any, inputs: dict[str, Any]) -> Predicted:
+        """Cross entropies of the target among the candidates, and [B, 1 + C]: its rank and the candidates' places,
         best first, -1 where there are fewer."""
         check_causal(model)
         parts = {name: inputs[name] for name in ("prefix_ids", "prefix_mask", "suffix_ids", "suffix_mask")}
         scores = candidate_scores(model, **parts, answers=self.prompt.answers if self.prompt.is_question else None)
         targets = inputs["target"]
-        loss = torch.nn.functional.cross_entropy(scores, targets, ignore_index=-1)
+        losses = torch.nn.functional.cross_entropy(scores, targets, ignore_index=-1, reduction="none")
         order = scores.argsort(dim=1, descending=True)
         order = order.masked_fill(scores.gather(1, order).isneginf(), -1)
         padded = torch.nn.functional.pad(scores, (1, 0), value=float("-inf"))
         ranks = target_ranks(padded, targets + 1, torch.zeros_like(targets)[:, None], PADDING)
-        return loss, torch.cat((ranks[:, None], order), dim=1)
+        return Predicted(losses, targets >= 0, torch.cat((ranks[:, None], order), dim=1))
 
     def decode(self, outputs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
         return [{"rank": int(row[0]), "order": row[1:][row[1:] >= 0].tolist()} for row in outputs.astype(int)]

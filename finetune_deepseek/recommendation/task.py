@@ -22,6 +22,7 @@ from ..data.files import write_text
 from ..data.hub import check_named
 from ..data.sources import SPLITS, Rows
 from ..training.arguments import ModelArguments
+from ..training.eval_loss import Predicted
 from ..training.optimization import IGNORED_LABEL
 from ..training.task import CausalCollator, Task, prefixed
 from .arguments import RecommendationArguments
@@ -352,18 +353,18 @@ class Recommendation(Task):
 
     # -- scores and reports --
 
-    def predict_batch(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """Mean cross entropy over all items, and [B, 1 + items]: the target's rank and the best unseen items."""
+    def predict_batch(self, model: Any, inputs: dict[str, Any]) -> Predicted:
+        """Cross entropies over all items, and [B, 1 + items]: the target's rank and the best unseen items."""
         names = [name for name in ("input_ids", "attention_mask", *FEATURES) if name in inputs]
         scores = model(**{name: inputs[name] for name in names}).logits.float()
         targets, seen = inputs["target"], inputs["seen"]
         scores[:, PADDING] = float("-inf")
         tried = self._tried_ranks(scores, inputs)
-        loss = torch.nn.functional.cross_entropy(scores, targets, ignore_index=PADDING)
+        losses = torch.nn.functional.cross_entropy(scores, targets, ignore_index=PADDING, reduction="none")
         ranks = target_ranks(scores, targets, seen, PADDING)
         best = scores.scatter_(1, seen, float("-inf")).topk(min(SHOWN_ITEMS, scores.shape[1] - 1))
         items = best.indices.masked_fill(best.values == float("-inf"), PADDING)
-        return loss, torch.cat((ranks[:, None], *tried, items), dim=1)
+        return Predicted(losses, targets != PADDING, torch.cat((ranks[:, None], *tried, items), dim=1))
 
     def _tried_ranks(self, scores: torch.Tensor, inputs: dict[str, Any]) -> list[torch.Tensor]:
         """The targets' ranks by each of WEIGHTS, as columns, where they are to be chosen."""

@@ -16,8 +16,10 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from modeling_deepseek import AutoModelForEmbedding
+from modeling_deepseek.contrastive import matryoshka_loss
 
 from ..data.sources import DataArguments, Rows, check_columns, joined, named, open_splits, utf8_text
+from ..training.eval_loss import Predicted
 from ..training.model_card import table
 from ..training.task import CausalCollator, Task, prefixed
 from .encoding import token_ids
@@ -121,6 +123,7 @@ class Embedding(Task):
         self.seed = seed
         self.prefixes = ("", "")  # of queries and passages, known with the model
         self.fields: dict[str, Any] = {}  # of the model's config
+        self.config: Any = None  # the model's
         self.passages: list[str] = []  # of the scored splits, each once per split
         self.queries: list[str] = []  # of the scored splits
         self.targets: list[int] = []  # the number of each one's passage
@@ -190,6 +193,9 @@ class Embedding(Task):
         self.prefixes = (self.fields.get("query_prefix", ""), self.fields.get("passage_prefix", ""))
         return self.fields
 
+    def prepare_model(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.config = model.config
+
     # -- features --
 
     def features(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, is_training: bool) -> Rows:
@@ -233,22 +239,28 @@ class Embedding(Task):
 
     # -- scores and reports --
 
-    def predict_batch(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """The contrastive loss within the batch, and [B, 2 + 2 D]: numbers and vectors of query and passage."""
+    def predict_batch(self, model: Any, inputs: dict[str, Any]) -> Predicted:
+        """[B, 2 + 2 D]: numbers and vectors of query and passage."""
         numbers = torch.stack([inputs.pop(name) for name in ("query_number", "passage_number")], dim=1)
         outputs = model(**inputs)
         passages = outputs.passage_embeddings[inputs["labels"]]
-        return outputs.loss, torch.cat((numbers.float(), outputs.embeddings.float(), passages.float()), dim=1)
+        return Predicted(outputs=torch.cat((numbers.float(), outputs.embeddings.float(), passages.float()), dim=1))
+
+    def split_loss(self, outputs: np.ndarray) -> float:
+        """The contrastive loss of all queries over all passages of the split: within batches it would depend on their
+        size, and on how many processes there are."""
+        queries, passages, targets, _ = vectors(outputs)
+        parts = (torch.from_numpy(part) for part in (queries, passages, targets))
+        return float(matryoshka_loss(*parts, self.config.contrastive_temperature, self.config.matryoshka_sizes))
 
     def decode(self, outputs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
         """The passage's rank among all passages of the rows, and the best passages."""
-        query_numbers, passage_numbers = outputs[:, 0].astype(int), outputs[:, 1].astype(int)
-        queries, passages = np.split(outputs[:, 2:], 2, axis=1)
-        distinct, first, targets = np.unique(passage_numbers, return_index=True, return_inverse=True)
-        scores = queries @ passages[first].T
+        queries, passages, targets, distinct = vectors(outputs)
+        scores = queries @ passages.T
         best = np.argsort(-scores, axis=1, kind="stable")[:, :SHOWN_PASSAGES]
         predictions = []
-        for number, row, rank, chosen in zip(query_numbers, scores, ranks_of(scores, targets), best, strict=True):
+        columns = (outputs[:, 0].astype(int), scores, ranks_of(scores, targets), best)
+        for number, row, rank, chosen in zip(*columns, strict=True):
             self.similarities[int(number)] = distinct, row
             texts = [self.passages[distinct[place]] for place in chosen]
             predictions.append({"query_number": int(number), "rank": int(rank), "passages": texts})
@@ -337,6 +349,14 @@ class Embedding(Task):
             | ({"fusion_weights": list(self.weights)} if self.weights else {})
             | self.fields,
         }
+
+
+def vectors(outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of a split's outputs the queries' vectors [Q, D], those of the passages [P, D], each once, the place of each
+    query's passage among them [Q], and the passages' numbers [P]."""
+    numbers, first, targets = np.unique(outputs[:, 1].astype(int), return_index=True, return_inverse=True)
+    queries, passages = np.split(outputs[:, 2:], 2, axis=1)
+    return queries, passages[first], targets, numbers
 
 
 def columns_of(wanted: dict[str, str]) -> str:

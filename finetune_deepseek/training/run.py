@@ -266,7 +266,7 @@ class Run:
             card=self._write_card,
             save_beside=self.task.save_beside,
             is_language_model=self.task.auto_class is AutoModelForCausalLM,
-            predict_batch=self.task.predict_batch,
+            task=self.task,
         )
 
     def _predictions(self, output: Any) -> dict[int, Any]:

@@ -16,7 +16,8 @@ from tokenization_deepseek import train_tokenizer
 from ..data.fault_report import CHECKS, Report
 from ..data.sources import Rows
 from .arguments import ModelArguments
-from .optimization import IGNORED_LABEL
+from .eval_loss import Predicted
+from .optimization import IGNORED_LABEL, target_losses
 
 # In the order in which a run first calls them: each may rely on what those before it have set.
 HOOKS = (
@@ -101,11 +102,19 @@ class Task(ABC):
         return None
 
     def generation_config(self, tokenizer: PreTrainedTokenizerBase, num_beams: int) -> GenerationConfig | None:
-        """How to generate at evaluation, None to predict from the model's logits."""
+        """How to generate at evaluation, None where `predict_batch` gives the outputs."""
         return None
 
-    def predict_batch(self, model: Any, inputs: dict[str, Any]) -> tuple[torch.Tensor | None, torch.Tensor] | None:
-        """Loss and outputs [B, ...] of an evaluation batch; None takes them from `generate` or the model's logits."""
+    def predict_batch(self, model: Any, inputs: dict[str, Any]) -> Predicted:
+        """Losses and outputs of an evaluation batch, here a language model's losses on its labels (if there are any);
+        where there are no outputs, they are generated."""
+        if "labels" not in inputs:
+            return Predicted()
+        outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
+        return Predicted(*target_losses(outputs["logits"], inputs["labels"]), is_text=True)
+
+    def split_loss(self, outputs: np.ndarray) -> float | None:
+        """The loss of a whole split's outputs, where it isn't a sum over rows: a contrastive one, for example."""
         return None
 
     def decode(self, outputs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Any]:

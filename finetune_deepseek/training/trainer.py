@@ -2,12 +2,11 @@
 
 Generation happens inside Trainer's evaluation: `FinetuneTrainer.prediction_step` generates from left-padded prompts
 beside the loss on the full rows, and returns row numbers in place of labels, so that scores see the references' own
-text. A task without a generation config is predicted from the model's logits.
+text. The loss of a split is a sum over all of its rows (eval_loss.py), never a mean of batches' means.
 """
 
 import copy
 import json
-import math
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +18,7 @@ from datasets import Dataset
 from peft import PeftModel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
-from transformers import GenerationConfig, Seq2SeqTrainer, Trainer
+from transformers import GenerationConfig, Seq2SeqTrainer
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import ParallelMode
 
@@ -30,6 +29,7 @@ from ..data.words import nearest_match
 from .arguments import MUON, TrainingArguments
 from .batches import TokenBatchSampler
 from .callbacks import TimeLimitCallback
+from .eval_loss import LossOfSplit
 from .optimization import (
     MULTI_STEP,
     add_l1_gradient,
@@ -37,17 +37,15 @@ from .optimization import (
     l1_norm,
     multi_step_schedule,
     smooth_labels,
-    target_losses,
 )
-from .task import prefixed
+from .task import Task, prefixed
 from .weights.muon import Muon, muon_groups
 
 
 class FinetuneTrainer(Seq2SeqTrainer):
     """Seq2SeqTrainer for decoder-only models, with whole-or-nothing saving and this package's model card.
 
-    Where the loss is a language model's, evaluation reports it as the mean over all target tokens of the split, and
-    its exponential as perplexity.
+    Evaluation reports the loss as the mean over all that counts in the split, and of text the perplexity.
     """
 
     model: Any
@@ -61,18 +59,16 @@ class FinetuneTrainer(Seq2SeqTrainer):
         card: Callable[[Path], None],
         save_beside: Callable[[Path], None],
         is_language_model: bool,
-        predict_batch: Callable[[Any, dict[str, Any]], tuple[torch.Tensor | None, torch.Tensor] | None],
+        task: Task,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.predict_batch = predict_batch
-        self.is_language_model = is_language_model
+        self.task = task
         bare = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         self.can_skip_prompts = is_language_model and isinstance(bare, DeepSeekForCausalLM)
         self.clock = TimeLimitCallback(self.args.train_minutes) if self.args.train_minutes else None
         if self.clock:
             self.add_callback(self.clock)
-        self.target_loss, self.target_tokens = 0.0, 0
         if is_language_model and self.args.label_smoothing_factor:
             self.label_smoother = None
             hook = partial(smooth_labels, factor=self.args.label_smoothing_factor)
@@ -94,29 +90,19 @@ class FinetuneTrainer(Seq2SeqTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):  # type: ignore[no-untyped-def]
-        """Returns the loss (None without labels), new tokens [B, T] or logits, and row numbers [B]."""
+        """Adds the rows' losses to the split's, and returns None in place of a batch's loss, new tokens [B, T] or the
+        task's outputs, and row numbers [B]."""
         inputs = self._prepare_inputs(inputs)
         prompt_ids, prompt_mask, rows = (inputs.pop(name, None) for name in ("prompt_ids", "prompt_mask", "row"))
         with torch.no_grad(), self.compute_loss_context_manager():
-            predicted = self.predict_batch(model, inputs)
-        if predicted is not None:
-            return *predicted, rows
-        if self.generation is None:
-            loss_only = prediction_loss_only or not self.args.predict_with_generate
-            loss, logits, _ = Trainer.prediction_step(self, model, inputs, loss_only)
-            return loss, logits, rows
-        loss = None
-        if "labels" in inputs:
-            with torch.no_grad(), self.compute_loss_context_manager():
-                loss, outputs = self.compute_loss(model, dict(inputs), return_outputs=True)
-            loss = loss.detach().mean()
-            if self.is_language_model:
-                sums, counts = target_losses(outputs["logits"], inputs["labels"])
-                sums, counts = self.accelerator.gather_for_metrics((sums, counts))
-                self.target_loss += sum(sums.tolist())
-                self.target_tokens += sum(counts.tolist())
+            predicted = self.task.predict_batch(model, inputs)
+        if predicted.sums is not None:
+            self.loss_of_split.add(*self.accelerator.gather_for_metrics((predicted.sums, predicted.counts)))
+            self.loss_of_split.is_text = predicted.is_text
+        if predicted.outputs is not None:
+            return None, predicted.outputs, rows
         if prediction_loss_only or not self.args.predict_with_generate or prompt_ids is None:
-            return loss, None, None
+            return None, None, None
         generation = self.greedy if self.is_in_train else self.generation
         generated = self.model.generate(
             input_ids=prompt_ids,
@@ -124,15 +110,15 @@ class FinetuneTrainer(Seq2SeqTrainer):
             generation_config=generation,
             **({"tokenizer": self.processing_class} if generation.stop_strings else {}),
         )
-        return loss, generated[:, prompt_ids.shape[1] :], rows
+        return None, generated[:, prompt_ids.shape[1] :], rows
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self.target_loss, self.target_tokens = 0.0, 0
+        self.loss_of_split = LossOfSplit()
         output: Any = super().evaluation_loop(*args, **kwargs)
-        if self.target_tokens:
-            loss = self.target_loss / self.target_tokens
-            perplexity = math.exp(loss) if loss < 700 else math.inf  # beyond that a float overflows
-            output.metrics.update(prefixed(kwargs["metric_key_prefix"], {"loss": loss, "perplexity": perplexity}))
+        scores = self.loss_of_split.scores()
+        if output.predictions is not None and (loss := self.task.split_loss(output.predictions)) is not None:
+            scores["loss"] = loss
+        output.metrics.update(prefixed(kwargs["metric_key_prefix"], scores))
         return output
 
     def _regularized_weights(self) -> list[torch.nn.Parameter]:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -353,6 +354,16 @@ def test_best_spans_are_those_of_a_plain_search(longest):
         assert spans == [(i, j) for _, i, j in every[:5]]
 
 
+def reference_window_losses(logits, batch):
+    """Of each window, by plain loops, the mean of -log p of the answer's first and last token."""
+    losses = []
+    columns = (logits.tolist(), batch["attention_mask"], batch["start_positions"], batch["end_positions"])
+    for row, mask, *places in zip(*columns, strict=True):
+        log_sum = math.log(sum(math.exp(value) for value, is_text in zip(row, mask, strict=True) if is_text))
+        losses.append(sum(log_sum - row[int(place)] for place in places) / 2)
+    return losses
+
+
 def test_a_span_is_found_in_whichever_window_it_stands(tokenizer):
     arguments = QuestionAnsweringArguments(
         train_file="x.json", max_seq_length=24, doc_stride=6, n_best_size=3, version_2_with_negative=True
@@ -364,17 +375,22 @@ def test_a_span_is_found_in_whichever_window_it_stands(tokenizer):
     assert len(features[0]["input_ids"]) > 3
     wanted = {task.layout.encoder.ids(word)[0]: score for word, score in ((" Rome", 9.0), (" red", 4.0))}
 
-    def model(input_ids, attention_mask, start_positions, end_positions):
+    def model(input_ids, attention_mask):
         logits = torch.zeros(input_ids.shape)
         logits[:, 0] = 20.0  # not in the passage
         for token, score in wanted.items():
             logits[input_ids == token] = score
-        return {"start_logits": logits, "end_logits": logits, "loss": torch.tensor(2.0)}
+        return {"start_logits": logits, "end_logits": logits}
 
     batch = task.collator(tokenizer)([features[number] | {"row": number} for number in (1, 0)])
-    loss, outputs = task.predict_batch(model, batch)
-    assert loss == 2 and outputs.shape == (2, 2 + 3 * 3)
-    task.decode(outputs.numpy(), tokenizer)
+    predicted = task.predict_batch(model, batch)
+    losses = reference_window_losses(model(batch["input_ids"], None)["start_logits"], batch)
+    for number in (0, 1):
+        own = [loss for loss, owner in zip(losses, batch["owner"].tolist(), strict=True) if owner == number]
+        assert predicted.counts[number] == len(own)
+        assert predicted.sums[number].item() == pytest.approx(sum(own), rel=1e-5)
+    assert predicted.outputs.shape == (2, 2 + 3 * 3)
+    task.decode(predicted.outputs.numpy(), tokenizer)
     best = task.reader.nbest["1"][0]
     assert best["score"] == 18 and text.find("Rome") <= best["start"] < text.find("Rome") + 4
     assert task.reader.nbest["3"][0]["score"] == 8

@@ -1,0 +1,45 @@
+"""The loss of a split: a sum and a count over all of its rows, whatever batches and processes they came in."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+LARGEST = 700.0  # nats: beyond that the exponential of a float overflows
+
+
+class Predicted(NamedTuple):
+    """What a task makes of an evaluation batch of B rows.
+
+    Attributes:
+        sums: [B], the loss of each row, summed over what counts in it. None where there is none, or where it isn't a
+            sum over rows (see `Task.split_loss`).
+        counts: [B], how much counts in each row: tokens, labels, 0 for a row whose target is unknown.
+        outputs: [B, ...], what `Task.decode` reads; None where the model generates it.
+        is_text: whether the loss is a language model's, whose exponential is the perplexity.
+    """
+
+    sums: torch.Tensor | None = None
+    counts: torch.Tensor | None = None
+    outputs: torch.Tensor | None = None
+    is_text: bool = False
+
+
+class LossOfSplit:
+    """Adds up the rows of a split."""
+
+    def __init__(self) -> None:
+        self.total, self.count, self.is_text = 0.0, 0, False
+
+    def add(self, sums: torch.Tensor, counts: torch.Tensor) -> None:
+        """Both [B]. A row that counts nothing adds nothing, be its sum a number or not."""
+        kept = counts > 0
+        self.total += math.fsum(sums[kept].tolist())  # Python's floats: not every device has float64
+        self.count += sum(counts[kept].tolist())
+
+    def scores(self) -> dict[str, float]:
+        """`loss` and, of text, `perplexity`; nothing where nothing counted."""
+        if not self.count:
+            return {}
+        loss = self.total / self.count
+        return {"loss": loss} | ({"perplexity": math.exp(min(loss, LARGEST))} if self.is_text else {})
