@@ -151,7 +151,9 @@ def run_set(name: str, version: str, groups: Sequence[str], workers: int) -> tup
     folder = FOLDER / f"{name}-{version}"
     uv_command, python = uv(), folder / "bin" / "python"
     arguments = requirements(name, FOLDER, shlex.split(environment.pop("UV_CONSTRAINT", "")))
-    subprocess.run([uv_command, "venv", "-q", "--clear", "--seed", "-p", str(interpreter), folder], check=True, env=environment)
+    subprocess.run(
+        [uv_command, "venv", "-q", "--clear", "--seed", "-p", str(interpreter), folder], check=True, env=environment
+    )
     install = [uv_command, "pip", "install", "-q", "-p", str(python), *arguments]
     if subprocess.run(install, cwd=ROOT, env=environment).returncode != 0:
         return False, f"| {name} | {version} | not installed |"

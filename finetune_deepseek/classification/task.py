@@ -17,6 +17,8 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from torch.utils.data import Sampler
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
+from tokenization_deepseek import encode_text
+
 from ..data.sources import DataArguments, Rows, check_columns, joined, named, open_splits, progress, utf8_text
 from ..data.words import pair_text
 from ..training.eval_loss import Predicted
@@ -274,7 +276,7 @@ class Classification(Task):
         limit = self.arguments.max_length
 
         def encode(batch: dict[str, list]) -> dict[str, list]:
-            ids = tokenizer(batch["source"])["input_ids"]
+            ids = encode_text(tokenizer, batch["source"])["input_ids"]
             return {
                 "input_ids": [row[:limit] for row in ids],
                 "labels": [self.problem.encode(target) for target in batch["target"]],

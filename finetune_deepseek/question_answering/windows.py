@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from tokenization_deepseek import encode_text
+
 from ..data.scripts import HAN
 
 Offset = tuple[int, int]
@@ -79,7 +81,9 @@ class Encoder:
         pieces = self.pieces(text)
         missing = list(dict.fromkeys(piece for piece in pieces if piece not in self.known))
         if missing:
-            encoded = self.tokenizer(missing, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            encoded = encode_text(
+                self.tokenizer, missing, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            )
             for piece, ids, offsets in zip(missing, encoded["input_ids"], encoded["offset_mapping"], strict=True):
                 self.known[piece] = ids, [tuple(offset) for offset in offsets]
         all_ids: list[int] = []

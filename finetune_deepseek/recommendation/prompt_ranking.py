@@ -17,6 +17,9 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from modeling_deepseek.transformers_names import CACHE_WORD
+from tokenization_deepseek import Control, encode_parts
+
 from ..data.sources import Rows
 from ..training.arguments import ModelArguments
 from ..training.eval_loss import Predicted
@@ -101,7 +104,7 @@ class Prompt:
         before, _, self.after = cast(str, arguments.prompt_template).partition("{candidate}")
         self.before = before.rstrip(" ")
         self.gap = before[len(self.before) :]  # as most tokenizers begin a word
-        yes, no = ([*self.tokens([text])[0], tokenizer.eos_token_id] for text in (YES, NO))
+        yes, no = ([*self.tokens([[text]])[0], tokenizer.eos_token_id] for text in (YES, NO))
         shared = next((place for place, (a, b) in enumerate(zip(yes, no, strict=False)) if a != b), None)
         if shared is None:
             raise ValueError(
@@ -110,18 +113,19 @@ class Prompt:
         self.shared = yes[:shared]  # the prompt's, for they decide nothing
         self.answers = (yes[shared], no[shared])
 
-    def tokens(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    def tokens(self, rows: list[list[str]]) -> list[list[int]]:
+        return encode_parts(self.tokenizer, rows, add_special_tokens=False)["input_ids"] if rows else []
 
     def history(self, titles: Sequence[str]) -> list[int]:
         """[P] tokens up to the candidate."""
         shown = self.arguments.title_separator.join(titles[-self.arguments.max_length :])
-        ids = self.tokenizer(self.before.replace("{history}", shown))["input_ids"]
+        start, _, end = self.before.partition("{history}")
+        ids = encode_parts(self.tokenizer, [Control(start), shown, Control(end)])["input_ids"]
         return ids[:-1] if ids[-1] == self.tokenizer.eos_token_id else ids
 
     def candidates(self, titles: Sequence[str]) -> list[list[int]]:
         """[T] tokens of each candidate and of what stands behind it."""
-        ids = self.tokens([self.gap + title + self.after for title in titles])
+        ids = self.tokens([[self.gap, title, Control(self.after)] for title in titles])
         return [row + self.shared for row in ids] if self.is_question else ids
 
 
@@ -156,14 +160,14 @@ def candidate_scores(
         ids = suffix_ids[:, start : start + step].flatten(0, 1)
         mask = suffix_mask[:, start : start + step].flatten(0, 1)
         times = len(ids) // users
-        cache = copy.deepcopy(first.cache)  # reading a candidate writes into it
+        cache = copy.deepcopy(first[CACHE_WORD])  # reading a candidate writes into it
         cache.batch_repeat_interleave(times)
         before = prefix_mask.repeat_interleave(times, 0)
         logits = model(
             input_ids=ids,
             attention_mask=torch.cat((before, mask), dim=1),
             position_ids=(before.sum(1, keepdim=True) + mask.cumsum(1) - 1).clamp(min=0),
-            cache=cache,
+            **{CACHE_WORD: cache},  # a native model's forward has the library's word
             use_cache=True,
             logits_to_keep=1 if answers else 0,
         ).logits

@@ -8,6 +8,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from modeling_deepseek.contrastive import truncated
+from tokenization_deepseek import Control, encode_parts
 
 
 def token_ids(
@@ -18,7 +19,8 @@ def token_ids(
     The end is there for cut texts too: with last-token pooling it is where a text is summed up.
     """
     eos = tokenizer.eos_token_id
-    rows = tokenizer([prefix + text for text in texts], return_attention_mask=False)["input_ids"]
+    parts = [[Control(prefix), text] for text in texts]
+    rows = encode_parts(tokenizer, parts, return_attention_mask=False)["input_ids"] if parts else []
     rows = [row[:-1] if row and row[-1] == eos else row for row in rows]
     return [[*row[: max_length - 1], eos] for row in rows], sum(len(row) >= max_length for row in rows)
 

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_deepseek import DeepSeekForSequenceClassification
-from tokenization_deepseek import DeepSeekTokenizer
+from tokenization_deepseek import DeepSeekTokenizer, encode_text
 
 from ..data.words import pair_text
 from ..training.batches import batches_by_length
@@ -50,12 +50,13 @@ class Reranker:
     def scores(self, question: str, passages: Sequence[str], batch_size: int = 32) -> list[float]:
         """From 0 to 1 for each passage; what is longer than the model is cut at its end."""
         limit = self.model.config.max_position_embeddings
-        rows = [ids[:limit] for ids in self.tokenizer([pair_text(question, text) for text in passages])["input_ids"]]
+        texts = [pair_text(question, text) for text in passages]
+        rows = [ids[:limit] for ids in encode_text(self.tokenizer, texts)["input_ids"]]
         found = [0.0] * len(rows)
         for chosen in batches_by_length([len(row) for row in rows], batch_size):
-            texts = [torch.tensor(rows[number]) for number in chosen]
-            mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
-            ids = pad_sequence(texts, batch_first=True, padding_value=self.model.config.pad_token_id or 0)
+            chosen_rows = [torch.tensor(rows[number]) for number in chosen]
+            mask = pad_sequence([torch.ones_like(row) for row in chosen_rows], batch_first=True)
+            ids = pad_sequence(chosen_rows, batch_first=True, padding_value=self.model.config.pad_token_id or 0)
             device = self.model.device
             logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.float()
             if self.model.config.num_labels == 2:

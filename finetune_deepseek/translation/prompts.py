@@ -1,9 +1,13 @@
 """The texts that a translation model is shown, as tokens, and what it generates, as text."""
 
+from collections.abc import Iterable
+from string import Formatter
 from typing import cast
 
 import numpy as np
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from tokenization_deepseek import Control, encode_parts, encode_text
 
 from ..data.moses import moses_lower
 from ..training.task import CausalCollator, beam_search, generated_texts
@@ -25,17 +29,25 @@ class Prompts:
 
     def prompt(self, source: str, source_lang: str, target_lang: str) -> str:
         """The text that the model continues with the translation."""
-        return self.arguments.prompt_template.format(
-            source=source.strip(), source_lang=source_lang, target_lang=target_lang
-        )
+        return "".join(self.prompt_parts(source, source_lang, target_lang))
 
-    def encode_prompts(self, prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    def prompt_parts(self, source: str, source_lang: str, target_lang: str) -> list[str]:
+        """The prompt in parts, those of the template as such: control tokens count in them alone."""
+        values = {"source_lang": Control(source_lang), "target_lang": Control(target_lang), "source": source.strip()}
+        pieces = Formatter().parse(self.arguments.prompt_template)
+        return [part for literal, name, *_ in pieces for part in (Control(literal), values[name] if name else "")]
+
+    def encode_prompts(
+        self, rows: Iterable[tuple[str, str, str]], tokenizer: PreTrainedTokenizerBase
+    ) -> list[list[int]]:
+        """Token ids of the prompts of sources with their source and target languages."""
         end = tokenizer.eos_token_id
+        encoded = encode_parts(tokenizer, [self.prompt_parts(*row) for row in rows])
         # Some tokenizers end every text.
-        return [ids[:-1] if ids[-1] == end else ids for ids in tokenizer(list(prompts))["input_ids"]]
+        return [ids[:-1] if ids[-1] == end else ids for ids in encoded["input_ids"]]
 
     def encode_targets(self, targets: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-        encoded = tokenizer(list(targets), add_special_tokens=False)
+        encoded = encode_text(tokenizer, list(targets), add_special_tokens=False)
         return [[*ids, tokenizer.eos_token_id] for ids in encoded["input_ids"]]
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> CausalCollator:

@@ -255,7 +255,8 @@ class Translation(Prompts, Task):
             for pair in arguments.pairs
         )
         for split, rows in whole.items():
-            ids = self.encode_prompts(rows["prompt"], tokenizer), self.encode_targets(rows["target"], tokenizer)
+            prompts = zip(rows["source"], rows["source_lang"], rows["target_lang"], strict=True)
+            ids = self.encode_prompts(prompts, tokenizer), self.encode_targets(rows["target"], tokenizer)
             limits = arguments.max_source_length, arguments.max_target_length
             report[split] |= count_long_rows(rows["source"], ids, limits)
             report[split] |= count_empty_sides(self.empty_sides[split])
@@ -329,7 +330,8 @@ class Translation(Prompts, Task):
             rows = self._augmented(rows)
 
         def encode(batch: dict[str, list[str]]) -> dict[str, list]:
-            prompts = self.encode_prompts(batch["prompt"], tokenizer)
+            sources = zip(batch["source"], batch["source_lang"], batch["target_lang"], strict=True)
+            prompts = self.encode_prompts(sources, tokenizer)
             pairs = list(zip(prompts, self.encode_targets(batch["target"], tokenizer), strict=True))
             if is_training:
                 pairs = [

@@ -123,8 +123,7 @@ def translate_lines(
     if not rows:
         return translations
     (pair,) = prompts.arguments.pairs
-    texts = [prompts.prompt(prompts.prepared(lines[row], pair[0]), *pair) for row in rows]
-    encoded = prompts.encode_prompts(texts, tokenizer)
+    encoded = prompts.encode_prompts([(prompts.prepared(lines[row], pair[0]), *pair) for row in rows], tokenizer)
     limit = getattr(model.config, "max_position_embeddings", None)
     check_lengths({row + 1: len(ids) for row, ids in zip(rows, encoded, strict=True)}, prompts, limit)
     collate = prompts.collator(tokenizer)

@@ -13,6 +13,7 @@ from finetune_deepseek.training.model_card import run_settings
 from finetune_deepseek.translation.arguments import TranslationArguments
 from finetune_deepseek.translation.task import Translation
 from tests.small_runs import TINY, flags
+from tokenization_deepseek import train_tokenizer
 
 GERMAN = [("one", "eins"), ("two birds", "zwei Vögel")]
 CHINESE = [("one", "一"), ("three", "三")]
@@ -119,23 +120,15 @@ def test_faults_are_counted_within_a_pair(tmp_path):
         {"en": "ten", "zh": ""},
     ]
     path = write(tmp_path / "rows.jsonl", rows)
+    tokenizer = train_tokenizer([str(rows)], 300, "v3")
     for both_directions in (False, True):
         checked = task(train_file=path, target_lang=["de", "zh"], both_directions=both_directions)
         splits = checked.load_splits()
-        report = checked.check_splits(splits, _Characters())["train"]
+        report = checked.check_splits(splits, tokenizer)["train"]
         found = {name: value["count"] for name, value in report.items() if name != "rows" and value["count"]}
         assert report["rows"] == len(splits["train"]) == (10 if both_directions else 5)
         expected = {"duplicate_pairs": 2, "duplicate_sources": 1} if both_directions else {"duplicate_pairs": 1}
         assert found == expected | {"empty_sides": 1}
-
-
-class _Characters:
-    """A tokenizer of characters."""
-
-    eos_token_id = 0
-
-    def __call__(self, texts, add_special_tokens=True):
-        return {"input_ids": [list(map(ord, text)) for text in texts]}
 
 
 def test_scores_are_by_pair_and_their_mean():

@@ -205,7 +205,7 @@ def test_rows_longer_than_the_model_are_refused(finetune, tmp_path):
 
 
 def test_loss_is_on_the_target_and_its_end_only(tokenizer):
-    rows = Dataset.from_list([{"prompt": "de: one\n", "source": "one", "target": "eins"}])
+    rows = Dataset.from_list([{"source": "one", "target": "eins", "source_lang": "en", "target_lang": "de"}])
     (train,) = task().features(rows, tokenizer, is_training=True)
     (scored,) = task().features(rows, tokenizer, is_training=False)
     prompt = tokenizer("de: one\n")["input_ids"]
@@ -219,8 +219,8 @@ def test_loss_is_on_the_target_and_its_end_only(tokenizer):
 
 def test_long_rows_are_left_out_of_training_but_never_of_a_score(tokenizer, capsys):
     texts = [("one", "eins"), ("two birds three", "eins"), ("one", "zwei Vögel drei")]
-    rows = Dataset.from_list([{"prompt": p, "source": p, "target": t} for p, t in texts])
-    limited = task(max_source_length=4, max_target_length=4)
+    rows = Dataset.from_list([{"source": s, "target": t, "source_lang": "en", "target_lang": "de"} for s, t in texts])
+    limited = task(prompt_template="{source}", max_source_length=4, max_target_length=4)
     assert len(limited.features(rows, tokenizer, is_training=True)) == 1
     assert "left out 2 of 3 training rows over --max_source_length 4" in capsys.readouterr().out
     scored = limited.features(rows, tokenizer, is_training=False)
