@@ -74,6 +74,9 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
     With `config.num_item_neighbors` what is counted of items is added to the scores, not to the loss (item_counts.py).
     """
 
+    # Trainer would count each history's first item, which nothing stands before, among those that are learned.
+    accepts_loss_kwargs = False
+
     def __init__(self, config: DeepSeekConfig):
         if config.pad_token_id is None:
             config.pad_token_id = 0
@@ -162,8 +165,8 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
     ) -> DeepSeekSequenceOutput:
         """Arguments as in `DeepSeekModel.forward`, the input_ids [B, S] being item numbers, oldest first, and
 
-        labels: [B, S], usually the input_ids, -100 where there is nothing to learn; shifted here, so that every item
-            is learned from those before it. The loss is `config.item_loss`.
+        labels: [B, S], usually the input_ids, -100 or the padding where there is nothing to learn; shifted here, so
+            that every item is learned from those before it. The loss is `config.item_loss`.
         num_items_in_batch: divide the summed loss by this instead of the number of labels.
         candidates: [B, C] item numbers, filled up with the padding: score these alone. The labels [B] then say which
             of its candidates each row went on with, and the loss is the cross entropy among them.
@@ -191,6 +194,8 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
             attention_mask = torch.ne(input_ids, padding).long()
             if cache is not None and cache.get_seq_length():
                 attention_mask = None  # it would have to cover the cached items too
+        if history is not None and getattr(attention_mask, "ndim", 0) == 2:
+            history = history.masked_fill(attention_mask[:, -history.shape[1] :] == 0, padding)
         picked = None
         if self.config.num_items is not None and input_ids is not None:
             picked = self.pick_items(input_ids, candidates, is_learning=self.training and labels is not None)
@@ -274,7 +279,7 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
         config = self.config
         num_items, padding = item_numbers(config)
         targets = labels[:, 1:].to(hidden_states.device)
-        known = targets != -100
+        known = (targets != -100) & (targets != padding)
         picked = picked or PickedItems(self.item_embeddings(), None)
         total = item_loss(
             loss_name(config),

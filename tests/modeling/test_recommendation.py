@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
-from transformers import AutoModel
+from transformers import AutoModel, Trainer, TrainingArguments
 
 import modeling_deepseek.recommendation_head as home
 from configuration_deepseek import preset
@@ -110,6 +110,34 @@ def test_the_loss_is_the_mean_over_next_items(name):
     assert_close(summed, expected * (labels[:, 1:] != -100).sum() / 4)
     assert_close(result.logits[1, 3:], F.linear(hidden[1, 5], model.model.embed_tokens.weight)[3:])
     assert (result.logits[:, PADDING] == torch.finfo(torch.float32).min).all()
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_plain_trainer_learns_from_whole_histories_as_the_model_does(accumulated, tmp_path):
+    """Histories of four have three next items each, though four labels; padding as a label is none."""
+    model = tiny("tiny_llm", DeepSeekForRecommendation)
+    ids = token_ids(4, 5)
+    ids[:, 4] = PADDING
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    expected = model(ids, labels=ids.masked_fill(ids == PADDING, -100)).loss
+    expected.backward()
+    norm = torch.stack([weight.grad.norm() for weight in model.parameters()]).norm()
+    arguments = TrainingArguments(
+        tmp_path,
+        per_device_train_batch_size=4 // accumulated,
+        gradient_accumulation_steps=accumulated,
+        max_steps=1,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    model.zero_grad()
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), abs=1e-4)
+    assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
 
 
 def test_the_loss_is_chosen_by_the_size_of_the_catalogue(monkeypatch):
