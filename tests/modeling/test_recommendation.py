@@ -350,3 +350,33 @@ def test_scores_under_autocast():
         logits = model(input_ids=history).logits
     assert logits.dtype == torch.float32 and logits[0, 0] == torch.finfo(torch.float32).min
     assert_close(logits[:, 1:].float(), model(input_ids=history).logits[:, 1:], tolerance=0.05)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_scores_in_half_precision_do_not_tie(autocast):
+    """In bfloat16 some two thousand different scores are left of ten thousand; the order is that of exact products."""
+    torch.manual_seed(0)
+    model = DeepSeekForRecommendation(preset("tiny_llm", vocab_size=10_000, pad_token_id=0)).eval()
+    model = model if autocast else model.bfloat16()
+    history, candidates = torch.tensor([[5, 9, 30], [7, 8, 9]]), torch.arange(1, 1001).expand(2, -1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        scores = model(history).logits[:, 1:]
+        some = model(history, candidates=candidates).logits
+        exact = model.last_states(history).double() @ model.item_embeddings()[1:].double().T
+        best = model.recommend(history, k=10, exclude_seen=False)[0]
+    assert all(len(row.unique()) > 9990 for row in scores) and all(len(row.unique()) > 997 for row in some)
+    assert torch.equal(scores.argsort(stable=True)[:, -10:], exact.argsort(stable=True)[:, -10:])
+    assert torch.equal(some.argmax(1), exact[:, :1000].argmax(1))
+    assert torch.equal(best, exact.topk(10).indices + 1)
+
+
+def test_an_adapter_on_a_head_of_its_own_counts_in_the_scores():
+    model = tiny("tiny_llm", DeepSeekForRecommendation, tie_item_embeddings=False)
+    ids = token_ids(2, 5)
+    before = model(ids).logits
+    adapted = get_peft_model(model, LoraConfig(target_modules=["item_head"], init_lora_weights=False)).eval()
+    with torch.no_grad():
+        found = adapted(input_ids=ids).logits
+        assert (found - before)[:, 3:].abs().max() > 1e-2
+        adapted.merge_adapter()
+        assert_close(found[:, 3:], adapted(input_ids=ids).logits[:, 3:])
