@@ -13,7 +13,7 @@ from .cache import takes_cache
 from .configuration_deepseek import DeepSeekConfig
 from .contrastive import matryoshka_loss, truncated
 from .modeling_deepseek import DeepSeekModel
-from .pooling import POOLING_FUNCTIONS, LatentAttentionPooling
+from .pooling import POOLING_FUNCTIONS, LatentAttentionPooling, which_are_tokens
 from .pretrained import DeepSeekPreTrainedModel
 
 
@@ -51,15 +51,11 @@ class DeepSeekForEmbedding(DeepSeekPreTrainedModel):
     def pool(
         self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None
     ) -> torch.Tensor:
-        """[B, S, D] states of the trunk -> [B, D] of length 1. What is padding says a mask [B, S]; a ready mask of
-        another shape says nothing, and then the token ids do. Without any mask all are tokens."""
-        is_token = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
-        if attention_mask is not None and getattr(attention_mask, "ndim", 0) == 2:
-            is_token = attention_mask.bool()
-        elif attention_mask is not None and input_ids is not None and self.config.pad_token_id is not None:
-            is_token = input_ids != self.config.pad_token_id
+        """[B, S, D] states of the trunk -> [B, D] of length 1. Without any mask all are tokens."""
+        input_ids = None if attention_mask is None else input_ids
+        is_token = which_are_tokens(hidden_states, input_ids, attention_mask, self.config.pad_token_id)
         pool = self.pooling if self.config.pooling == "latent" else POOLING_FUNCTIONS[self.config.pooling]
-        return truncated(pool(hidden_states, is_token.to(hidden_states.device)), None)
+        return truncated(pool(hidden_states, is_token), None)
 
     @takes_cache
     @can_return_tuple

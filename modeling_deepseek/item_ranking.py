@@ -6,14 +6,6 @@ Letters: B users, S longest history, V items with the padding.
 from collections.abc import Sequence
 
 import torch
-from torch.nn import functional as F
-
-
-def item_scores(states: torch.Tensor, item_embeddings: torch.Tensor) -> torch.Tensor:
-    """[B, D], [V, D] -> [B, V], not in autocast's bfloat16, in which many of a large catalogue would tie."""
-    with torch.autocast(states.device.type, enabled=False):
-        dtype = torch.promote_types(states.dtype, item_embeddings.dtype)
-        return F.linear(states.to(dtype), item_embeddings.to(dtype))
 
 
 def pad_histories(histories: Sequence[Sequence[int]], num_items: int, padding_idx: int) -> torch.Tensor:

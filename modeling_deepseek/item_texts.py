@@ -8,33 +8,18 @@ Letters: N items asked for, V items with the padding (number 0), T tokens of a t
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .item_catalogue import ITEM_PADDING, PickedItems
 from .pooling import POOLING_FUNCTIONS
 
-ITEM_PADDING = 0
 NO_TOKEN = -1
 TEXTS_AT_ONCE = 256
 ITEM_TEXT_ENCODERS = {"trunk": "_pooled_states", "bag_of_words": "_mean_embeddings"}
-
-
-class PickedItems(NamedTuple):
-    """Vectors [N, D] of the items that a batch needs, where each item's is [V], and the negatives' places [M]."""
-
-    vectors: torch.Tensor
-    places: torch.Tensor | None  # None: those of the items' numbers
-    negatives: torch.Tensor | None = None
-
-    def place(self, items: torch.Tensor) -> torch.Tensor:
-        return items if self.places is None else self.places[items]
-
-    def read(self, items: torch.Tensor) -> torch.Tensor:
-        """Item numbers [...] -> [..., D]."""
-        return F.embedding(self.place(items), self.vectors)
 
 
 class DeepSeekItemTexts(nn.Module):

@@ -31,15 +31,16 @@ def which_are_tokens(
     attention_mask: torch.Tensor | None,
     pad_token_id: int | None,
 ) -> torch.Tensor:
-    """[B, S] booleans, false at padding: by token id, else by the mask, else all.
+    """[B, S] booleans, false at padding: by a mask [B, T], else by token id (a ready mask of another shape says
+    nothing), else all.
 
     Raises:
         ValueError: for a batch of rows in which nothing tells where one ends.
     """
-    if input_ids is not None and pad_token_id is not None:
-        is_token = input_ids != pad_token_id
-    elif attention_mask is not None and attention_mask.ndim == 2:
+    if attention_mask is not None and getattr(attention_mask, "ndim", 0) == 2:
         is_token = attention_mask[:, -hidden_states.shape[1] :].bool()
+    elif input_ids is not None and pad_token_id is not None:
+        is_token = input_ids != pad_token_id
     elif hidden_states.shape[0] == 1 or input_ids is None:
         is_token = torch.ones(hidden_states.shape[:2], dtype=torch.bool)
     else:

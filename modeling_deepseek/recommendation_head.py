@@ -14,22 +14,24 @@ from transformers.utils.generic import can_return_tuple
 
 from .cache import takes_cache
 from .configuration_deepseek import DeepSeekConfig
+from .item_catalogue import (
+    ITEM_PADDING,
+    PickedItems,
+    item_numbers,
+    scores_of_all,
+    scores_of_candidates,
+    vocabulary_vectors,
+)
 from .item_counts import NO_ITEM, DeepSeekItemCounts
 from .item_losses import FULL_SOFTMAX_ITEMS, draw_negatives, item_loss
-from .item_ranking import allowed_items, item_scores, pad_histories, top_k
-from .item_texts import ITEM_PADDING, NO_TOKEN, DeepSeekItemTexts, PickedItems
+from .item_ranking import allowed_items, pad_histories, top_k
+from .item_texts import NO_TOKEN, DeepSeekItemTexts
+from .losses import cross_entropy
 from .modeling_deepseek import DeepSeekModel
 from .outputs import DeepSeekSequenceOutput
 from .pooling import last_token, which_are_tokens
 from .pretrained import DeepSeekPreTrainedModel
 from .side_features import DeepSeekSideFeatures
-
-
-def item_numbers(config: Any) -> tuple[int, int]:
-    """How many items there are, the padding included, and its number."""
-    if getattr(config, "num_items", None) is not None:
-        return config.num_items, ITEM_PADDING
-    return config.vocab_size, config.pad_token_id
 
 
 def loss_name(config: Any) -> str:
@@ -74,6 +76,9 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
     With `config.num_item_neighbors` what is counted of items is added to the scores, not to the loss (item_counts.py).
     """
 
+    # Trainer would count each history's first item, which nothing stands before, among those that are learned.
+    accepts_loss_kwargs = False
+
     def __init__(self, config: DeepSeekConfig):
         if config.pad_token_id is None:
             config.pad_token_id = 0
@@ -106,18 +111,11 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
         """[V, D], by which items are scored."""
         if self.config.num_items is not None:
             return self.item_texts.table(self.model)
-        if not self.config.tie_item_embeddings:
-            return self.item_head.weight
-        table = self.model.embed_tokens
-        if type(table) is nn.Embedding:
-            return table.weight
-        return table(torch.arange(self.config.vocab_size, device=table.weight.device))  # an adapter has its say
+        return vocabulary_vectors(self.model.embed_tokens, self.get_output_embeddings())
 
     def read_items(self, input_ids: torch.Tensor) -> torch.Tensor:
         """What the trunk reads in place of item numbers: [B, S] -> [B, S, D]."""
-        if self.config.num_items is not None:
-            return nn.functional.embedding(input_ids, self.item_embeddings())
-        return self.model.embed_tokens(input_ids)
+        return self.pick_items().read(input_ids)
 
     def add_items(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
         """Append items to a catalogue of texts (`config.num_items`), given as tokens. Not amid a training: the
@@ -162,8 +160,8 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
     ) -> DeepSeekSequenceOutput:
         """Arguments as in `DeepSeekModel.forward`, the input_ids [B, S] being item numbers, oldest first, and
 
-        labels: [B, S], usually the input_ids, -100 where there is nothing to learn; shifted here, so that every item
-            is learned from those before it. The loss is `config.item_loss`.
+        labels: [B, S], usually the input_ids, -100 or the padding where there is nothing to learn; shifted here, so
+            that every item is learned from those before it. The loss is `config.item_loss`.
         num_items_in_batch: divide the summed loss by this instead of the number of labels.
         candidates: [B, C] item numbers, filled up with the padding: score these alone. The labels [B] then say which
             of its candidates each row went on with, and the loss is the cross entropy among them.
@@ -182,31 +180,19 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
                 or of another shape; with features for a cache that isn't empty, or position_ids; with counted items
                 for a cache that isn't empty.
         """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
         side = feature_reader(self, user_features, context_features)
-        history = input_ids
-        if hasattr(self, "item_counts") and cache is not None and cache.get_seq_length():
-            raise ValueError("a model with counted items can't go on from a cache; give whole histories")
-        _, padding = item_numbers(self.config)
-        if attention_mask is None and input_ids is not None:
-            attention_mask = torch.ne(input_ids, padding).long()
-            if cache is not None and cache.get_seq_length():
-                attention_mask = None  # it would have to cover the cached items too
-        picked = None
-        if self.config.num_items is not None and input_ids is not None:
-            picked = self.pick_items(input_ids, candidates, is_learning=self.training and labels is not None)
-            inputs_embeds, input_ids = picked.read(input_ids), None  # the mask says what is padding
+        self._refuse_half_histories(cache, position_ids)
+        if attention_mask is None:
+            attention_mask = self._item_mask(input_ids, cache)
+        picked = self.pick_items(input_ids, candidates, is_learning=self.training and labels is not None)
+        if inputs_embeds is None:
+            inputs_embeds = picked.read(input_ids)
         mask = attention_mask
         if side is not None:
-            if position_ids is not None or (cache is not None and cache.get_seq_length()):
-                raise ValueError(
-                    "a model with user or context features counts positions itself and can't go on from a cache; give "
-                    "whole histories, without position_ids"
-                )
-            if inputs_embeds is None:
-                inputs_embeds, input_ids = self.read_items(input_ids), None
             inputs_embeds, mask, position_ids = side(inputs_embeds, attention_mask, user_features, context_features)
         outputs = self.model(
-            input_ids=input_ids,
             attention_mask=mask,
             position_ids=position_ids,
             cache=cache,
@@ -221,23 +207,9 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
         if labels is not None and candidates is None:
             loss = self.next_item_loss(hidden_states, labels, num_items_in_batch, picked)
         if labels is None or candidates is not None or not self.training:
-            is_token = which_are_tokens(hidden_states, input_ids, attention_mask, self.config.pad_token_id)
-            last = last_token(hidden_states, is_token)
-            picked = picked or PickedItems(self.item_embeddings(), None)
-            if candidates is not None:
-                logits = torch.einsum("bd,bcd->bc", last, picked.read(candidates))
-                if hasattr(self, "item_counts") and history is not None:
-                    logits = logits + self.item_counts(history).gather(1, candidates)
-                logits = logits.masked_fill(candidates == padding, torch.finfo(logits.dtype).min)
-            else:
-                logits = item_scores(last, picked.vectors)
-                lowest = torch.finfo(logits.dtype).min
-                if hasattr(self, "item_counts") and history is not None:
-                    logits += self.item_counts(history)
-                logits.index_fill_(1, torch.tensor([padding], device=last.device), lowest)  # in place: it is large
+            logits = self.score(hidden_states, picked, input_ids, attention_mask, candidates)
         if labels is not None and candidates is not None:
-            loss = nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-            loss = loss / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+            loss = cross_entropy(logits.unsqueeze(0), labels.unsqueeze(0), num_items_in_batch)
         return DeepSeekSequenceOutput(
             loss=loss,
             logits=logits,
@@ -246,16 +218,57 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
             attentions=outputs.attentions,
         )
 
-    def pick_items(self, input_ids: torch.Tensor, candidates: torch.Tensor | None, is_learning: bool) -> PickedItems:
-        """The vectors that a batch of histories [B, S] of items of text needs: all as they are kept, or to learn from
-        with gradients those of its own items and of the negatives."""
-        if not is_learning:
-            return PickedItems(self.item_embeddings(), None)
-        config = self.config
-        if candidates is not None:
-            return self.item_texts.pick(
-                self.model, torch.cat((input_ids.flatten(), candidates.flatten())), input_ids[:0, 0]
+    def _refuse_half_histories(self, cache: Cache | None, position_ids: torch.Tensor | None) -> None:
+        has_past = cache is not None and cache.get_seq_length() > 0
+        if has_past and hasattr(self, "item_counts"):
+            raise ValueError("a model with counted items can't go on from a cache; give whole histories")
+        if hasattr(self, "side_features") and (has_past or position_ids is not None):
+            raise ValueError(
+                "a model with user or context features counts positions itself and can't go on from a cache; give "
+                "whole histories, without position_ids"
             )
+
+    def _item_mask(self, input_ids: torch.Tensor | None, cache: Cache | None) -> torch.Tensor | None:
+        """[B, S]; None where it would have to cover cached items too, or there are no numbers to tell padding by."""
+        if input_ids is None or (cache is not None and cache.get_seq_length()):
+            return None
+        return torch.ne(input_ids, item_numbers(self.config)[1]).long()
+
+    def score(
+        self,
+        hidden_states: torch.Tensor,
+        picked: PickedItems,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        candidates: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Scores of all items [B, V], or of candidates [B, C], after the last item of each row: states [B, S, D]."""
+        padding = item_numbers(self.config)[1]
+        is_item = which_are_tokens(hidden_states, input_ids, attention_mask, padding)
+        last = last_token(hidden_states, is_item)
+        counted = None
+        if hasattr(self, "item_counts") and input_ids is not None:
+            counted = self.item_counts(input_ids.masked_fill(~is_item, padding))
+        if candidates is None:
+            return scores_of_all(last, picked.vectors, padding, counted)
+        return scores_of_candidates(last, candidates, picked, padding, counted)
+
+    def pick_items(
+        self,
+        input_ids: torch.Tensor | None = None,
+        candidates: torch.Tensor | None = None,
+        is_learning: bool = False,
+    ) -> PickedItems:
+        """The items that a batch of histories [B, S] needs: all as they are kept, or of texts that are to learn its
+        own, its candidates and the negatives, with gradients."""
+        config = self.config
+        if config.num_items is None:
+            return PickedItems(self.item_embeddings(), embed=self.model.embed_tokens)
+        if not is_learning or input_ids is None:
+            return PickedItems(self.item_embeddings())
+        if candidates is not None:
+            both = torch.cat((input_ids.flatten(), candidates.flatten()))
+            return self.item_texts.pick(self.model, both, both[:0])
         if loss_name(config) == "softmax":
             negatives = torch.arange(1, config.num_items, device=input_ids.device)
         else:
@@ -274,8 +287,8 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
         config = self.config
         num_items, padding = item_numbers(config)
         targets = labels[:, 1:].to(hidden_states.device)
-        known = targets != -100
-        picked = picked or PickedItems(self.item_embeddings(), None)
+        known = (targets != -100) & (targets != padding)
+        picked = picked or PickedItems(self.item_embeddings())
         total = item_loss(
             loss_name(config),
             hidden_states[:, :-1][known],

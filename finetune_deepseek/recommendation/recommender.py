@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.utils import find_adapter_config_file
 
 from modeling_deepseek import AutoModelForRecommendation
-from modeling_deepseek.recommendation_head import feature_reader, item_numbers
+from modeling_deepseek.item_catalogue import item_numbers
+from modeling_deepseek.recommendation_head import feature_reader
 
 from ..data.files import replaced_folder
 from ..retrieval.encoding import token_ids

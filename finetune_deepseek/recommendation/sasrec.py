@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from modeling_deepseek import AutoModelForRecommendation, DeepSeekForRecommendation
-from modeling_deepseek.item_ranking import item_scores
+from modeling_deepseek.item_catalogue import item_scores
 from modeling_deepseek.pooling import last_token, which_are_tokens
 
 

@@ -22,7 +22,7 @@ from transformers import GenerationConfig, Seq2SeqTrainer
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import ParallelMode
 
-from modeling_deepseek import DeepSeekForCausalLM
+from modeling_deepseek import DeepSeekForCausalLM, DeepSeekForRecommendation
 
 from ..data.files import replaced_folder
 from ..data.words import nearest_match
@@ -66,6 +66,8 @@ class FinetuneTrainer(Seq2SeqTrainer):
         self.task = task
         bare = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         self.can_skip_prompts = is_language_model and isinstance(bare, DeepSeekForCausalLM)
+        if isinstance(bare, DeepSeekForRecommendation):
+            self.model_accepts_loss_kwargs = True  # our batches have no label for a history's first item
         self.clock = TimeLimitCallback(self.args.train_minutes) if self.args.train_minutes else None
         if self.clock:
             self.add_callback(self.clock)
@@ -88,6 +90,16 @@ class FinetuneTrainer(Seq2SeqTrainer):
         if self.can_skip_prompts and model.training:
             inputs = inputs | {"logits_to_keep": "labelled"}
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: Any) -> Any:
+        """As Trainer's, which leaves out labels of -100; where labels are numbers, no classes, this is one of them."""
+
+        def counted(batch: dict[str, Any]) -> dict[str, Any]:
+            labels = batch.get("labels")
+            is_number = torch.is_tensor(labels) and labels.is_floating_point()
+            return batch | {"labels": torch.zeros_like(labels)} if is_number else batch
+
+        return super()._get_num_items_in_batch([*map(counted, batch_samples)], device)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **gen_kwargs):  # type: ignore[no-untyped-def]
         """Adds the rows' losses to the split's, and returns None in place of a batch's loss, new tokens [B, T] or the

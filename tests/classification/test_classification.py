@@ -214,6 +214,14 @@ def test_accumulated_batches_give_the_loss_of_one(rows, tmp_path):
     assert two["train_loss"] == pytest.approx(one["train_loss"], rel=1e-4)
 
 
+def test_a_number_of_minus_100_counts_like_others(tmp_path):
+    """Trainer would not count the two rows of four among those that the loss is the mean of."""
+    rows = [("one", -100.0), ("two", -100.0), ("three", 3.0), ("minus one", -1.0)]
+    result = learn(tmp_path, rows, max_steps=1, do_train=True, do_eval=True, learning_rate=1e-6)
+    mean = sum(target**2 for _, target in rows) / 4  # a fresh head's answers are near 0
+    assert result["train_loss"] == pytest.approx(mean, rel=0.01) == result["eval_loss"]
+
+
 def test_balanced_sampler_draws_each_class_equally_often():
     labels = [0] * 900 + [1] * 90 + [2] * 10
     sampler = BalancedSampler(labels, seed=3)

@@ -8,6 +8,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from modeling_deepseek import DeepSeekForCausalLM
+from modeling_deepseek.transformers_names import CACHE_WORD
 from tests.modeling.conftest import outputs, tiny, token_ids
 from tests.reference.compare import assert_close
 
@@ -150,7 +151,7 @@ def test_embeddings_as_the_prompt(causal):
 def test_continuing_from_a_returned_cache(causal):
     ids = token_ids(1, 6)
     first = causal.generate(ids, return_dict_in_generate=True, **GREEDY)
-    cache = first.cache
+    cache = first[CACHE_WORD]
     assert cache.get_seq_length() == 6 + NEW - 1  # the last token has not been read yet
     turn = torch.cat((first.sequences, token_ids(1, 5, seed=1)), dim=1)
     expected = by_whole_passes(causal, turn)

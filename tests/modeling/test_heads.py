@@ -106,6 +106,22 @@ def test_sequence_scores_are_read_at_the_last_token(name):
     assert_close(outputs(model, inputs_embeds=embeds, attention_mask=mask), expected)
 
 
+@pytest.mark.parametrize("head", [DeepSeekForSequenceClassification, DeepSeekForRecommendation, DeepSeekForEmbedding])
+def test_the_mask_tells_where_a_row_ends_and_not_the_padding_id(name, head):
+    """A row may end with the padding's token (many pad with the end of text): padded on any side it reads as alone."""
+    model = tiny(name, head, pooling="last_token")
+    first = 3 if head is DeepSeekForRecommendation else 0  # of the scores: the padding has none
+    for row, filling in (([5, 2, 7, 2], 2), ([5, 6, 7, 8], 9)):
+        text = torch.tensor([row])
+        with torch.no_grad():
+            alone = model(text, attention_mask=torch.ones_like(text)).to_tuple()[0][:, first:]
+            for left, right in ((0, 3), (3, 0), (2, 1)):
+                padded = F.pad(text, (left, right), value=filling)
+                mask = F.pad(torch.ones_like(text), (left, right))
+                found = model(padded, attention_mask=mask).to_tuple()[0][:, first:]
+                assert_close(found, alone, f"{left} left, {right} right", tolerance=5e-5)
+
+
 def test_sequence_scores_of_a_batch_without_any_sign_of_padding_are_refused():
     model = tiny("tiny_llm", DeepSeekForSequenceClassification)
     model.config.pad_token_id = None

@@ -79,6 +79,15 @@ def test_scores_are_the_models_and_the_counts():
     assert_close(scores, left.topk(2).values)
 
 
+def test_items_that_the_mask_hides_are_not_counted():
+    model, _ = counting_model(item_neighbor_weight=2.0, item_transition_weight=0.5)
+    row = torch.tensor([[5, 3, 1, 4]])
+    with torch.no_grad():
+        expected = model(row[:, 1:3], position_ids=torch.tensor([[1, 2]])).logits
+        found = model(row, attention_mask=torch.tensor([[0, 1, 1, 0]])).logits
+    assert_close(found[:, 1:], expected[:, 1:])
+
+
 def test_the_loss_is_the_models_alone():
     model, _ = counting_model(item_neighbor_weight=3.0)
     bare = DeepSeekForRecommendation(preset("tiny_llm", vocab_size=ITEMS, pad_token_id=0)).eval()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
-from transformers import AutoModel
+from transformers import AutoModel, Trainer, TrainingArguments
 
 import modeling_deepseek.recommendation_head as home
 from configuration_deepseek import preset
@@ -110,6 +110,34 @@ def test_the_loss_is_the_mean_over_next_items(name):
     assert_close(summed, expected * (labels[:, 1:] != -100).sum() / 4)
     assert_close(result.logits[1, 3:], F.linear(hidden[1, 5], model.model.embed_tokens.weight)[3:])
     assert (result.logits[:, PADDING] == torch.finfo(torch.float32).min).all()
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_plain_trainer_learns_from_whole_histories_as_the_model_does(accumulated, tmp_path):
+    """Histories of four have three next items each, though four labels; padding as a label is none."""
+    model = tiny("tiny_llm", DeepSeekForRecommendation)
+    ids = token_ids(4, 5)
+    ids[:, 4] = PADDING
+    rows = [{"input_ids": row, "labels": row} for row in ids]
+    expected = model(ids, labels=ids.masked_fill(ids == PADDING, -100)).loss
+    expected.backward()
+    norm = torch.stack([weight.grad.norm() for weight in model.parameters()]).norm()
+    arguments = TrainingArguments(
+        tmp_path,
+        per_device_train_batch_size=4 // accumulated,
+        gradient_accumulation_steps=accumulated,
+        max_steps=1,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    model.zero_grad()
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(expected.item(), abs=1e-4)
+    assert trainer.state.log_history[0]["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
 
 
 def test_the_loss_is_chosen_by_the_size_of_the_catalogue(monkeypatch):
@@ -322,3 +350,33 @@ def test_scores_under_autocast():
         logits = model(input_ids=history).logits
     assert logits.dtype == torch.float32 and logits[0, 0] == torch.finfo(torch.float32).min
     assert_close(logits[:, 1:].float(), model(input_ids=history).logits[:, 1:], tolerance=0.05)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_scores_in_half_precision_do_not_tie(autocast):
+    """In bfloat16 some two thousand different scores are left of ten thousand; the order is that of exact products."""
+    torch.manual_seed(0)
+    model = DeepSeekForRecommendation(preset("tiny_llm", vocab_size=10_000, pad_token_id=0)).eval()
+    model = model if autocast else model.bfloat16()
+    history, candidates = torch.tensor([[5, 9, 30], [7, 8, 9]]), torch.arange(1, 1001).expand(2, -1)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        scores = model(history).logits[:, 1:]
+        some = model(history, candidates=candidates).logits
+        exact = model.last_states(history).double() @ model.item_embeddings()[1:].double().T
+        best = model.recommend(history, k=10, exclude_seen=False)[0]
+    assert all(len(row.unique()) > 9990 for row in scores) and all(len(row.unique()) > 997 for row in some)
+    assert torch.equal(scores.argsort(stable=True)[:, -10:], exact.argsort(stable=True)[:, -10:])
+    assert torch.equal(some.argmax(1), exact[:, :1000].argmax(1))
+    assert torch.equal(best, exact.topk(10).indices + 1)
+
+
+def test_an_adapter_on_a_head_of_its_own_counts_in_the_scores():
+    model = tiny("tiny_llm", DeepSeekForRecommendation, tie_item_embeddings=False)
+    ids = token_ids(2, 5)
+    before = model(ids).logits
+    adapted = get_peft_model(model, LoraConfig(target_modules=["item_head"], init_lora_weights=False)).eval()
+    with torch.no_grad():
+        found = adapted(input_ids=ids).logits
+        assert (found - before)[:, 3:].abs().max() > 1e-2
+        adapted.merge_adapter()
+        assert_close(found[:, 3:], adapted(input_ids=ids).logits[:, 3:])
