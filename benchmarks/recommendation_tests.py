@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 from compare import write_section
 
+from finetune_deepseek.recommendation.arguments import RANKS_FILE
 from finetune_deepseek.recommendation.baselines import BASELINES
-from finetune_deepseek.recommendation.report import RANKS_FILE
 from finetune_deepseek.recommendation.scores import bootstrap_interval, paired_p_value, per_user
 
 SCORES = ("hr@10", "ndcg@10")

@@ -7,8 +7,7 @@ already keeps them.
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,53 +18,15 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from tokenization_deepseek import encode_text
 
-from ..data.sources import DataArguments, Rows, check_columns, joined, named, open_splits, progress, utf8_text
+from ..data.sources import Rows, check_columns, joined, named, open_splits, progress, utf8_text
 from ..data.words import pair_text
 from ..training.eval_loss import Predicted
 from ..training.task import CausalCollator, Task
-from .problems import PROBLEMS, MultiLabel, Problem, Regression, SingleLabel, sort_key
+from .arguments import ClassificationArguments
+from .problems import PROBLEMS, Problem, Regression, SingleLabel, sort_key
 
 # Letters: B batch, N labels.
 LABELS_SHOWN = 5
-
-
-@dataclass
-class ClassificationArguments(DataArguments):
-    """Which texts, and what to predict for them."""
-
-    text_column: str = field(default="text", metadata={"help": "Column of the text."})
-    text_pair_column: str | None = field(
-        default=None,
-        metadata={"help": "Column of a second text, read behind the first: question and passage for a reranker."},
-    )
-    label_column: str = field(default="label", metadata={"help": "Column of the label, the labels or the number."})
-    problem_type: Literal["auto", "single_label_classification", "multi_label_classification", "regression"] = field(
-        default="auto",
-        metadata={"help": "auto takes lists for several labels, fractions for regression, all else for one label."},
-    )
-    label_separator: str | None = field(
-        default=None, metadata={"help": "What stands between several labels in one text, as csv files have them."}
-    )
-    most_frequent_labels: int | None = field(
-        default=None, metadata={"help": "Leave out rows whose label isn't among the training rows' N most frequent."}
-    )
-    balance: Literal["none", "weights", "sampler"] = field(
-        default="none",
-        metadata={
-            "help": "Against unequal classes: weigh the loss by them, or draw rows of each class equally often."
-        },
-    )
-    max_length: int = field(default=256, metadata={"help": "Tokens of a text. Longer ones are cut, and counted."})
-    tfidf_baseline: bool = field(
-        default=True, metadata={"help": "Score TF-IDF + a linear model beside the model (--do_predict)."}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.names_data:
-            raise ValueError("Name data by --dataset_name, --data_dir, or --train_file and the like.")
-        if self.label_separator and self.problem_type not in ("auto", MultiLabel.problem_type):
-            raise ValueError(f"--label_separator separates several labels, but --problem_type is {self.problem_type}.")
 
 
 class BalancedSampler(Sampler[int]):

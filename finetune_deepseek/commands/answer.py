@@ -3,16 +3,15 @@
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Literal
 
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from ..data.files import read_lines, write_text
-from ..data.ranges import check_ranges
 from ..question_answering.answering import Answer, Reader, SentenceReader, answer_questions
+from ..question_answering.arguments import AnswerArguments
 from ..retrieval.passage_index import PassageIndex, Retriever
 from ..retrieval.reranker import Reranker
 from .flags import parse_verb
@@ -32,67 +31,6 @@ A reranker is trained on rows of question, passage and label (no, yes):
 NONE = "no answer"
 
 AROUND = 60  # characters shown on each side of an answer
-
-
-@dataclass
-class AnswerArguments:
-    """What to ask, where to look, and how to read."""
-
-    knowledge: str | None = field(
-        default=None,
-        metadata={"help": "Folder or file of texts (.txt, .md, .rst) and tables (json, jsonl, csv, parquet)."},
-    )
-    index: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder of the index; it is brought up to date with --knowledge, which may be left out if the "
-            "index is there. Without it, a hidden folder beside the knowledge."
-        },
-    )
-    input: str | None = field(default=None, metadata={"help": "UTF-8 file with one question per line."})
-    output: str | None = field(default=None, metadata={"help": "File for one JSON object per question."})
-    k: int = field(default=5, metadata={"help": "Passages that are read for a question."})
-    mode: Literal["bm25", "dense", "fused"] | None = field(
-        default=None,
-        metadata={
-            "help": "Find passages by words, by vectors, or by words, parts of words and vectors; fused with "
-            "--retriever, else bm25."
-        },
-    )
-    retriever: str | None = field(
-        default=None, metadata={"help": "Embedding model for dense and fused: a folder or a Hub id."}
-    )
-    vector_search: Literal["torch", "faiss"] = field(
-        default="torch", metadata={"help": "What compares vectors; the results are the same."}
-    )
-    reranker: str | None = field(
-        default=None, metadata={"help": "Classifier of question and passage that puts the passages in order."}
-    )
-    min_score: float = field(default=0.1, metadata={"help": "An answer with a lower score, from 0 to 1, is none."})
-    batch_size: int = field(default=8, metadata={"help": "Passages that are read at once."})
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = field(
-        default="float32", metadata={"help": "Type of the weights; auto takes the checkpoint's."}
-    )
-    questions: list[str] = field(default_factory=list, init=False)  # the words that are no flags
-
-    def __post_init__(self) -> None:
-        if not self.knowledge and not self.index:
-            raise ValueError("--knowledge: name the folder or file to answer from.")
-        check_ranges(self)
-        if self.mode == "dense" and not self.retriever:
-            raise ValueError("--mode dense needs --retriever, an embedding model.")
-        if self.vector_search == "faiss" and not self.retriever:
-            raise ValueError("--vector_search faiss needs --retriever, an embedding model.")
-        if self.mode == "bm25" and self.retriever:
-            raise ValueError("--retriever has no effect with --mode bm25; leave one of them out.")
-
-    @property
-    def index_folder(self) -> Path:
-        if self.index:
-            return Path(self.index)
-        knowledge = Path(self.knowledge or "").resolve()
-        return knowledge.with_name(f".{knowledge.name}.{'vectors' if self.retriever else 'words'}.index")
 
 
 def shown(answer: Answer) -> str:

@@ -8,9 +8,8 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from modeling_deepseek.recommendation_head import feature_reader
 
-from ..data.ranges import check_ranges
+from ..recommendation.arguments import RecommendArguments
 from ..recommendation.items.feature_columns import known_only, parse_context, read_users, require_known, unknown_notes
 from ..recommendation.items.interactions import (
     clean,
@@ -47,57 +46,6 @@ EXAMPLES = """examples:
 SCORES_AT_ONCE = 100_000_000  # of a batch of users with a large catalogue; 400 MB
 
 SCHEMA = pa.schema([("user", pa.string()), ("rank", pa.int32()), ("item", pa.string()), ("score", pa.float32())])
-
-
-@dataclass
-class RecommendArguments:
-    """For whom, out of what, and where to."""
-
-    history: str = field(
-        default="", metadata={"help": "File of histories: .json, .jsonl, .csv or .parquet, also .gz."}
-    )
-    k: int = field(default=10, metadata={"help": "Items per user."})
-    exclude_seen: bool = field(default=True, metadata={"help": "Leave out the items of the history."})
-    filter: str | None = field(
-        default=None, metadata={"help": "JSON list, or text with one item per line: the only items to choose from."}
-    )
-    index: Literal["exact", "faiss"] = field(
-        default="exact",
-        metadata={"help": "Search all items, or by faiss: approximate from 50,000 items on, exact with --filter."},
-    )
-    explain: Literal["none", "integrated_gradients", "attention"] = field(
-        default="none", metadata={"help": "Show how much each item of the history carried the first recommendation."}
-    )
-    output: str | None = field(
-        default=None, metadata={"help": "Parquet file for a whole user base; without it, lines on standard output."}
-    )
-    new_items: str | None = field(
-        default=None, metadata={"help": "JSON {id: text} of items to add first, for a model whose items are texts."}
-    )
-    users_file: str | None = field(
-        default=None, metadata={"help": "File of users and their features, for a model that reads such."}
-    )
-    context: list[str] | None = field(
-        default=None,
-        metadata={"help": "What is known of the request, in the model's columns.", "metavar": "COLUMN=VALUE"},
-    )
-    user_column: str = field(default="user_id", metadata={"help": "Column of the user."})
-    item_column: str = field(default="item_id", metadata={"help": "Column of the item."})
-    timestamp_column: str = field(
-        default="timestamp", metadata={"help": "Column of the time; none: the file's order."}
-    )
-    history_column: str = field(default="items", metadata={"help": "Column of a list of items per user."})
-    batch_size: int = field(default=256, metadata={"help": "Users that are scored at once."})
-    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
-
-    def __post_init__(self) -> None:
-        if not self.history:
-            raise ValueError("--history is missing: name a file of histories.")
-        check_ranges(self)
-        if self.output and self.explain != "none":
-            raise ValueError("--explain prints on standard output; leave out --output.")
-        if self.output and not Path(self.output).parent.is_dir():
-            raise ValueError(f"--output {self.output}: there is no such folder to write to.")
 
 
 def read_histories(

@@ -8,86 +8,21 @@ import gzip
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets, load_dataset
 
+from .arguments import SPLITS, DataArguments
 from .hub import check_named
-from .ranges import check_ranges
 from .words import nearest_match
 
 Rows: TypeAlias = Dataset | IterableDataset
 
-SPLITS = ("train", "validation", "test")
 # The file name's ending gives the reader of `datasets`; each may be gzipped.
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 STREAM_SHUFFLE_ROWS = 10_000
-
-
-@dataclass
-class DataArguments:
-    """Where rows come from, and how many of them are used."""
-
-    _argument_group_name = "data"
-    SOURCES = ("dataset_name", "data_dir", "train_file", "validation_file", "test_file")
-
-    dataset_name: str | None = field(default=None, metadata={"help": "Data set id on the Hub."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration, such as de-en."})
-    data_dir: list[str] | None = field(
-        default=None, metadata={"help": "Folders with train, validation and test files.", "metavar": "DIR"}
-    )
-    train_file: list[str] | None = field(
-        default=None, metadata={"help": ".json, .jsonl, .csv or .parquet files, also gzipped.", "metavar": "FILE"}
-    )
-    validation_file: list[str] | None = field(
-        default=None, metadata={"help": "The same, for --do_eval.", "metavar": "FILE"}
-    )
-    test_file: list[str] | None = field(
-        default=None, metadata={"help": "The same, for --do_predict.", "metavar": "FILE"}
-    )
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Use this many rows at most of each training file."}
-    )
-    max_eval_samples: int | None = field(default=None, metadata={"help": "The same, for validation."})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "The same, for test."})
-
-    def __post_init__(self) -> None:
-        for name in ("data_dir", "train_file", "validation_file", "test_file"):
-            if isinstance(value := getattr(self, name), str):
-                setattr(self, name, [value])
-        files = any((self.train_file, self.validation_file, self.test_file))
-        if sum((bool(self.dataset_name), bool(self.data_dir), files)) > 1:
-            raise ValueError(
-                "--dataset_name, --data_dir and the --train_file group are three ways to name data; use one."
-            )
-        check_ranges(self)
-
-    @property
-    def names_data(self) -> bool:
-        return any(getattr(self, name) for name in self.SOURCES)
-
-    @property
-    def data_name(self) -> str:
-        """For the card: the Hub's id, or local names without their folders, which are nobody else's business."""
-        paths = [path for name in self.SOURCES[1:] for path in getattr(self, name) or []]
-        return self.dataset_name or ", ".join(dict.fromkeys(Path(path).name for path in paths))
-
-    @property
-    def limits(self) -> dict[str, int | None]:
-        return dict(
-            zip(SPLITS, (self.max_train_samples, self.max_eval_samples, self.max_predict_samples), strict=True)
-        )
-
-    def files(self) -> dict[str, list[str]]:
-        """The local files of each split."""
-        if self.data_dir:
-            folders = [find_files(folder) for folder in self.data_dir]
-            found = {split: [files[split] for files in folders if split in files] for split in SPLITS}
-        else:
-            found = {split: getattr(self, f"{split}_file") or [] for split in SPLITS}
-        return {split: paths for split, paths in found.items() if paths}
 
 
 @dataclass(frozen=True)
@@ -134,6 +69,16 @@ def find_files(folder: str) -> dict[str, str]:
     if not files:
         raise ValueError(f"--data_dir {folder}: no file named train, validation or test with {', '.join(READERS)}.")
     return files
+
+
+def split_files(arguments: DataArguments) -> dict[str, list[str]]:
+    """The local files of each split."""
+    if arguments.data_dir:
+        folders = [find_files(folder) for folder in arguments.data_dir]
+        found = {split: [files[split] for files in folders if split in files] for split in SPLITS}
+    else:
+        found = {split: getattr(arguments, f"{split}_file") or [] for split in SPLITS}
+    return {split: paths for split, paths in found.items() if paths}
 
 
 def _open_bytes(path: str) -> Any:
@@ -245,7 +190,7 @@ def open_splits(
     else:
         raw = {
             split: [Part(path, read_file(path, text_columns, streaming)) for path in paths]
-            for split, paths in arguments.files().items()
+            for split, paths in split_files(arguments).items()
         }
     return {
         split: [Part(part.where, limited(part.rows, arguments.limits[split], split)) for part in parts]

@@ -28,9 +28,10 @@ from ..training import model_card
 from ..training.arguments import ModelArguments
 from ..training.batches import batches_by_length
 from ..training.loading import load_model, load_tokenizer, saved_config
+from .arguments import MODEL_SETTINGS, QuestionAnsweringArguments
 from .extractive import ExtractiveReader
 from .floors import floor_answers
-from .task import MODEL_SETTINGS, QuestionAnswering, QuestionAnsweringArguments
+from .task import QuestionAnswering
 
 OTHER_HEADS = {  # what a model of another kind is for
     "SequenceClassification": " (a classifier goes to --reranker, or deepseek-hf predict classification)",

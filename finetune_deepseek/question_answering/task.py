@@ -9,9 +9,8 @@ floors.
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,12 +19,14 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from configuration_deepseek.official import SOURCES
 
+from ..data.arguments import SPLITS
 from ..data.fault_report import Report, finding
 from ..data.files import write_json
 from ..data.scripts import HAN, looks_mojibake
-from ..data.sources import SPLITS, DataArguments, Part, Rows, joined, named, open_splits, utf8_text
+from ..data.sources import Part, Rows, joined, named, open_splits, utf8_text
 from ..training.eval_loss import Predicted
 from ..training.task import Task, prefixed
+from .arguments import MODEL_SETTINGS, NBEST_FILE, QuestionAnsweringArguments
 from .extractive import ExtractiveReader
 from .floors import FLOORS, NAMES, floor_answers
 from .metrics import CmrcScores, SquadScores
@@ -35,13 +36,6 @@ from .windows import PIECES, TOKEN_TYPES, Layout
 from .written import GenerativeReader
 
 READERS: dict[str, Any] = {"extractive": ExtractiveReader, "generative": GenerativeReader}
-NBEST_FILE = "nbest_predictions.json"
-# What a trained model depends on: written into its card, and taken from there by evaluate and predict.
-MODEL_SETTINGS = (
-    *("answer_mode", "version_2_with_negative", "null_score_diff_threshold", "question_placement"),
-    *("max_seq_length", "doc_stride", "max_question_length", "max_answer_length"),
-    *("characters_apart", "convert_to_simplified", "mark_matches"),
-)
 METRICS = {
     "exact_match": ("exact_match", "exact match"),
     "f1": ("f1", "F1"),
@@ -49,73 +43,6 @@ METRICS = {
     "has_answer_f1": ("f1", "F1, with an answer"),
     "no_answer_f1": ("f1", "F1, without an answer"),
 }
-
-
-@dataclass
-class QuestionAnsweringArguments(DataArguments):
-    """Which questions, and how passages are read."""
-
-    answer_mode: Literal["extractive", "generative"] = field(
-        default="extractive", metadata={"help": "Point at the answer in the passage, or write it."}
-    )
-    version_2_with_negative: bool = field(
-        default=False, metadata={"help": "Some questions have no answer, as in SQuAD 2."}
-    )
-    null_score_diff_threshold: float = field(
-        default=0.0, metadata={"help": "Give no answer where its score is above the best answer's by more than this."}
-    )
-    n_best_size: int = field(default=20, metadata={"help": f"Answers kept per question, in {NBEST_FILE}."})
-    max_answer_length: int = field(default=30, metadata={"help": "Tokens of an answer; a written one's end included."})
-    max_seq_length: int = field(
-        default=384, metadata={"help": "Tokens of question and passage together; a longer passage is read in windows."}
-    )
-    doc_stride: int = field(default=128, metadata={"help": "Tokens that neighbouring windows share."})
-    max_question_length: int = field(default=64, metadata={"help": "Tokens of a question. Longer ones are cut."})
-    question_placement: Literal["first", "both"] = field(
-        default="first", metadata={"help": "The question before the passage, or before and after it."}
-    )
-    attention_direction: Literal["causal", "prefix", "bidirectional"] | None = field(
-        default=None,
-        metadata={
-            "help": "What a token sees. Without it a saved model's own, else causal; to write answers random weights "
-            "get prefix, the prompt seeing itself whole."
-        },
-    )
-    characters_apart: bool = field(
-        default=True, metadata={"help": "One token or more for each Chinese character, so that answers end with one."}
-    )
-    convert_to_simplified: bool = field(
-        default=False, metadata={"help": "Convert Traditional Chinese to Simplified, by OpenCC."}
-    )
-    mark_matches: bool = field(
-        default=False,
-        metadata={
-            "help": "Tell the model which tokens are the passage's, and which of them the question has too: from "
-            "random weights few questions don't teach that."
-        },
-    )
-    score_by: Literal["auto", "words", "characters"] = field(
-        default="auto",
-        metadata={"help": "SQuAD's scores or CMRC's for Chinese; auto takes those if most answers are Chinese."},
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.doc_stride >= self.max_seq_length:
-            raise ValueError(
-                f"--doc_stride {self.doc_stride}: it must be below --max_seq_length {self.max_seq_length}."
-            )
-        if self.null_score_diff_threshold and not self.version_2_with_negative:
-            raise ValueError("--null_score_diff_threshold has no effect without --version_2_with_negative; add it.")
-        wrong = {"extractive": "prefix", "generative": "bidirectional"}[self.answer_mode]
-        if self.attention_direction == wrong:
-            raise ValueError(f"--attention_direction {wrong} can't be used with --answer_mode {self.answer_mode}.")
-        if self.mark_matches and self.answer_mode != "extractive":
-            raise ValueError(f"--mark_matches can't be used with --answer_mode {self.answer_mode}; leave it out.")
-
-    @property
-    def is_embedded(self) -> bool:
-        return not self.names_data
 
 
 class QuestionAnswering(Task):

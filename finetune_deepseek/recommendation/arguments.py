@@ -1,11 +1,52 @@
-"""What recommendation is told: which interactions, how they are split, what the model reads of them."""
+"""What the tasks of recommendation are told: which data, how they are split, what the model reads of them; and what
+`recommend` is."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from ..data.ranges import check_ranges
-from .items.feature_columns import FeatureArguments
-from .report import RANKS_FILE
+
+RANKS_FILE = "user_ranks.csv"
+TEXT_FIELDS = ("title", "abstract", "subcategory", "category")
+TEMPLATES = {
+    "yes_no": "Chosen so far, oldest first: {history}\nWould {candidate} be chosen next? Answer:",
+    "likelihood": "Chosen so far, oldest first: {history}\nChosen next: {candidate}\n",
+}
+
+
+@dataclass
+class FeatureArguments:
+    """Which features of users and contexts there are."""
+
+    users_file: str | None = field(
+        default=None, metadata={"help": "File of users and what is known of them, read before their histories."}
+    )
+    user_feature_columns: list[str] | None = field(
+        default=None, metadata={"help": "Its columns to read; ml-100k has age, gender, occupation and zip_code."}
+    )
+    context_columns: list[str] | None = field(
+        default=None,
+        metadata={"help": "Columns of the interactions that are known before the item is, such as the weekday."},
+    )
+
+    @property
+    def feature_flags(self) -> list[str]:
+        """Those that are given."""
+        return [flag for flag in FeatureArguments.__dataclass_fields__ if getattr(self, flag)]
+
+    def check_features(self, has_users: bool, has_contexts: bool) -> None:
+        """Refuse flags without effect: whether the data bring a file of users, and whether they have contexts.
+
+        Raises:
+            ValueError: for such flags.
+        """
+        if self.users_file and not self.user_feature_columns:
+            raise ValueError(f"--users_file {self.users_file}: name its columns to read by --user_feature_columns.")
+        if self.user_feature_columns and not (self.users_file or has_users):
+            raise ValueError("--user_feature_columns: name the file that has them by --users_file.")
+        if self.context_columns and not has_contexts:
+            raise ValueError("--context_columns: ready histories have no columns per item; name --interactions_file.")
 
 
 @dataclass
@@ -109,3 +150,169 @@ class RecommendationArguments(FeatureArguments):
     @property
     def is_embedded(self) -> bool:
         return not any(getattr(self, name) for name in self.SOURCES)
+
+
+@dataclass
+class NewsArguments:
+    """Which news and impressions, and what of them is read."""
+
+    _argument_group_name = "data"
+
+    train_dir: str | None = field(default=None, metadata={"help": "Folder with MIND's news.tsv and behaviors.tsv."})
+    validation_dir: str | None = field(default=None, metadata={"help": "The same, for --do_eval."})
+    test_dir: str | None = field(
+        default=None, metadata={"help": "The same, for --do_predict: MIND's dev folder; its test has no labels."}
+    )
+    text_fields: list[str] = field(
+        default_factory=lambda: ["title"],
+        metadata={"help": f"What a news is described by, of {', '.join(TEXT_FIELDS)}.", "metavar": "FIELD"},
+    )
+    max_text_length: int = field(default=32, metadata={"help": "Tokens of a news that a new model reads."})
+    max_history: int = field(default=50, metadata={"help": "Latest clicks of a user that the model reads."})
+    num_non_clicks: int = field(default=4, metadata={"help": "News not clicked that each click is learned against."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use this many impressions at most."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "The same, for validation."})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "The same, for test."})
+
+    def __post_init__(self) -> None:
+        if not (self.train_dir or self.validation_dir or self.test_dir):
+            raise ValueError(
+                "news_recommendation needs data: name MIND's folders by --train_dir, --validation_dir, --test_dir."
+            )
+        check_ranges(self)
+        if isinstance(self.text_fields, str):
+            self.text_fields = [self.text_fields]
+        if wrong := [name for name in self.text_fields if name not in TEXT_FIELDS]:
+            raise ValueError(f"--text_fields {wrong[0]}: no such field; choose from {', '.join(TEXT_FIELDS)}.")
+
+
+@dataclass
+class GenerativeRecommendationArguments(RecommendationArguments):
+    """Which interactions, and the vectors that the items' codes are made of."""
+
+    item_vectors: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of a trained recommender or embedding model, or a .npy or .safetensors file of a matrix; "
+            "without it, vectors of which items stand near each other in the training histories."
+        },
+    )
+    item_ids_file: str | None = field(
+        default=None, metadata={"help": "Whose the rows of a matrix are: a JSON list, or a text with an id per line."}
+    )
+    titles_file: str | None = field(
+        default=None, metadata={"help": "File of --item_column and --title_column, for an embedding model to read."}
+    )
+    title_column: str = field(default="title", metadata={"help": "Column of the title."})
+    num_levels: int = field(default=3, metadata={"help": "Digits of a code, without the one that tells twins apart."})
+    codebook_size: int = field(default=256, metadata={"help": "Values of each digit."})
+    num_beams: int = field(default=20, metadata={"help": "Items that beam search ends with."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.items_file:
+            raise ValueError("--items_file: texts come in by --titles_file and an embedding model as --item_vectors.")
+        if flags := self.feature_flags:
+            raise ValueError(f"--{flags[0]}: a generative recommender reads no features; leave it out.")
+        if self.sasrec:
+            raise ValueError("--sasrec: train it by `finetune recommendation`, and name its folder in --compare_with.")
+
+
+@dataclass
+class PromptRankingArguments(RecommendationArguments):
+    """Which interactions, titles and candidates, and how the model is asked."""
+
+    max_length: int = field(default=10, metadata={"help": "Titles of a history that the prompt shows, the last ones."})
+    titles_file: str | None = field(
+        default=None, metadata={"help": "File of --item_column and --title_column; without it, ids are the titles."}
+    )
+    title_column: str = field(default="title", metadata={"help": "Column of the title."})
+    candidates_column: str | None = field(
+        default=None,
+        metadata={"help": "Column of the items to rank, in validation and test files; without it they are drawn."},
+    )
+    num_candidates: int = field(
+        default=20, metadata={"help": "The target and so many less one unseen items, drawn at random."}
+    )
+    scoring: Literal["yes_no", "likelihood"] = field(
+        default="yes_no", metadata={"help": "Ask about each candidate, or take the likelihood of its title."}
+    )
+    prompt_template: str | None = field(
+        default=None,
+        metadata={"help": "The prompt, with {history} and after it {candidate}; without it, one that fits --scoring."},
+    )
+    title_separator: str = field(default="; ", metadata={"help": "Stands between the titles of a history."})
+    examples_per_history: int = field(
+        default=1, metadata={"help": "Items of each training history that are learned, the last ones."}
+    )
+    negatives: int = field(
+        default=1, metadata={"help": "Unseen items, drawn at random, that are learned as no for each yes."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.items_file:
+            raise ValueError("--items_file: titles for the prompt come in by --titles_file.")
+        if self.sasrec:
+            raise ValueError("--sasrec: train it by `finetune recommendation`; it ranks all items, not candidates.")
+        if self.compare_with:
+            raise ValueError("--compare_with: ranks of other runs may be over other candidates; leave it out.")
+        if self.candidates_column and not (self.data_dir or self.validation_file or self.test_file):
+            raise ValueError("--candidates_column is of files of histories: name --data_dir or --test_file.")
+        self.prompt_template = (self.prompt_template or TEMPLATES[self.scoring]).replace("\\n", "\n")
+        before, history, after = self.prompt_template.partition("{history}")
+        if not history or after.count("{candidate}") != 1 or "{history}" in after or "{candidate}" in before:
+            raise ValueError(
+                f"--prompt_template {self.prompt_template!r}: it needs {{history}} once, then {{candidate}} once."
+            )
+
+
+@dataclass
+class RecommendArguments:
+    """For whom, out of what, and where to."""
+
+    history: str = field(
+        default="", metadata={"help": "File of histories: .json, .jsonl, .csv or .parquet, also .gz."}
+    )
+    k: int = field(default=10, metadata={"help": "Items per user."})
+    exclude_seen: bool = field(default=True, metadata={"help": "Leave out the items of the history."})
+    filter: str | None = field(
+        default=None, metadata={"help": "JSON list, or text with one item per line: the only items to choose from."}
+    )
+    index: Literal["exact", "faiss"] = field(
+        default="exact",
+        metadata={"help": "Search all items, or by faiss: approximate from 50,000 items on, exact with --filter."},
+    )
+    explain: Literal["none", "integrated_gradients", "attention"] = field(
+        default="none", metadata={"help": "Show how much each item of the history carried the first recommendation."}
+    )
+    output: str | None = field(
+        default=None, metadata={"help": "Parquet file for a whole user base; without it, lines on standard output."}
+    )
+    new_items: str | None = field(
+        default=None, metadata={"help": "JSON {id: text} of items to add first, for a model whose items are texts."}
+    )
+    users_file: str | None = field(
+        default=None, metadata={"help": "File of users and their features, for a model that reads such."}
+    )
+    context: list[str] | None = field(
+        default=None,
+        metadata={"help": "What is known of the request, in the model's columns.", "metavar": "COLUMN=VALUE"},
+    )
+    user_column: str = field(default="user_id", metadata={"help": "Column of the user."})
+    item_column: str = field(default="item_id", metadata={"help": "Column of the item."})
+    timestamp_column: str = field(
+        default="timestamp", metadata={"help": "Column of the time; none: the file's order."}
+    )
+    history_column: str = field(default="items", metadata={"help": "Column of a list of items per user."})
+    batch_size: int = field(default=256, metadata={"help": "Users that are scored at once."})
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit of a model on the Hub."})
+
+    def __post_init__(self) -> None:
+        if not self.history:
+            raise ValueError("--history is missing: name a file of histories.")
+        check_ranges(self)
+        if self.output and self.explain != "none":
+            raise ValueError("--explain prints on standard output; leave out --output.")
+        if self.output and not Path(self.output).parent.is_dir():
+            raise ValueError(f"--output {self.output}: there is no such folder to write to.")

@@ -7,7 +7,6 @@ writes only items that there are and that the user hasn't seen. Data, baselines 
 outside of the beam rank behind those in it.
 """
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from ..training.arguments import ModelArguments
 from ..training.eval_loss import Predicted
 from ..training.optimization import IGNORED_LABEL
 from ..training.task import CausalCollator
-from .arguments import RecommendationArguments
+from .arguments import GenerativeRecommendationArguments
 from .item_vectors import neighbour_vectors, read_item_vectors
 from .items.catalogue import PADDING, PADDING_TOKEN
 from .items.quantizer import distinct_codes, residual_codes
@@ -30,38 +29,6 @@ from .items.titles import read_titles, with_titles
 from .items.trie import CodeTrie, beam_items
 from .scores import target_ranks
 from .task import Recommendation
-
-
-@dataclass
-class GenerativeRecommendationArguments(RecommendationArguments):
-    """Which interactions, and the vectors that the items' codes are made of."""
-
-    item_vectors: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder of a trained recommender or embedding model, or a .npy or .safetensors file of a matrix; "
-            "without it, vectors of which items stand near each other in the training histories."
-        },
-    )
-    item_ids_file: str | None = field(
-        default=None, metadata={"help": "Whose the rows of a matrix are: a JSON list, or a text with an id per line."}
-    )
-    titles_file: str | None = field(
-        default=None, metadata={"help": "File of --item_column and --title_column, for an embedding model to read."}
-    )
-    title_column: str = field(default="title", metadata={"help": "Column of the title."})
-    num_levels: int = field(default=3, metadata={"help": "Digits of a code, without the one that tells twins apart."})
-    codebook_size: int = field(default=256, metadata={"help": "Values of each digit."})
-    num_beams: int = field(default=20, metadata={"help": "Items that beam search ends with."})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.items_file:
-            raise ValueError("--items_file: texts come in by --titles_file and an embedding model as --item_vectors.")
-        if flags := self.feature_flags:
-            raise ValueError(f"--{flags[0]}: a generative recommender reads no features; leave it out.")
-        if self.sasrec:
-            raise ValueError("--sasrec: train it by `finetune recommendation`, and name its folder in --compare_with.")
 
 
 class SemanticIdCollator(CausalCollator):

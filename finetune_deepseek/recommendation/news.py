@@ -9,7 +9,6 @@ use. Scores are MIND's: AUC, MRR and nDCG of each impression, mean over impressi
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,52 +19,19 @@ from transformers import PreTrainedTokenizerBase
 
 from modeling_deepseek import AutoModelForRecommendation
 
-from ..data.ranges import check_ranges
-from ..data.sources import SPLITS, Rows
+from ..data.arguments import SPLITS
+from ..data.sources import Rows
 from ..training.eval_loss import Predicted
 from ..training.task import CausalCollator, Task
+from .arguments import NewsArguments
 from .items.catalogue import PADDING, TextCatalogue
-from .items.mind import TEXT_FIELDS, read_behaviors, read_news
+from .items.mind import read_behaviors, read_news
 from .report import TEXT_CARD_CODE
 from .scores import bootstrap_interval, impression_scores
 
 METRICS = {"auc": "AUC", "mrr": "MRR", "ndcg@5": "nDCG@5", "ndcg@10": "nDCG@10"}
 # What a trained model depends on: written into its card, and taken from there by evaluate and predict.
 MODEL_SETTINGS = ("text_fields", "max_history")
-
-
-@dataclass
-class NewsArguments:
-    """Which news and impressions, and what of them is read."""
-
-    _argument_group_name = "data"
-
-    train_dir: str | None = field(default=None, metadata={"help": "Folder with MIND's news.tsv and behaviors.tsv."})
-    validation_dir: str | None = field(default=None, metadata={"help": "The same, for --do_eval."})
-    test_dir: str | None = field(
-        default=None, metadata={"help": "The same, for --do_predict: MIND's dev folder; its test has no labels."}
-    )
-    text_fields: list[str] = field(
-        default_factory=lambda: ["title"],
-        metadata={"help": f"What a news is described by, of {', '.join(TEXT_FIELDS)}.", "metavar": "FIELD"},
-    )
-    max_text_length: int = field(default=32, metadata={"help": "Tokens of a news that a new model reads."})
-    max_history: int = field(default=50, metadata={"help": "Latest clicks of a user that the model reads."})
-    num_non_clicks: int = field(default=4, metadata={"help": "News not clicked that each click is learned against."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use this many impressions at most."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "The same, for validation."})
-    max_predict_samples: int | None = field(default=None, metadata={"help": "The same, for test."})
-
-    def __post_init__(self) -> None:
-        if not (self.train_dir or self.validation_dir or self.test_dir):
-            raise ValueError(
-                "news_recommendation needs data: name MIND's folders by --train_dir, --validation_dir, --test_dir."
-            )
-        check_ranges(self)
-        if isinstance(self.text_fields, str):
-            self.text_fields = [self.text_fields]
-        if wrong := [name for name in self.text_fields if name not in TEXT_FIELDS]:
-            raise ValueError(f"--text_fields {wrong[0]}: no such field; choose from {', '.join(TEXT_FIELDS)}.")
 
 
 class NewsCollator(CausalCollator):

@@ -8,7 +8,6 @@ history, candidate and answer. Data, baselines and scores are those of task.py, 
 import copy
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -25,7 +24,7 @@ from ..training.arguments import ModelArguments
 from ..training.eval_loss import Predicted
 from ..training.optimization import IGNORED_LABEL
 from ..training.task import CausalCollator, Task
-from .arguments import RecommendationArguments
+from .arguments import PromptRankingArguments
 from .baselines import BASELINES
 from .items.catalogue import PADDING, PADDING_TOKEN
 from .items.interactions import SplitRows, as_text, find_split_files, read_columns, require_column, split_file_rows
@@ -35,61 +34,8 @@ from .task import Recommendation
 
 # Letters: B users, C candidates, P tokens before a candidate, T tokens of a candidate and what follows it.
 YES, NO = " yes", " no"
-TEMPLATES = {
-    "yes_no": "Chosen so far, oldest first: {history}\nWould {candidate} be chosen next? Answer:",
-    "likelihood": "Chosen so far, oldest first: {history}\nChosen next: {candidate}\n",
-}
 ROWS_PER_PASS = 256  # candidates that are read at once
 MODEL_SETTINGS = ("max_length", "scoring", "prompt_template", "title_separator")
-
-
-@dataclass
-class PromptRankingArguments(RecommendationArguments):
-    """Which interactions, titles and candidates, and how the model is asked."""
-
-    max_length: int = field(default=10, metadata={"help": "Titles of a history that the prompt shows, the last ones."})
-    titles_file: str | None = field(
-        default=None, metadata={"help": "File of --item_column and --title_column; without it, ids are the titles."}
-    )
-    title_column: str = field(default="title", metadata={"help": "Column of the title."})
-    candidates_column: str | None = field(
-        default=None,
-        metadata={"help": "Column of the items to rank, in validation and test files; without it they are drawn."},
-    )
-    num_candidates: int = field(
-        default=20, metadata={"help": "The target and so many less one unseen items, drawn at random."}
-    )
-    scoring: Literal["yes_no", "likelihood"] = field(
-        default="yes_no", metadata={"help": "Ask about each candidate, or take the likelihood of its title."}
-    )
-    prompt_template: str | None = field(
-        default=None,
-        metadata={"help": "The prompt, with {history} and after it {candidate}; without it, one that fits --scoring."},
-    )
-    title_separator: str = field(default="; ", metadata={"help": "Stands between the titles of a history."})
-    examples_per_history: int = field(
-        default=1, metadata={"help": "Items of each training history that are learned, the last ones."}
-    )
-    negatives: int = field(
-        default=1, metadata={"help": "Unseen items, drawn at random, that are learned as no for each yes."}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.items_file:
-            raise ValueError("--items_file: titles for the prompt come in by --titles_file.")
-        if self.sasrec:
-            raise ValueError("--sasrec: train it by `finetune recommendation`; it ranks all items, not candidates.")
-        if self.compare_with:
-            raise ValueError("--compare_with: ranks of other runs may be over other candidates; leave it out.")
-        if self.candidates_column and not (self.data_dir or self.validation_file or self.test_file):
-            raise ValueError("--candidates_column is of files of histories: name --data_dir or --test_file.")
-        self.prompt_template = (self.prompt_template or TEMPLATES[self.scoring]).replace("\\n", "\n")
-        before, history, after = self.prompt_template.partition("{history}")
-        if not history or after.count("{candidate}") != 1 or "{history}" in after or "{candidate}" in before:
-            raise ValueError(
-                f"--prompt_template {self.prompt_template!r}: it needs {{history}} once, then {{candidate}} once."
-            )
 
 
 class Prompt:

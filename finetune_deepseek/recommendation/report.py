@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from .arguments import RANKS_FILE
 from .scores import per_user
-
-RANKS_FILE = "user_ranks.csv"
 
 CARD_CODE = """from modeling_deepseek import AutoModelForRecommendation
 from transformers import PreTrainedTokenizerFast

@@ -11,7 +11,8 @@ from modeling_deepseek.item_ranking import allowed_items, pad_histories
 from ..training import model_card
 from ..training.loading import named_source
 from ..training.task import CausalCollator
-from .generative import GenerativeRecommendation, GenerativeRecommendationArguments
+from .arguments import GenerativeRecommendationArguments
+from .generative import GenerativeRecommendation
 from .items.catalogue import PADDING, PADDING_TOKEN
 from .items.semantic_ids import SemanticIdTokenizer, choosable_items
 from .items.trie import CodeTrie, beam_items

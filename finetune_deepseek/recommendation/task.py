@@ -18,14 +18,15 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from modeling_deepseek import AutoModelForRecommendation
 
+from ..data.arguments import SPLITS
 from ..data.files import write_text
 from ..data.hub import check_named
-from ..data.sources import SPLITS, Rows
+from ..data.sources import Rows
 from ..training.arguments import ModelArguments
 from ..training.eval_loss import Predicted
 from ..training.optimization import IGNORED_LABEL
 from ..training.task import CausalCollator, Task, prefixed
-from .arguments import RecommendationArguments
+from .arguments import RANKS_FILE, RecommendationArguments
 from .baselines import baseline_ranks
 from .count_tables import KEPT, WEIGHTS, best_count_weights, count_items
 from .items.catalogue import PADDING, PADDING_TOKEN, TextCatalogue, item_tokenizer, read_items
@@ -48,7 +49,7 @@ from .items.interactions import (
     split_file_rows,
 )
 from .items.svd import add_item_svd
-from .report import CARD_CODE, FEATURE_CARD_CODE, RANKS_FILE, TEXT_CARD_CODE, read_ranks, scores_table
+from .report import CARD_CODE, FEATURE_CARD_CODE, TEXT_CARD_CODE, read_ranks, scores_table
 from .sasrec import register_sasrec, sasrec_config
 from .scores import bootstrap_interval, comparison, per_user, ranking_scores, target_ranks
 

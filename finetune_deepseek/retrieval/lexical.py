@@ -17,8 +17,6 @@ TERM = re.compile(rf"[{CHARACTERS}]|[^\W{CHARACTERS}]+")
 CHARACTER = re.compile(rf"[{CHARACTERS}]")
 RUN = re.compile(rf"[{CHARACTERS}]+|[^\W{CHARACTERS}]+")
 PARTS, CHARACTER_PARTS = (3, 4, 5), (1, 2, 3)  # lengths of the parts of words, and of runs of characters
-# What is fused, in the order of its weights: BM25 of words, BM25 of parts of words, the vectors of a model.
-FUSED = ("bm25", "parts", "dense")
 # Weights where no retriever has its own, chosen on the validation questions of benchmarks/xquad_r.yaml.
 DEFAULT_WEIGHTS = (0.5, 0.4, 0.1)
 WORDS_ALONE = (0.5, 0.5)  # without vectors, chosen on the same questions

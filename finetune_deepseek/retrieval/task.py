@@ -6,7 +6,6 @@ the split, beside TF-IDF, BM25, and their fusion with the model, whose weights a
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,15 +17,15 @@ from transformers import PreTrainedTokenizerBase
 from modeling_deepseek import AutoModelForEmbedding
 from modeling_deepseek.contrastive import matryoshka_loss
 
-from ..data.sources import DataArguments, Rows, check_columns, joined, named, open_splits, utf8_text
+from ..data.sources import Rows, check_columns, joined, named, open_splits, utf8_text
 from ..training.eval_loss import Predicted
 from ..training.model_card import table
 from ..training.task import CausalCollator, Task, prefixed
+from .arguments import FUSED, MODEL_SETTINGS, EmbeddingArguments
 from .encoding import token_ids
 from .lexical import (
     BM25,
     DEFAULT_WEIGHTS,
-    FUSED,
     best_weights,
     fused_scores,
     has_bm25,
@@ -37,51 +36,8 @@ from .lexical import (
 )
 
 SHOWN_PASSAGES = 5  # kept per scored query
-# What a trained model depends on: written into its card, and taken from there by evaluate and predict.
-MODEL_SETTINGS = ("max_query_length", "max_passage_length")
 # Flags that set fields of the model's config.
 CONFIG_FLAGS = ("pooling", "query_prefix", "passage_prefix", "matryoshka_sizes", "contrastive_temperature")
-
-
-@dataclass
-class EmbeddingArguments(DataArguments):
-    """Which queries and passages, and how the model makes vectors of them."""
-
-    query_column: str = field(default="query", metadata={"help": "Column of the query."})
-    passage_column: str = field(default="passage", metadata={"help": "Column of the passage that answers it."})
-    negatives_column: str | None = field(
-        default=None, metadata={"help": "Column of a passage or a list of passages that don't (hard negatives)."}
-    )
-    max_query_length: int = field(default=64, metadata={"help": "Longer queries are cut to so many tokens."})
-    max_passage_length: int = field(default=256, metadata={"help": "The same for passages."})
-    pooling: str | None = field(
-        default=None, metadata={"help": "mean, last_token or latent: how tokens become one vector; mean if new."}
-    )
-    query_prefix: str | None = field(default=None, metadata={"help": "Stands before each query, saved in the model."})
-    passage_prefix: str | None = field(default=None, metadata={"help": "The same for passages."})
-    matryoshka_sizes: list[int] | None = field(
-        default=None, metadata={"help": "Sizes that vectors may be cut to, trained together.", "metavar": "SIZE"}
-    )
-    contrastive_temperature: float | None = field(
-        default=None, metadata={"help": "Divides the products of the vectors in the loss; 0.05 if new."}
-    )
-    lexical_baselines: bool = field(
-        default=True, metadata={"help": "Score TF-IDF, BM25 and the fused ranking beside the model."}
-    )
-    fusion_weights: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "Weights of BM25, BM25 of parts of words and vectors in the fused ranking, saved in the card; "
-            "chosen on the validation split (--do_eval) if not given.",
-            "metavar": "WEIGHT",
-        },
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        weights = self.fusion_weights
-        if weights is not None and (len(weights) != len(FUSED) or not sum(weights)):
-            raise ValueError("--fusion_weights: three numbers are needed, none below 0 and not all 0.")
 
 
 class EmbeddingCollator(CausalCollator):

@@ -1,26 +1,14 @@
 """What a run is told: which model, which adapter, how to train.
 
-With the task's own data arguments these are the four dataclasses of a run; `TrainingArguments` are transformers'
-Seq2SeqTrainingArguments with other defaults and a few of ours. parsing.py reads them from the command line.
+With the task's own data arguments these are the four dataclasses of a run, declared where nothing heavy is imported;
+trainer_arguments.py has the `TrainingFlags` among those of transformers.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-import torch
-from transformers import Seq2SeqTrainingArguments
-from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
-from transformers.trainer_utils import SchedulerType
-from transformers.training_args import OptimizerNames
+from typing import Literal
 
 from ..data.ranges import check_ranges
-from ..data.words import nearest_match
 
-STEPS_WITHOUT_END = 1_000_000  # what Trainer is told where time says when to stop
-# What pip installs for a word of --report_to; transformers itself looks after the words that aren't here.
-TRACKERS = {"tensorboard": '"deepseek-hf[tensorboard]"', "trackio": '"deepseek-hf[trackio]"', "comet_ml": "comet-ml"}
-OWN_NAMES = ("wandb", "mlflow", "neptune", "codecarbon", "clearml", "dagshub", "dvclive", "swanlab")
-TRACKERS |= dict(zip(OWN_NAMES, OWN_NAMES, strict=True))
 MUON = "muon"  # our optimizer beside those of transformers; see weights/muon.py
 MULTI_STEP = "multi_step"  # our schedule beside those of transformers; see optimization.py
 
@@ -133,8 +121,8 @@ class LoraArguments:
 
 
 @dataclass
-class TrainingArguments(Seq2SeqTrainingArguments):
-    """transformers' arguments with defaults for this package's runs, and a few of ours."""
+class TrainingFlags:
+    """Our defaults for flags of transformers' Seq2SeqTrainingArguments, and flags of ours beside them."""
 
     _argument_group_name = "training and output (transformers' TrainingArguments; --help_all lists every one)"
 
@@ -146,8 +134,6 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = field(
         default="group_by_length", metadata={"help": "Order of the training rows."}
     )
-    # Pinning only helps copies to a GPU, and warns without one.
-    dataloader_pin_memory: bool = field(default_factory=torch.cuda.is_available)
     learning_rate: float = field(
         default=0.0,
         metadata={"help": "Peak learning rate; 0 takes 2e-4 for LoRA, 2e-5 for a pretrained model, else 1e-3."},
@@ -214,76 +200,3 @@ class TrainingArguments(Seq2SeqTrainingArguments):
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "A checkpoint folder; true takes the last one in --output_dir, if any."}
     )
-
-    def __post_init__(self) -> None:
-        if not self.output_dir:
-            raise ValueError("--output_dir is missing: name the folder for the model and its results.")
-        is_timed = self.max_steps > 0 or self.train_minutes is not None
-        check_ranges(self, but=("num_train_epochs",) if is_timed else ())
-        if self.early_stopping_patience is not None:
-            self.load_best_model_at_end = True
-        if self.load_best_model_at_end and self.eval_strategy == "no":
-            raise ValueError(
-                "Keeping the best model and early stopping need evaluations: "
-                "add --eval_strategy epoch --save_strategy epoch (or steps)."
-            )
-        self._check_choices()
-        if self.train_minutes is not None:
-            if self.max_steps > 0:
-                raise ValueError("--train_minutes and --max_steps both say when to stop; keep one of them.")
-            self.max_steps = STEPS_WITHOUT_END
-        if self.average_checkpoints:
-            if self.load_best_model_at_end:
-                raise ValueError("--average_checkpoints takes the last ones, not the best; drop one of the two.")
-            self.save_total_limit = max(self.save_total_limit or 0, self.average_checkpoints)
-        if self.freeze is not None:
-            self.freeze = [word for words in self.freeze for word in words.split(",") if word]
-        if not torch.accelerator.is_available():
-            self.use_cpu = True  # else transformers refuses bf16, which recent CPUs compute several times faster
-        schedule = self.lr_scheduler_type
-        if schedule == MULTI_STEP:
-            self.lr_scheduler_type = "constant_with_warmup"  # transformers accepts names of its own only
-        optim = self.optim
-        if optim == MUON:
-            self.optim = "adamw_torch"
-        super().__post_init__()
-        self.optim = optim if optim == MUON else self.optim
-        if schedule == MULTI_STEP:
-            self.lr_scheduler_type = schedule
-
-    def _check_choices(self) -> None:
-        """Refuse what can't work before transformers, which doesn't name the flag, or takes it without a word."""
-        schedules = [*(known.value for known in SchedulerType), MULTI_STEP]
-        optimizers = [*(known.value for known in OptimizerNames), MUON]
-        for flag, known in (("lr_scheduler_type", schedules), ("optim", optimizers)):
-            value = str(getattr(getattr(self, flag), "value", getattr(self, flag)))
-            if value not in known:
-                raise ValueError(
-                    f"--{flag} {value}: no such choice{nearest_match(value, known)}; there is {', '.join(known)}."
-                )
-        self._check_trackers()
-        if self.generation_length_penalty != 1 and (self.generation_num_beams or 1) == 1:
-            raise ValueError("--generation_length_penalty has no effect without beams; add --generation_num_beams 5.")
-
-    def _check_trackers(self) -> None:
-        """Refuse --report_to for a package that isn't here, which else shows when all data have been read."""
-        asked = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
-        for name in set(asked) - {"all", "none"}:
-            if name not in INTEGRATION_TO_CALLBACK:
-                known = ("none", "all", *INTEGRATION_TO_CALLBACK)
-                near = nearest_match(name, known)
-                raise ValueError(f"--report_to {name}: no such choice{near}; there is {', '.join(known)}.")
-            if name in TRACKERS and name not in get_available_reporting_integrations():
-                raise ValueError(f"--report_to {name}: it is not installed: pip install {TRACKERS[name]}")
-
-
-@dataclass
-class Stage:
-    """One run. `given` holds the names that were set by the YAML file or the command line."""
-
-    name: str | None
-    model: ModelArguments
-    lora: LoraArguments
-    data: Any
-    training: TrainingArguments
-    given: set[str]

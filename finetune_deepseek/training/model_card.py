@@ -18,8 +18,8 @@ from peft import PeftModel
 from transformers.utils import cached_file
 
 from ..data.hub import check_source
-from .arguments import Stage
 from .optimization import recipe
+from .trainer_arguments import Stage
 from .weights.freezing import trained_weights
 
 TEMPLATE = Path(__file__).parents[1] / "model_card.md"

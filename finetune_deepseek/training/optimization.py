@@ -12,7 +12,8 @@ import torch
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
-from .arguments import MULTI_STEP, TrainingArguments
+from .arguments import MULTI_STEP
+from .trainer_arguments import TrainingArguments
 
 IGNORED_LABEL = -100  # torch's cross entropy leaves it out
 

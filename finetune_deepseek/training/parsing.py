@@ -25,7 +25,8 @@ import yaml
 from transformers import HfArgumentParser
 
 from ..data.words import nearest_match
-from .arguments import MULTI_STEP, LoraArguments, ModelArguments, Stage, TrainingArguments
+from .arguments import MULTI_STEP, LoraArguments, ModelArguments
+from .trainer_arguments import Stage, TrainingArguments
 
 # What --help shows of TrainingArguments; the others stay usable, and --help_all lists them.
 COMMON_TRAINING_FLAGS = (

@@ -33,12 +33,12 @@ from ..data.files import write_json, write_text
 from ..data.hub import check_named
 from ..data.sources import Rows
 from . import model_card
-from .arguments import Stage, TrainingArguments
 from .callbacks import PlotCallback
 from .loading import load_model, load_tokenizer, parse_overrides, saved_config
 from .optimization import recipe
 from .task import Task, numbers, prefixed
 from .trainer import FinetuneTrainer
+from .trainer_arguments import Stage, TrainingArguments
 from .weights.averaging import average_checkpoints
 from .weights.freezing import freeze_weights, trained_weights
 from .weights.lora import apply_lora, census, census_table

@@ -26,7 +26,7 @@ from modeling_deepseek import DeepSeekForCausalLM, DeepSeekForRecommendation
 
 from ..data.files import replaced_folder
 from ..data.words import nearest_match
-from .arguments import MUON, TrainingArguments
+from .arguments import MUON
 from .batches import TokenBatchSampler
 from .callbacks import TimeLimitCallback
 from .eval_loss import LossOfSplit
@@ -39,6 +39,7 @@ from .optimization import (
     smooth_labels,
 )
 from .task import Task, prefixed
+from .trainer_arguments import TrainingArguments
 from .weights.muon import Muon, muon_groups
 
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass, field
 from string import Formatter
 from typing import Literal, TypeAlias
 
+from ..data.arguments import DataArguments
 from ..data.augmentation import AugmentationArguments
 from ..data.moses import moses_lower
 from ..data.ranges import check_ranges
-from ..data.sources import DataArguments
 from ..training.arguments import ModelArguments
 
 LanguagePair: TypeAlias = tuple[str, str]  # source and target language

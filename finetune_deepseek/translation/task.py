@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from ..data.arguments import SPLITS
 from ..data.augmentation import Augmenter
 from ..data.fault_report import Report, merged
 from ..data.moses import signature
 from ..data.pair_checks import check_pairs, count_empty_sides, count_long_rows
-from ..data.sources import SPLITS, Part, Rows, joined, named, open_splits, progress, read_file, utf8_text
+from ..data.sources import Part, Rows, joined, named, open_splits, progress, read_file, split_files, utf8_text
 from ..data.words import nearest_match
 from ..training.optimization import IGNORED_LABEL
 from ..training.task import Task
@@ -278,7 +279,7 @@ class Translation(Prompts, Task):
         """Training texts in a language that the model doesn't translate to yet."""
         if self.arguments.is_embedded:
             parts = [part.rows for part in self._default_corpus([language])["train"]]
-        elif paths := self.arguments.files().get("train"):
+        elif paths := split_files(self.arguments).get("train"):
             parts = [read_file(path, [language], self.arguments.streaming) for path in paths]
         else:
             raise ValueError("--tokenizer_langs works with the default corpus and local files only.")

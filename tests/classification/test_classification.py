@@ -17,9 +17,10 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import finetune_deepseek
+from finetune_deepseek.classification.arguments import ClassificationArguments
 from finetune_deepseek.classification.metrics import LabelSetF1, RegressionErrors
 from finetune_deepseek.classification.problems import PROBLEMS, MultiLabel, Regression, SingleLabel
-from finetune_deepseek.classification.task import BalancedSampler, Classification, ClassificationArguments
+from finetune_deepseek.classification.task import BalancedSampler, Classification
 from finetune_deepseek.data.words import pair_text
 from finetune_deepseek.training.arguments import ModelArguments
 from finetune_deepseek.training.loading import load_model

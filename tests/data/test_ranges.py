@@ -8,11 +8,12 @@ import pytest
 
 from finetune_deepseek import TASKS
 from finetune_deepseek.__main__ import guarded
-from finetune_deepseek.commands.answer import AnswerArguments
 from finetune_deepseek.commands.finetune import task_class
-from finetune_deepseek.commands.recommend import RecommendArguments
 from finetune_deepseek.data.ranges import ANY, RANGES
-from finetune_deepseek.training.arguments import LoraArguments, ModelArguments, TrainingArguments
+from finetune_deepseek.question_answering.arguments import AnswerArguments
+from finetune_deepseek.recommendation.arguments import RecommendArguments
+from finetune_deepseek.training.arguments import LoraArguments, ModelArguments
+from finetune_deepseek.training.trainer_arguments import TrainingArguments
 from finetune_deepseek.translation.arguments import TranslateArguments
 
 NEEDED = {

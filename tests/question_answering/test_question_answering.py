@@ -16,11 +16,12 @@ from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from finetune_deepseek import __main__ as command
 from finetune_deepseek.question_answering.answering import Reader
+from finetune_deepseek.question_answering.arguments import QuestionAnsweringArguments
 from finetune_deepseek.question_answering.extractive import NOWHERE, best_spans
 from finetune_deepseek.question_answering.floors import first_sentence, floor_answers, overlap_sentence, sentences
 from finetune_deepseek.question_answering.metrics import CmrcScores, SquadScores
 from finetune_deepseek.question_answering.squad import FAULTS, Questions, place, simplifier
-from finetune_deepseek.question_answering.task import QuestionAnswering, QuestionAnsweringArguments
+from finetune_deepseek.question_answering.task import QuestionAnswering
 from finetune_deepseek.question_answering.territories import PATTERNS, territory_rows
 from finetune_deepseek.question_answering.windows import Encoder, Layout
 from finetune_deepseek.training.model_card import run_settings

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 import finetune_deepseek
 from configuration_deepseek import preset
 from finetune_deepseek.__main__ import guarded
-from finetune_deepseek.recommendation.arguments import RecommendationArguments
-from finetune_deepseek.recommendation.generative import GenerativeRecommendation, GenerativeRecommendationArguments
+from finetune_deepseek.recommendation.arguments import GenerativeRecommendationArguments, RecommendationArguments
+from finetune_deepseek.recommendation.generative import GenerativeRecommendation
 from finetune_deepseek.recommendation.item_vectors import neighbour_vectors, read_item_vectors
 from finetune_deepseek.recommendation.items.interactions import as_dataset
 from finetune_deepseek.recommendation.items.semantic_ids import SemanticIdTokenizer

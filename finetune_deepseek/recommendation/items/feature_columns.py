@@ -5,51 +5,17 @@ The values that training shows go into the model's config; modeling_deepseek/sid
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from modeling_deepseek.side_features import NO_VALUE, feature_numbers
 
 from ...data.words import nearest_match
+from ..arguments import FeatureArguments
 from .interactions import as_text, feature_texts, require_column
 
 FEATURES = ("user_features", "context_features")  # fields of the config, and inputs of the model
 MAX_NUMBERS = 1000  # of a column of numbers; more of them hardly repeat, and each would be a value of its own
-
-
-@dataclass
-class FeatureArguments:
-    """Which features of users and contexts there are."""
-
-    users_file: str | None = field(
-        default=None, metadata={"help": "File of users and what is known of them, read before their histories."}
-    )
-    user_feature_columns: list[str] | None = field(
-        default=None, metadata={"help": "Its columns to read; ml-100k has age, gender, occupation and zip_code."}
-    )
-    context_columns: list[str] | None = field(
-        default=None,
-        metadata={"help": "Columns of the interactions that are known before the item is, such as the weekday."},
-    )
-
-    @property
-    def feature_flags(self) -> list[str]:
-        """Those that are given."""
-        return [flag for flag in FeatureArguments.__dataclass_fields__ if getattr(self, flag)]
-
-    def check_features(self, has_users: bool, has_contexts: bool) -> None:
-        """Refuse flags without effect: whether the data bring a file of users, and whether they have contexts.
-
-        Raises:
-            ValueError: for such flags.
-        """
-        if self.users_file and not self.user_feature_columns:
-            raise ValueError(f"--users_file {self.users_file}: name its columns to read by --user_feature_columns.")
-        if self.user_feature_columns and not (self.users_file or has_users):
-            raise ValueError("--user_feature_columns: name the file that has them by --users_file.")
-        if self.context_columns and not has_contexts:
-            raise ValueError("--context_columns: ready histories have no columns per item; name --interactions_file.")
 
 
 def read_users(

@@ -21,7 +21,8 @@ from babel.core import get_global
 from datasets import Dataset
 from sklearn.utils import murmurhash3_32
 
-from ...data.sources import SPLITS, _open_bytes, broken_json, file_reader, find_files, read_file
+from ...data.arguments import SPLITS
+from ...data.sources import _open_bytes, broken_json, file_reader, find_files, read_file
 from ...data.words import nearest_match
 
 SplitRows: TypeAlias = dict[str, list[dict[str, Any]]]

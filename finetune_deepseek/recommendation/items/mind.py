@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..arguments import TEXT_FIELDS
+
 NEWS_FILE, BEHAVIORS_FILE = "news.tsv", "behaviors.tsv"
 NEWS_COLUMNS = ("id", "category", "subcategory", "title", "abstract", "url", "title_entities", "abstract_entities")
-TEXT_FIELDS = ("title", "abstract", "subcategory", "category")
 
 
 def _lines(folder: str, name: str, columns: int) -> list[list[str]]:

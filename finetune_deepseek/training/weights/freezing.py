@@ -7,7 +7,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from ...data.words import nearest_match
-from ..arguments import TrainingArguments
+from ..trainer_arguments import TrainingArguments
 from .lora import GROUPS, group_of, prediction_layers
 
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
