@@ -5,7 +5,7 @@ Seq2SeqTrainingArguments with other defaults and a few of ours. parsing.py reads
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from transformers import Seq2SeqTrainingArguments
@@ -23,6 +23,13 @@ OWN_NAMES = ("wandb", "mlflow", "neptune", "codecarbon", "clearml", "dagshub", "
 TRACKERS |= dict(zip(OWN_NAMES, OWN_NAMES, strict=True))
 MUON = "muon"  # our optimizer beside those of transformers; see weights/muon.py
 MULTI_STEP = "multi_step"  # our schedule beside those of transformers; see optimization.py
+# The last words of the scores of which less is better; of all others more is.
+LESS_IS_BETTER = frozenset({"loss", "perplexity", "mse", "mae", "runtime"})
+
+
+def is_more_better(score: str) -> bool:
+    """Whether the higher value of a score, named as evaluation names it, is the better one."""
+    return score.rpartition("_")[2] not in LESS_IS_BETTER
 
 
 @dataclass
@@ -222,6 +229,7 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         check_ranges(self, but=("num_train_epochs",) if is_timed else ())
         if self.early_stopping_patience is not None:
             self.load_best_model_at_end = True
+        self._choose_direction()
         if self.load_best_model_at_end and self.eval_strategy == "no":
             raise ValueError(
                 "Keeping the best model and early stopping need evaluations: "
@@ -250,6 +258,18 @@ class TrainingArguments(Seq2SeqTrainingArguments):
         self.optim = optim if optim == MUON else self.optim
         if schedule == MULTI_STEP:
             self.lr_scheduler_type = schedule
+        if self.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
+            # Theirs is "min" whatever the score: the rate would fall as BLEU rises.
+            mode = {"mode": "max" if self.greater_is_better else "min"}
+            self.lr_scheduler_kwargs = mode | cast(dict, self.lr_scheduler_kwargs or {})
+
+    def _choose_direction(self) -> None:
+        """What is better follows from the score's name: transformers takes all but losses for better when higher."""
+        score = self.metric_for_best_model or "loss"
+        if self.greater_is_better is None and self.metric_for_best_model:
+            self.greater_is_better = is_more_better(score)
+        elif self.greater_is_better and not is_more_better(score):
+            raise ValueError(f"--greater_is_better true: of {score} less is better; leave the flag out.")
 
     def _check_choices(self) -> None:
         """Refuse what can't work before transformers, which doesn't name the flag, or takes it without a word."""
