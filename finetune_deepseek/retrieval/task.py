@@ -21,6 +21,7 @@ from modeling_deepseek.contrastive import matryoshka_loss
 from ..data.sources import DataArguments, Rows, check_columns, joined, named, open_splits, utf8_text
 from ..training.eval_loss import Predicted
 from ..training.model_card import table
+from ..training.ranks import ranks_of
 from ..training.task import CausalCollator, Task, prefixed
 from .encoding import token_ids
 from .lexical import (
@@ -31,7 +32,6 @@ from .lexical import (
     fused_scores,
     has_bm25,
     part_terms,
-    ranks_of,
     retrieval_scores,
     tfidf_scores,
 )
