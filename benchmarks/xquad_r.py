@@ -22,11 +22,11 @@ from finetune_deepseek.retrieval.lexical import (
     best_weights,
     fused_scores,
     part_terms,
-    ranks_of,
     retrieval_scores,
     tfidf_scores,
 )
 from finetune_deepseek.retrieval.passage_index import Passage, PassageIndex, Retriever
+from finetune_deepseek.training.ranks import ranks_of
 from finetune_deepseek.training.run import data_hash
 from finetune_deepseek.training.task import prefixed
 

@@ -56,7 +56,7 @@ def guarded(argv: Sequence[str], verb: str = "finetune") -> int:
     try:
         # Imported by name, since torch and transformers take seconds and --help of the command needs neither.
         getattr(importlib.import_module(f"{__package__}.commands.{verb}"), verb)(argv)
-    except (ValueError, OSError, SafetensorError, StrictDataclassError) as error:
+    except (ValueError, OSError, FloatingPointError, SafetensorError, StrictDataclassError) as error:
         if os.environ.get("DEEPSEEK_HF_TRACEBACK"):
             raise
         line = " ".join(str(error).split())

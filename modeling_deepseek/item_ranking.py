@@ -77,6 +77,7 @@ def top_k(
     if k < 1:
         raise ValueError(f"k={k} must be 1 or more")
     scores = scores.float() if overwrite or scores.dtype != torch.float32 else scores.clone()
+    scores.masked_fill_(scores.isnan(), float("-inf"))  # topk would put them first
     scores[:, padding_idx] = float("-inf")
     if excluded is not None:
         scores.scatter_(1, excluded, float("-inf"))

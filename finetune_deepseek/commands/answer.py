@@ -1,6 +1,5 @@
 """`deepseek-hf answer`: questions answered from a folder or file of texts, each with the passage that says so."""
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -9,7 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from ..data.files import read_lines, write_text
+from ..data.files import json_line, read_lines, write_text
 from ..question_answering.answering import Answer, Reader, SentenceReader, answer_questions
 from ..question_answering.arguments import AnswerArguments
 from ..retrieval.passage_index import PassageIndex, Retriever
@@ -88,7 +87,7 @@ def answer(argv: Sequence[str]) -> None:
             bar.update,
         )  # fmt: skip
     if arguments.output:
-        lines = [json.dumps(asdict(found), ensure_ascii=False) + "\n" for found in answers]
+        lines = [json_line(asdict(found)) for found in answers]
         write_text(Path(arguments.output), "".join(lines))
         return
     for found in answers:

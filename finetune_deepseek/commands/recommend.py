@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from modeling_deepseek.recommendation_head import feature_reader
 
+from ..data.files import json_line
 from ..recommendation.arguments import RecommendArguments
 from ..recommendation.items.feature_columns import known_only, parse_context, read_users, require_known, unknown_notes
 from ..recommendation.items.interactions import (
@@ -274,4 +275,4 @@ def recommend(argv: Sequence[str]) -> None:
         if arguments.explain != "none":
             shares = recommender.explain(histories[user], items[0][0], arguments.explain, **features[user])
             line[arguments.explain] = {"of": items[0][0], "history": dict(sorted(shares, key=lambda pair: -pair[1]))}
-        print(json.dumps(line, ensure_ascii=False))
+        print(json_line(line), end="")

@@ -1,6 +1,7 @@
 """Lines of text that are read, and results that are written whole or not at all."""
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -60,5 +61,20 @@ def write_text(path: Path, text: str) -> None:
         beside.unlink(missing_ok=True)
 
 
+def finite(content: Any) -> Any:
+    """The content with None in place of numbers that JSON can't say: not a number, infinite."""
+    if isinstance(content, dict):
+        return {name: finite(value) for name, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def json_line(content: Any) -> str:
+    """One line of JSON, with its end, that every reader takes."""
+    return json.dumps(finite(content), ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=4, ensure_ascii=False, sort_keys=True) + "\n")
+    text = json.dumps(finite(content), indent=4, ensure_ascii=False, sort_keys=True, allow_nan=False)
+    write_text(path, text + "\n")

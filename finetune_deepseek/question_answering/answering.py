@@ -28,6 +28,7 @@ from ..training import model_card
 from ..training.arguments import ModelArguments
 from ..training.batches import batches_by_length
 from ..training.loading import load_model, load_tokenizer, saved_config
+from ..training.ranks import highest
 from .arguments import MODEL_SETTINGS, QuestionAnsweringArguments
 from .extractive import ExtractiveReader
 from .floors import floor_answers
@@ -178,7 +179,7 @@ def answer_questions(
         if reranker and passages:
             scores = reranker.scores(question, [passage.text for passage in passages])
             passages = [replace(passage, evidence=score) for passage, score in zip(passages, scores, strict=True)]
-            passages.sort(key=lambda passage: -passage.evidence)
+            passages = [passages[place] for place in highest(torch.tensor(scores), len(scores))[1].tolist()]
         results = reader([(question, passage.text) for passage in passages]) if passages else []
         best: Answer | None = None
         for passage, (text, confidence) in zip(passages, results, strict=True):
@@ -191,7 +192,7 @@ def answer_questions(
             best = found if best is None or found.score > best.score else best
         if best is None:
             best = Answer(question, None, 0.0, 0.0, 0.0, "", "", None)
-        elif best.score < min_score:
+        elif not best.score >= min_score:  # nor where it is no number
             best = replace(best, answer=None, start=None)
         answers.append(best)
         report(1)

@@ -16,6 +16,7 @@ from transformers import AutoModelForQuestionAnswering, PreTrainedTokenizerBase
 
 from ..data.sources import Rows, progress
 from ..training.eval_loss import Predicted
+from ..training.ranks import highest
 from ..training.task import CausalCollator
 from .windows import Layout, Passage
 
@@ -96,11 +97,11 @@ def best_spans(
     ends = torch.nn.functional.pad(ends, (0, longest - 1), value=float("-inf")).unfold(1, longest, 1)  # [W, T, L]
     scores = (starts[:, :, None] + ends).flatten(1)
     found = min(number, scores.shape[1])
-    best, places = scores.topk(found)
+    top, places = highest(scores, found)
     first = places // longest
-    best = torch.nn.functional.pad(best, (0, number - found), value=float("-inf"))
+    top = torch.nn.functional.pad(top, (0, number - found), value=float("-inf"))
     first, last = (torch.nn.functional.pad(p, (0, number - found)) for p in (first, first + places % longest))
-    return best, first, last
+    return top, first, last
 
 
 class ExtractiveReader:
@@ -190,7 +191,7 @@ class ExtractiveReader:
         rows = []
         for number, example in enumerate(inputs["example"]):
             mine = owner == number
-            top, order = scores[mine].flatten().topk(self.arguments.n_best_size)
+            top, order = highest(scores[mine].flatten(), self.arguments.n_best_size)
             spans = torch.stack([starts[mine].flatten()[order].float(), ends[mine].flatten()[order].float(), top], 1)
             head = torch.stack([example.float(), nulls[mine].min()])
             rows.append(torch.cat([head, spans.flatten()]))
@@ -208,11 +209,11 @@ class ExtractiveReader:
         begins, mask, longest = chunk["begins"][:, None], chunk["attention_mask"], self.arguments.max_answer_length
         places = torch.arange(mask.shape[1], device=mask.device)
         is_passage = (places >= begins) & (places < begins + chunk["counts"][:, None])
-        best, first, last = best_spans(start_logits, end_logits, is_passage, longest, self.arguments.n_best_size)
+        top, first, last = best_spans(start_logits, end_logits, is_passage, longest, self.arguments.n_best_size)
         final = mask.sum(1, keepdim=True) - 1
         null = (start_logits.gather(1, final) + end_logits.gather(1, final))[:, 0]
         shift = chunk["firsts"][:, None] - begins
-        return best, first + shift, last + shift, null
+        return top, first + shift, last + shift, null
 
     def decode(self, outputs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """The text of each row's best span, or nothing where no answer is better by more than the threshold."""

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from .scores import target_ranks
+from ..training.ranks import ranks
 
 Histories = Sequence[Sequence[int]]
 NEIGHBOURS = 100
@@ -105,7 +105,7 @@ def baseline_ranks(
 ) -> dict[str, np.ndarray]:
     """The targets' ranks by each baseline, counted like the model's."""
     size = max(1, BLOCK_CELLS // num_items)
-    ranks = {}
+    found = {}
     for name, baseline_class in BASELINES.items():
         baseline, parts = baseline_class(train, num_items), []
         for start in range(0, len(histories), size):
@@ -113,6 +113,6 @@ def baseline_ranks(
             width = max(map(len, block))
             seen = torch.tensor([[*history, *[0] * (width - len(history))] for history in block])
             scores = torch.from_numpy(np.array(baseline.scores(block)))
-            parts.append(target_ranks(scores, torch.tensor(targets[start : start + size]), seen).numpy())
-        ranks[name] = np.concatenate(parts)
-    return ranks
+            parts.append(ranks(scores, torch.tensor(targets[start : start + size]), seen, padding=0).numpy())
+        found[name] = np.concatenate(parts)
+    return found

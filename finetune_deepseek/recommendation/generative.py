@@ -19,6 +19,7 @@ from ..data.sources import Rows
 from ..training.arguments import ModelArguments
 from ..training.eval_loss import Predicted
 from ..training.optimization import IGNORED_LABEL
+from ..training.ranks import ranks
 from ..training.task import CausalCollator
 from .arguments import GenerativeRecommendationArguments
 from .item_vectors import neighbour_vectors, read_item_vectors
@@ -27,7 +28,6 @@ from .items.quantizer import distinct_codes, residual_codes
 from .items.semantic_ids import SemanticIdTokenizer, choosable_items
 from .items.titles import read_titles, with_titles
 from .items.trie import CodeTrie, beam_items
-from .scores import target_ranks
 from .task import Recommendation
 
 
@@ -167,9 +167,9 @@ class GenerativeRecommendation(Recommendation):
         )
         items = places + 1  # numbers, of which the padding is 0
         everything = scores.new_full((len(items), num_items + 1), float("-inf")).scatter_(1, items, scores)
-        ranks = target_ranks(everything, inputs["target"], inputs["seen"], PADDING)
+        found = ranks(everything, inputs["target"], inputs["seen"], PADDING)
         counts = (target_ids != IGNORED_LABEL).sum(1)
-        return Predicted(losses.sum(1), counts, torch.cat((ranks[:, None], items), dim=1))
+        return Predicted(losses.sum(1), counts, torch.cat((found[:, None], items), dim=1))
 
     def decode(self, outputs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
         tokens = np.array([PADDING_TOKEN, *self.tokenizer.items], dtype=object)

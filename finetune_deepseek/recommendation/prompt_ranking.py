@@ -8,6 +8,7 @@ history, candidate and answer. Data, baselines and scores are those of task.py, 
 import copy
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -23,13 +24,14 @@ from ..data.sources import Rows
 from ..training.arguments import ModelArguments
 from ..training.eval_loss import Predicted
 from ..training.optimization import IGNORED_LABEL
+from ..training.ranks import highest, ranks, ranks_of
 from ..training.task import CausalCollator, Task
 from .arguments import PromptRankingArguments
 from .baselines import BASELINES
-from .items.catalogue import PADDING, PADDING_TOKEN
+from .items.catalogue import PADDING_TOKEN
 from .items.interactions import SplitRows, as_text, find_split_files, read_columns, require_column, split_file_rows
 from .items.titles import read_titles, with_titles
-from .scores import ranking_scores, target_ranks
+from .scores import ranking_scores
 from .task import Recommendation
 
 # Letters: B users, C candidates, P tokens before a candidate, T tokens of a candidate and what follows it.
@@ -75,6 +77,33 @@ class Prompt:
         return [row + self.shared for row in ids] if self.is_question else ids
 
 
+@contextmanager
+def exact_odds(model: Any, answers: tuple[int, int] | None) -> Iterator[list[torch.Tensor]]:
+    """Collects the log odds of the answers [R] after the last token of each forward; nothing without answers.
+
+    The last product is taken again in float32, for two tokens: in bfloat16 most candidates would tie. In a hook, for
+    there the weights are whole where processes divide them.
+    """
+    odds: list[torch.Tensor] = []
+
+    def look(head: Any, args: tuple[torch.Tensor], _: Any) -> None:
+        states, chosen = args[0][:, -1], list(cast(tuple[int, int], answers))
+        with torch.autocast(states.device.type, enabled=False):
+            if type(head) is torch.nn.Linear:
+                bias = None if head.bias is None else head.bias[chosen].float()
+                pair = torch.nn.functional.linear(states.float(), head.weight[chosen].float(), bias)
+            else:  # with an adapter on it
+                pair = head.forward(states.to(head.weight.dtype))[:, chosen].float()
+        odds.append(pair[:, 0] - pair[:, 1])
+
+    handle = model.get_output_embeddings().register_forward_hook(look) if answers else None
+    try:
+        yield odds
+    finally:
+        if handle:
+            handle.remove()
+
+
 @torch.no_grad()
 def candidate_scores(
     model: Any,
@@ -109,17 +138,17 @@ def candidate_scores(
         cache = copy.deepcopy(first[CACHE_WORD])  # reading a candidate writes into it
         cache.batch_repeat_interleave(times)
         before = prefix_mask.repeat_interleave(times, 0)
-        logits = model(
-            input_ids=ids,
-            attention_mask=torch.cat((before, mask), dim=1),
-            position_ids=(before.sum(1, keepdim=True) + mask.cumsum(1) - 1).clamp(min=0),
-            **{CACHE_WORD: cache},  # a native model's forward has the library's word
-            use_cache=True,
-            logits_to_keep=1 if answers else 0,
-        ).logits
-        if answers:
-            yes, no = logits[:, -1, list(answers)].float().unbind(-1)
-            found = yes - no
+        with exact_odds(model, answers) as odds:
+            logits = model(
+                input_ids=ids,
+                attention_mask=torch.cat((before, mask), dim=1),
+                position_ids=(before.sum(1, keepdim=True) + mask.cumsum(1) - 1).clamp(min=0),
+                **{CACHE_WORD: cache},
+                use_cache=True,
+                logits_to_keep=1 if answers else 0,
+            ).logits
+        if odds:
+            found = odds[0]
         else:
             logits = torch.cat((first.logits[:, -1:].repeat_interleave(times, 0), logits[:, :-1]), dim=1)
             losses = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), ids, reduction="none")
@@ -188,7 +217,8 @@ def rank(
         scores = candidate_scores(model.eval(), **inputs, answers=prompt.answers if prompt.is_question else None)
     finally:
         model.train(was_training)
-    return sorted(zip(candidates, scores[0].tolist(), strict=True), key=lambda pair: -pair[1])
+    _, order = highest(scores[0], len(candidates))
+    return [(candidates[place], float(scores[0, place])) for place in order.tolist()]
 
 
 class PromptRanking(Recommendation):
@@ -366,11 +396,11 @@ class PromptRanking(Recommendation):
         scores = candidate_scores(model, **parts, answers=self.prompt.answers if self.prompt.is_question else None)
         targets = inputs["target"]
         losses = torch.nn.functional.cross_entropy(scores, targets, ignore_index=-1, reduction="none")
-        order = scores.argsort(dim=1, descending=True)
-        order = order.masked_fill(scores.gather(1, order).isneginf(), -1)
-        padded = torch.nn.functional.pad(scores, (1, 0), value=float("-inf"))
-        ranks = target_ranks(padded, targets + 1, torch.zeros_like(targets)[:, None], PADDING)
-        return Predicted(losses, targets >= 0, torch.cat((ranks[:, None], order), dim=1))
+        is_candidate = inputs["suffix_mask"].bool().any(2)
+        _, order = highest(scores, scores.shape[1])
+        order = order.masked_fill(~is_candidate.gather(1, order), -1)
+        found = ranks(scores, targets, last=is_candidate.sum(1) + 1)
+        return Predicted(losses, targets >= 0, torch.cat((found[:, None], order), dim=1))
 
     def decode(self, outputs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
         return [{"rank": int(row[0]), "order": row[1:][row[1:] >= 0].tolist()} for row in outputs.astype(int)]
@@ -389,16 +419,16 @@ class PromptRanking(Recommendation):
             return {}
         numbers = {item: number for number, item in enumerate([PADDING_TOKEN, *self.every_item])}
         histories = [[numbers[item] for item in history] for history in train["source"]]
-        ranks = {}
+        found: dict[str, np.ndarray] = {}
         for name, baseline_class in BASELINES.items():
-            baseline, found = baseline_class(histories, len(numbers)), []
+            baseline, column = baseline_class(histories, len(numbers)), []
             for row in rows:
                 scores = np.asarray(baseline.scores([[numbers[item] for item in row["source"]]]))[0]
-                own = torch.tensor([[0.0, *(float(scores[numbers[item]]) for item in row["candidates"])]])
-                place = row["candidates"].index(row["target"]) + 1 if row["target"] in row["candidates"] else PADDING
-                found.append(int(target_ranks(own, torch.tensor([place]), torch.zeros(1, 1, dtype=torch.long))))
-            ranks[name] = np.array(found)
-        return ranks
+                own = np.array([[float(scores[numbers[item]]) for item in row["candidates"]]])
+                place = row["candidates"].index(row["target"]) if row["target"] in row["candidates"] else -1
+                column.append(int(ranks_of(own, np.array([place]))[0]))
+            found[name] = np.array(column)
+        return found
 
     def card_data(self) -> dict[str, Any]:
         arguments = self.arguments

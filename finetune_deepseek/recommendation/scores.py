@@ -1,35 +1,13 @@
-"""Scores of full rankings: ranks, hit rate, NDCG, MRR, and how sure they are.
-
-Letters: B users, V items with the padding, S longest list of seen items.
-"""
+"""Scores of rankings: hit rate, NDCG, MRR, those of impressions, and how sure they are. Letters: B users."""
 
 from collections.abc import Iterable
 
 import numpy as np
-import torch
+
+from ..training.ranks import comparable
 
 CUTOFFS = (5, 10, 20)
 RESAMPLES = 2000
-
-
-def target_ranks(
-    scores: torch.Tensor, targets: torch.Tensor, seen: torch.Tensor, padding_idx: int = 0
-) -> torch.Tensor:
-    """[B] ranks from 1 of the targets among all items that the user hasn't seen; ties count against the target.
-
-    Args:
-        scores: [B, V].
-        targets: [B]; the padding stands for an item that isn't in the catalogue, which ranks behind all others.
-        seen: [B, S] items to leave out, filled up with the padding. The target itself is never left out.
-    """
-    own = scores.gather(1, targets[:, None])
-    better = (scores >= own) | scores.isnan()
-    better.scatter_(1, seen, False)
-    better[:, padding_idx] = False
-    better.scatter_(1, targets[:, None], False)
-    # A score that is no number may not win by comparing false.
-    lost = (targets == padding_idx) | own[:, 0].isnan()
-    return torch.where(lost, scores.shape[1], 1 + better.sum(1))
 
 
 def per_user(ranks: np.ndarray) -> dict[str, np.ndarray]:
@@ -102,7 +80,7 @@ def impression_scores(scores: np.ndarray, clicked: np.ndarray) -> dict[str, floa
     is_click = np.asarray(clicked).astype(bool)
     if is_click.all() or not is_click.any():
         raise ValueError("an impression is scored by its clicked and its other news; one kind is missing")
-    values = np.where(np.isnan(scores), -np.inf, np.asarray(scores, dtype=np.float64))
+    values = comparable(np.asarray(scores, dtype=np.float64), is_click)
     clicks, others = values[is_click], values[~is_click]
     above = (clicks[:, None] > others).sum() + 0.5 * (clicks[:, None] == others).sum()
     order = np.lexsort((is_click, -values))  # best first, of equal ones the clicks last

@@ -25,6 +25,7 @@ from ..data.sources import Rows
 from ..training.arguments import ModelArguments
 from ..training.eval_loss import Predicted
 from ..training.optimization import IGNORED_LABEL
+from ..training.ranks import highest, ranks
 from ..training.task import CausalCollator, Task, prefixed
 from .arguments import RANKS_FILE, RecommendationArguments
 from .baselines import baseline_ranks
@@ -51,7 +52,7 @@ from .items.interactions import (
 from .items.svd import add_item_svd
 from .report import CARD_CODE, FEATURE_CARD_CODE, TEXT_CARD_CODE, read_ranks, scores_table
 from .sasrec import register_sasrec, sasrec_config
-from .scores import bootstrap_interval, comparison, per_user, ranking_scores, target_ranks
+from .scores import bootstrap_interval, comparison, per_user, ranking_scores
 
 SHOWN_ITEMS = 20  # recommendations that are kept per scored user
 # What a trained model depends on: written into its card, and taken from there by evaluate and predict.
@@ -362,10 +363,10 @@ class Recommendation(Task):
         scores[:, PADDING] = float("-inf")
         tried = self._tried_ranks(scores, inputs)
         losses = torch.nn.functional.cross_entropy(scores, targets, ignore_index=PADDING, reduction="none")
-        ranks = target_ranks(scores, targets, seen, PADDING)
-        best = scores.scatter_(1, seen, float("-inf")).topk(min(SHOWN_ITEMS, scores.shape[1] - 1))
-        items = best.indices.masked_fill(best.values == float("-inf"), PADDING)
-        return Predicted(losses, targets != PADDING, torch.cat((ranks[:, None], *tried, items), dim=1))
+        found = ranks(scores, targets, seen, PADDING)
+        values, items = highest(scores.scatter_(1, seen, float("-inf")), min(SHOWN_ITEMS, scores.shape[1] - 1))
+        items = items.masked_fill(values == float("-inf"), PADDING)
+        return Predicted(losses, targets != PADDING, torch.cat((found[:, None], *tried, items), dim=1))
 
     def _tried_ranks(self, scores: torch.Tensor, inputs: dict[str, Any]) -> list[torch.Tensor]:
         """The targets' ranks by each of WEIGHTS, as columns, where they are to be chosen."""
@@ -373,7 +374,7 @@ class Recommendation(Task):
             return []
         near, after = self.model.item_counts.scores(inputs["input_ids"])
         sums = (scores + weights[0] * near + weights[1] * after for weights in WEIGHTS)
-        return [target_ranks(total, inputs["target"], inputs["seen"], PADDING)[:, None] for total in sums]
+        return [ranks(total, inputs["target"], inputs["seen"], PADDING)[:, None] for total in sums]
 
     def after_evaluation(self, folder: Path) -> dict[str, Any]:
         """Choose the weights of what is counted, and have the saved model know them."""

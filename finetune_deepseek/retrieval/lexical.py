@@ -12,6 +12,8 @@ from itertools import product
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 
+from ..training.ranks import ranks_of
+
 CHARACTERS = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 TERM = re.compile(rf"[{CHARACTERS}]|[^\W{CHARACTERS}]+")
 CHARACTER = re.compile(rf"[{CHARACTERS}]")
@@ -123,8 +125,9 @@ def fused_scores(rankings: Sequence[np.ndarray], weights: Sequence[float]) -> np
 
 
 def scaled(scores: np.ndarray) -> np.ndarray:
-    """Scores [..., P] between 0 and 1, that of the best passage, or all 0 if nothing is found."""
-    positive = np.maximum(scores, 0)
+    """Scores [..., P] between 0 and 1, that of the best passage, or all 0 if nothing is found, as where a score is no
+    number."""
+    positive = np.maximum(np.where(np.isnan(scores), 0, scores), 0)
     return positive / np.maximum(positive.max(axis=-1, keepdims=True), np.finfo(np.float32).tiny)
 
 
@@ -154,12 +157,6 @@ def best_weights(rankings: Sequence[np.ndarray], targets: np.ndarray, is_sparing
         level = [t for t in grid if behind[t].mean() <= behind[t].std() / math.sqrt(len(targets))]
         best = max(level, key=lambda tenths: (-tenths[-1], found[tenths].mean()))
     return tuple(tenth / WEIGHT_STEPS for tenth in best)
-
-
-def ranks_of(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Rank of each query's passage, from 1, ties against it: [Q, P], [Q] -> [Q]."""
-    own = np.take_along_axis(scores, targets[:, None], axis=1)
-    return (scores >= own).sum(axis=1)
 
 
 def retrieval_scores(ranks: np.ndarray) -> dict[str, float]:

@@ -20,6 +20,7 @@ from modeling_deepseek.contrastive import matryoshka_loss
 from ..data.sources import Rows, check_columns, joined, named, open_splits, utf8_text
 from ..training.eval_loss import Predicted
 from ..training.model_card import table
+from ..training.ranks import ranks_of
 from ..training.task import CausalCollator, Task, prefixed
 from .arguments import FUSED, MODEL_SETTINGS, EmbeddingArguments
 from .encoding import token_ids
@@ -30,7 +31,6 @@ from .lexical import (
     fused_scores,
     has_bm25,
     part_terms,
-    ranks_of,
     retrieval_scores,
     tfidf_scores,
 )

@@ -11,6 +11,13 @@ from ..data.ranges import check_ranges
 
 MUON = "muon"  # our optimizer beside those of transformers; see weights/muon.py
 MULTI_STEP = "multi_step"  # our schedule beside those of transformers; see optimization.py
+# The last words of the scores of which less is better; of all others more is.
+LESS_IS_BETTER = frozenset({"loss", "perplexity", "mse", "mae", "runtime"})
+
+
+def is_more_better(score: str) -> bool:
+    """Whether the higher value of a score, named as evaluation names it, is the better one."""
+    return score.rpartition("_")[2] not in LESS_IS_BETTER
 
 
 @dataclass

@@ -114,7 +114,7 @@ def eval_results(task_card: dict[str, Any], results: dict[str, Any]) -> list[Eva
             metric_value=round(results[f"test_{name}"], 4),
         )
         for name, (metric_type, label) in task_card["metrics"].items()
-        if f"test_{name}" in results
+        if results.get(f"test_{name}") is not None
     ]
 
 

@@ -29,7 +29,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from configuration_deepseek.presets import preset
 
 from ..data.fault_report import Report, fault_list, report_markdown, report_text
-from ..data.files import write_json, write_text
+from ..data.files import finite, json_line, write_json, write_text
 from ..data.hub import check_named
 from ..data.sources import Rows
 from . import model_card
@@ -317,8 +317,7 @@ class Run:
         lines = [row | {"prediction": prediction} for row, prediction in zip(rows, predictions, strict=True)]
         if self.trainer.is_world_process_zero():
             results |= self.task.report(predictions, rows, self.splits.get("train"), self.folder)
-            content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-            write_text(self.folder / PREDICTIONS_FILE, content)
+            write_text(self.folder / PREDICTIONS_FILE, "".join(map(json_line, lines)))
             show_examples(lines)
         self._record("test", results)
 
@@ -356,6 +355,7 @@ class Run:
         return {f"{prefix or split}_samples": len(rows)} if isinstance(rows, Dataset) else {}
 
     def _record(self, name: str, results: dict[str, Any]) -> None:
+        results = finite(results)
         self.results |= results
         self.trainer.log_metrics(name, numbers(results))
         if self.trainer.is_world_process_zero():

@@ -7,6 +7,7 @@ text. The loss of a split is a sum over all of its rows (eval_loss.py), never a 
 
 import copy
 import json
+import math
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -19,12 +20,12 @@ from peft import PeftModel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Sampler
 from transformers import GenerationConfig, Seq2SeqTrainer
-from transformers.trainer_utils import SchedulerType
+from transformers.trainer_utils import SchedulerType, get_last_checkpoint
 from transformers.training_args import ParallelMode
 
 from modeling_deepseek import DeepSeekForCausalLM, DeepSeekForRecommendation
 
-from ..data.files import replaced_folder
+from ..data.files import finite, replaced_folder
 from ..data.words import nearest_match
 from .arguments import MUON
 from .batches import TokenBatchSampler
@@ -65,6 +66,8 @@ class FinetuneTrainer(Seq2SeqTrainer):
     ) -> None:
         super().__init__(**kwargs)
         self.task = task
+        self.is_finite: torch.Tensor | None = None  # whether this step's losses are; looked at once in a step
+        self.args.logging_nan_inf_filter = False  # it would look at each loss, and hide what isn't a number
         bare = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         self.can_skip_prompts = is_language_model and isinstance(bare, DeepSeekForCausalLM)
         if isinstance(bare, DeepSeekForRecommendation):
@@ -182,7 +185,39 @@ class FinetuneTrainer(Seq2SeqTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.args.l1 and "loss" in logs:
             logs["l1_penalty"] = self.args.l1 * l1_norm(self._regularized_weights())
+        # JSON, which the log is saved as, has no word for these.
+        lost = {name: logs.pop(name) for name, value in list(logs.items()) if finite(value) is None}
         super().log(logs, start_time)
+        logs |= lost
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.is_finite = self.is_finite & loss.isfinite() if self.is_finite is not None else loss.isfinite()
+        return loss
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's norm of a step's gradients, just before the weights change by them.
+
+        Raises:
+            FloatingPointError: if it, or a loss that it comes of, isn't finite.
+        """
+        norm = super()._get_grad_norm(*args, **kwargs)
+        is_finite, self.is_finite = cast(torch.Tensor, self.is_finite), None
+        if self.accelerator.scaler is None:  # all processes have the same norm, and stop together
+            is_finite = is_finite & torch.as_tensor(norm, device=is_finite.device).isfinite()
+        else:  # it leaves out the steps whose gradients overflow
+            is_finite = self.accelerator.gather(is_finite)
+        if not is_finite.all():
+            raise FloatingPointError(self._why_stopped())
+        return norm
+
+    def _why_stopped(self) -> str:
+        step, checkpoint = self.state.global_step + 1, get_last_checkpoint(str(self.args.output_dir))
+        good = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint yet"
+        return (
+            f"step {step}: the loss or its gradient is not a finite number, so training has stopped; {good}. "
+            f"Lower --learning_rate ({self.args.learning_rate:g}) or raise --warmup_steps, and look at the data."
+        )
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         name = (self.args.metric_for_best_model or "loss").removeprefix("eval_")
@@ -192,7 +227,8 @@ class FinetuneTrainer(Seq2SeqTrainer):
                 f"--metric_for_best_model {name}: evaluation gives no such number{nearest_match(name, known)}; there "
                 f"is {', '.join(sorted(known))}."
             )
-        return super()._determine_best_metric(metrics, trial)
+        # The first one would leave infinity for the best.
+        return math.isfinite(metrics[f"eval_{name}"]) and super()._determine_best_metric(metrics, trial)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         if self.args.tokens_per_batch:

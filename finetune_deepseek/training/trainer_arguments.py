@@ -1,7 +1,7 @@
 """What Trainer is told: transformers' Seq2SeqTrainingArguments with our flags and checks, and one run's arguments."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import Seq2SeqTrainingArguments
@@ -11,7 +11,7 @@ from transformers.training_args import OptimizerNames
 
 from ..data.ranges import check_ranges
 from ..data.words import nearest_match
-from .arguments import MULTI_STEP, MUON, LoraArguments, ModelArguments, TrainingFlags
+from .arguments import MULTI_STEP, MUON, LoraArguments, ModelArguments, TrainingFlags, is_more_better
 
 STEPS_WITHOUT_END = 1_000_000  # what Trainer is told where time says when to stop
 # What pip installs for a word of --report_to; transformers itself looks after the words that aren't here.
@@ -34,6 +34,7 @@ class TrainingArguments(TrainingFlags, Seq2SeqTrainingArguments):
         check_ranges(self, but=("num_train_epochs",) if is_timed else ())
         if self.early_stopping_patience is not None:
             self.load_best_model_at_end = True
+        self._choose_direction()
         if self.load_best_model_at_end and self.eval_strategy == "no":
             raise ValueError(
                 "Keeping the best model and early stopping need evaluations: "
@@ -62,6 +63,18 @@ class TrainingArguments(TrainingFlags, Seq2SeqTrainingArguments):
         self.optim = optim if optim == MUON else self.optim
         if schedule == MULTI_STEP:
             self.lr_scheduler_type = schedule
+        if self.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
+            # Theirs is "min" whatever the score: the rate would fall as BLEU rises.
+            mode = {"mode": "max" if self.greater_is_better else "min"}
+            self.lr_scheduler_kwargs = mode | cast(dict, self.lr_scheduler_kwargs or {})
+
+    def _choose_direction(self) -> None:
+        """What is better follows from the score's name: transformers takes all but losses for better when higher."""
+        score = self.metric_for_best_model or "loss"
+        if self.greater_is_better is None and self.metric_for_best_model:
+            self.greater_is_better = is_more_better(score)
+        elif self.greater_is_better and not is_more_better(score):
+            raise ValueError(f"--greater_is_better true: of {score} less is better; leave the flag out.")
 
     def _check_choices(self) -> None:
         """Refuse what can't work before transformers, which doesn't name the flag, or takes it without a word."""

@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 from tqdm import tqdm
 
-from ..data.files import read_lines, write_text
+from ..data.files import json_line, read_lines, write_text
 from .arguments import TranslateArguments, TranslationArguments
 from .prompts import Prompts
 from .translator import open_translator, prompts_of, translate_lines
@@ -64,7 +64,7 @@ def back_translate(arguments: TranslationArguments) -> tuple[str, list[tuple[str
             rows = [
                 {"translation": {arguments.source_lang: s, language: t}} for s, t in zip(sources, lines, strict=True)
             ]
-            write_text(kept, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            write_text(kept, "".join(map(json_line, rows)))
             print(f"back-translated {len(rows):,} lines of {text_file} by {folder} into {kept}")
     try:
         texts = [json.loads(line)["translation"] for line in kept.read_text(encoding="utf-8").split("\n") if line]

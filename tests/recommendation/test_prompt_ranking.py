@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import finetune_deepseek
@@ -91,6 +92,40 @@ def test_the_cache_changes_nothing(name, scoring, tokenizer, monkeypatch):
     assert [score for _, score in found] == sorted((float(s) for s in fast[0]), reverse=True)[:3] or found
     best = candidates[0][int(fast[0].argmax())]
     assert found[0][0] == best
+
+
+@pytest.mark.parametrize("adapter_on_the_head", [False, True])
+def test_odds_in_bfloat16_dont_tie(adapter_on_the_head, tokenizer):
+    """The states are autocast's; the product with the two tokens is one of float64 of them, within float32."""
+    model, prompt = tiny(tokenizer, "tiny_llm"), Prompt(PromptRankingArguments(), tokenizer)
+    if adapter_on_the_head:
+        config = LoraConfig(target_modules=["lm_head"], init_lora_weights=False)
+        model = get_peft_model(model, config).eval()
+    candidates = [f"the {number} {number * 7} songs" for number in range(98)]
+    row = {"prefix_ids": prompt.history([item(1)]), "suffix_ids": prompt.candidates(candidates)}
+    states, head = [], model.get_output_embeddings()
+    handle = head.register_forward_hook(lambda _, args, __: states.append(args[0][:, -1]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores = candidate_scores(model, **PromptCollator(0, True)([row]), answers=prompt.answers)[0]
+    handle.remove()
+    weight = head.get_base_layer().weight + head.get_delta_weight("default") if adapter_on_the_head else head.weight
+    yes, no = (torch.cat(states[1:]).double() @ weight[list(prompt.answers)].double().T).unbind(-1)
+    torch.testing.assert_close(scores.double(), yes - no, rtol=1e-4, atol=1e-5)
+    assert len(set(scores.tolist())) > 90
+
+
+def test_a_batch_doesnt_change_the_rank_of_a_lost_target(tokenizer):
+    """Two candidates, then five; the first user's target is among neither."""
+    task = PromptRanking(PromptRankingArguments(train_file="unread"), 0)
+    model, task.prompt = tiny(tokenizer, "tiny_llm"), Prompt(task.arguments, tokenizer)
+    rows = [
+        {"prefix_ids": task.prompt.history([item(1)]), "suffix_ids": task.prompt.candidates(list(map(item, chosen))),
+         "target": target} for chosen, target in (((2, 3), -1), ((2, 3, 4, 5, 6), 1))
+    ]  # fmt: skip
+    collate = task.collator(tokenizer)
+    both, alone = (task.predict_batch(model, collate(part)) for part in (rows, rows[:1]))
+    assert both.outputs[0, 0] == alone.outputs[0, 0] == 3
+    assert both.counts.tolist() == [0, 1] and sorted(both.outputs[0, 1:].tolist()) == [-1, -1, -1, 0, 1]
 
 
 def test_a_prompt_is_what_the_template_says(tokenizer):

@@ -19,10 +19,10 @@ from finetune_deepseek.recommendation.items.interactions import as_dataset
 from finetune_deepseek.recommendation.recommender import Recommender
 from finetune_deepseek.recommendation.report import read_ranks
 from finetune_deepseek.recommendation.sasrec import SASRecForRecommendation
-from finetune_deepseek.recommendation.scores import target_ranks
 from finetune_deepseek.recommendation.serving import load
 from finetune_deepseek.recommendation.task import Recommendation
 from finetune_deepseek.training.parsing import parse_command
+from finetune_deepseek.training.ranks import ranks
 from finetune_deepseek.training.run import run_stages
 from modeling_deepseek import AutoModelForRecommendation, DeepSeekForRecommendation
 from tests.small_runs import flags
@@ -493,8 +493,8 @@ def test_bfloat16_training_is_scored_in_float32(tmp_path, monkeypatch):
     """bfloat16 scores would tie by the thousand, and a tie counts against the target."""
     seen = []
     monkeypatch.setattr(
-        "finetune_deepseek.recommendation.task.target_ranks",
-        lambda scores, *rest: seen.append(torch.any(scores != scores.bfloat16())) or target_ranks(scores, *rest),
+        "finetune_deepseek.recommendation.task.ranks",
+        lambda scores, *rest: seen.append(torch.any(scores != scores.bfloat16())) or ranks(scores, *rest),
     )
     path = write_ring(tmp_path / "ring.csv")
     recommendation(**SMALL, interactions_file=path, output_dir=tmp_path / "out", max_steps=1, bf16=True)

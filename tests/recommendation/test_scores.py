@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 
 from finetune_deepseek.recommendation.baselines import ItemKNN, Popularity, Transitions, baseline_ranks
 from finetune_deepseek.recommendation.scores import (
@@ -11,40 +10,10 @@ from finetune_deepseek.recommendation.scores import (
     paired_p_value,
     per_user,
     ranking_scores,
-    target_ranks,
 )
 
 # item 1 is followed by 2 twice and by 3 once
 TRAIN = [[1, 2, 3], [1, 2], [1, 3], [4, 1]]
-
-
-def slow_rank(scores, target, seen):
-    """1 + the number of other items that aren't seen and that the target isn't strictly above."""
-    rank = 1
-    for item in range(1, len(scores)):
-        if item != target and item not in seen and not scores[target] > scores[item]:
-            rank += 1
-    return rank
-
-
-def test_ranks_equal_plain_counting():
-    generator = torch.Generator().manual_seed(0)
-    scores = torch.randint(0, 6, (50, 12), generator=generator).float()  # many ties
-    targets = torch.randint(1, 12, (50,), generator=generator)
-    seen = torch.randint(0, 12, (50, 4), generator=generator)
-    expected = [slow_rank(s, int(t), set(h.tolist())) for s, t, h in zip(scores, targets, seen, strict=True)]
-    assert target_ranks(scores, targets, seen).tolist() == expected
-    assert len(set(expected)) > 5
-
-
-def test_ranks_at_the_edges():
-    seen = torch.tensor([[1, 0]])
-    equal = torch.zeros(1, 6)
-    assert target_ranks(equal, torch.tensor([3]), seen).tolist() == [4]  # a model that says nothing is last
-    assert target_ranks(equal, torch.tensor([0]), seen).tolist() == [6]  # not in the catalogue: behind all
-    broken = torch.full((1, 6), float("nan"))
-    assert target_ranks(broken, torch.tensor([3]), seen).tolist() == [6]
-    assert target_ranks(torch.arange(6.0)[None], torch.tensor([5]), torch.tensor([[5, 1]])).tolist() == [1]  # a repeat
 
 
 def test_scores():

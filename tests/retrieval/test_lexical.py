@@ -14,12 +14,12 @@ from finetune_deepseek.retrieval.lexical import (
     bm25_terms,
     fused_scores,
     part_terms,
-    ranks_of,
     retrieval_scores,
     terms,
     tfidf_scores,
     tfidf_terms,
 )
+from finetune_deepseek.training.ranks import ranks_of
 
 XQUAD_R = Path(__file__).parents[3] / "shared" / "data" / "xquad_r"
 PASSAGES = ["The red fox runs.", "A bird sits in the tree", "海是蓝色的水", "..."]
