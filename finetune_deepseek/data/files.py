@@ -60,5 +60,10 @@ def write_text(path: Path, text: str) -> None:
         beside.unlink(missing_ok=True)
 
 
+def json_text(content: dict[str, Any]) -> str:
+    """The content of a JSON file for people, sorted by name."""
+    return json.dumps(content, indent=4, ensure_ascii=False, sort_keys=True) + "\n"
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=4, ensure_ascii=False, sort_keys=True) + "\n")
+    write_text(path, json_text(content))
