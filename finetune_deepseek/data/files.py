@@ -75,6 +75,10 @@ def json_line(content: Any) -> str:
     return json.dumps(finite(content), ensure_ascii=False, allow_nan=False) + "\n"
 
 
+def json_text(content: dict[str, Any]) -> str:
+    """The content of a JSON file for people, sorted by name."""
+    return json.dumps(finite(content), indent=4, ensure_ascii=False, sort_keys=True, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(finite(content), indent=4, ensure_ascii=False, sort_keys=True, allow_nan=False)
-    write_text(path, text + "\n")
+    write_text(path, json_text(content))

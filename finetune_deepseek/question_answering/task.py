@@ -21,11 +21,11 @@ from configuration_deepseek.official import SOURCES
 
 from ..data.arguments import SPLITS
 from ..data.fault_report import Report, finding
-from ..data.files import write_json
+from ..data.files import json_text
 from ..data.scripts import HAN, looks_mojibake
 from ..data.sources import Part, Rows, joined, named, open_splits, utf8_text
 from ..training.eval_loss import Predicted
-from ..training.task import Task, prefixed
+from ..training.task import Scores, Task, prefixed
 from .arguments import MODEL_SETTINGS, NBEST_FILE, QuestionAnsweringArguments
 from .extractive import ExtractiveReader
 from .floors import FLOORS, NAMES, floor_answers
@@ -229,9 +229,7 @@ class QuestionAnswering(Task):
     def baseline(self, train: Rows | None, rows: list[dict[str, Any]]) -> list[str] | None:
         return floor_answers("overlap_sentence", rows, self.seed)
 
-    def report(
-        self, predictions: list[str], rows: list[dict[str, Any]], train: Rows | None, folder: Path
-    ) -> dict[str, Any]:
+    def report(self, predictions: list[str], rows: list[dict[str, Any]], train: Rows | None) -> Scores:
         """The floors' scores, for SQuAD 2 the best threshold, and `NBEST_FILE`."""
         model = self.score(predictions, rows)
         floors = {name: self.score(floor_answers(name, rows, self.seed), rows) for name in FLOORS}
@@ -242,19 +240,17 @@ class QuestionAnswering(Task):
         named_scores = {"model": model} | {NAMES[name]: scores for name, scores in floors.items()}
         lines += [f"| {name} | {s['exact_match']:.2f} | {s['f1']:.2f} |" for name, s in named_scores.items()]
         self.table = "\n".join(lines)
-        print(f"\n{self.table}")
         above = all(model["f1"] > scores["f1"] for scores in floors.values())
         if not above:
             self.table += "\n\nThe model is not above every floor: it has not learned to read."
-            print("the model is not above every floor: it has not learned to read")
-        print()
         results["above_floors"] = above
+        files = {}
         if isinstance(self.reader, ExtractiveReader):
             ids = [row["id"] for row in rows]
-            write_json(folder / NBEST_FILE, {name: self.reader.nbest[name] for name in ids})
+            files[NBEST_FILE] = json_text({name: self.reader.nbest[name] for name in ids})
             if self.arguments.version_2_with_negative:
                 results |= prefixed("test", self._best_threshold(rows))
-        return results
+        return Scores(results, files=files, text=self.table)
 
     def _best_threshold(self, rows: list[dict[str, Any]]) -> dict[str, float]:
         """The best F1 over all thresholds, and the threshold; chosen on the scored rows, so an upper bound."""

@@ -22,7 +22,7 @@ from modeling_deepseek import AutoModelForRecommendation
 from ..data.arguments import SPLITS
 from ..data.sources import Rows
 from ..training.eval_loss import Predicted
-from ..training.task import CausalCollator, Task
+from ..training.task import CausalCollator, Scores, Task
 from .arguments import NewsArguments
 from .items.catalogue import PADDING, TextCatalogue
 from .items.mind import read_behaviors, read_news
@@ -212,25 +212,25 @@ class NewsRecommendation(Task):
         clicks = Counter(one for target in train["target"] for one in target)
         return [[float(clicks[one]) for one in row["candidates"]] for row in rows]
 
-    def report(
-        self, predictions: list[Any], rows: list[dict[str, Any]], train: Rows | None, folder: Path
-    ) -> dict[str, Any]:
+    def report(self, predictions: list[Any], rows: list[dict[str, Any]], train: Rows | None) -> Scores:
         """Intervals over impressions, and the scores of those whose clicks are all on news unseen in training."""
         results: dict[str, Any] = {}
+        said = []
         values = self._per_impression(predictions, rows)
         for name, column in values.items():
             results[f"test_{name}_low"], results[f"test_{name}_high"] = bootstrap_interval(column)
         if self.left_out:
-            self._note(f"test: {self.left_out:,} of {len(rows):,} impressions have no click, or nothing else, and are "
-                       "left out of the scores")  # fmt: skip
+            said.append(f"test: {self.left_out:,} of {len(rows):,} impressions have no click, or nothing else, and "
+                        "are left out of the scores")  # fmt: skip
         scored = [row for row in rows if 0 < sum(row["clicked"]) < len(row["clicked"])]
         cold = np.array([not self.learned.intersection(row["target"]) for row in scored])
         if self.learned and cold.any():
             results["test_cold_impressions"] = int(cold.sum())
             results |= {f"test_cold_{name}": float(column[cold].mean()) for name, column in values.items()}
-            self._note(f"test: in {cold.sum():,} impressions all clicks are on news unseen in training; their AUC is "
-                       f"{results['test_cold_auc']:.4f}")  # fmt: skip
-        return results
+            said.append(f"test: in {cold.sum():,} impressions all clicks are on news unseen in training; their AUC is "
+                        f"{results['test_cold_auc']:.4f}")  # fmt: skip
+        self.notes += said
+        return Scores(results, text="\n".join(said))
 
     def card_data(self) -> dict[str, Any]:
         arguments = self.arguments

@@ -19,14 +19,13 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from modeling_deepseek import AutoModelForRecommendation
 
 from ..data.arguments import SPLITS
-from ..data.files import write_text
 from ..data.hub import check_named
 from ..data.sources import Rows
 from ..training.arguments import ModelArguments
 from ..training.eval_loss import Predicted
 from ..training.optimization import IGNORED_LABEL
 from ..training.ranks import highest, ranks
-from ..training.task import CausalCollator, Task, prefixed
+from ..training.task import CausalCollator, Scores, Task, prefixed
 from .arguments import RANKS_FILE, RecommendationArguments
 from .baselines import baseline_ranks
 from .count_tables import KEPT, WEIGHTS, best_count_weights, count_items
@@ -376,20 +375,20 @@ class Recommendation(Task):
         sums = (scores + weights[0] * near + weights[1] * after for weights in WEIGHTS)
         return [ranks(total, inputs["target"], inputs["seen"], PADDING)[:, None] for total in sums]
 
-    def after_evaluation(self, folder: Path) -> dict[str, Any]:
+    def after_evaluation(self) -> Scores:
         """Choose the weights of what is counted, and have the saved model know them."""
         if self.model is None:
-            return {}
+            return Scores({})
         weights, scores = best_count_weights(self.tried)
         names = ("item_neighbor_weight", "item_transition_weight")
         chosen = dict(zip(names, weights, strict=True))
         for name, weight in chosen.items():
             setattr(self.model.config, name, weight)
-        write_text(folder / "config.json", self.model.config.to_json_string())
+        files = {"config.json": self.model.config.to_json_string()}
         self.model = None
         named = ", ".join(f"{name} {weight:g}" for name, weight in chosen.items())
-        self._note(f"of {len(WEIGHTS)} weights of what is counted validation HR@10 chose {named}")
-        return prefixed("eval", scores) | chosen
+        self.notes.append(f"of {len(WEIGHTS)} weights of what is counted validation HR@10 chose {named}")
+        return Scores(prefixed("eval", scores) | chosen, files=files, text=self.notes[-1])
 
     def decode(self, outputs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
         tokens = np.array(sorted(self.numbers, key=self.numbers.__getitem__), dtype=object)
@@ -416,9 +415,7 @@ class Recommendation(Task):
         targets = [self.numbers.get(row["target"], PADDING) for row in rows]
         return baseline_ranks(histories, numbered(row["source"] for row in rows), targets, len(self.numbers))
 
-    def report(
-        self, predictions: list[Any], rows: list[dict[str, Any]], train: Rows | None, folder: Path
-    ) -> dict[str, Any]:
+    def report(self, predictions: list[Any], rows: list[dict[str, Any]], train: Rows | None) -> Scores:
         """Intervals over users, the baselines and other runs with paired tests; ranks per user go into a file.
 
         Raises:
@@ -438,10 +435,8 @@ class Recommendation(Task):
         if "popularity" in others:
             results |= prefixed("baseline", ranking_scores(others["popularity"]))  # the card's second column
         frame = pd.DataFrame({"user": users, "target": [row["target"] for row in rows], "rank": ranks} | others)
-        write_text(folder / RANKS_FILE, frame.to_csv(index=False))
         self.table = scores_table(ranks, others, results)
-        print(f"\n{self.table}\n")
-        return results
+        return Scores(results, files={RANKS_FILE: frame.to_csv(index=False)}, text=self.table)
 
     def card_data(self) -> dict[str, Any]:
         arguments = self.arguments

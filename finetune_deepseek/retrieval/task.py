@@ -6,7 +6,6 @@ the split, beside TF-IDF, BM25, and their fusion with the model, whose weights a
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -21,7 +20,7 @@ from ..data.sources import Rows, check_columns, joined, named, open_splits, utf8
 from ..training.eval_loss import Predicted
 from ..training.model_card import table
 from ..training.ranks import ranks_of
-from ..training.task import CausalCollator, Task, prefixed
+from ..training.task import CausalCollator, Scores, Task, prefixed
 from .arguments import FUSED, MODEL_SETTINGS, EmbeddingArguments
 from .encoding import token_ids
 from .lexical import (
@@ -227,24 +226,24 @@ class Embedding(Task):
             "retrieval_signature": f"{len({row['target'] for row in rows}):,} passages of the split, ties against us"
         }
 
-    def after_evaluation(self, folder: Path) -> dict[str, Any]:
+    def after_evaluation(self) -> Scores:
         """Choose the weights of the fused ranking, unless they are given.
 
         Queries that stand with several passages are left out, unless all do: they can't say which one is meant.
         """
         if self.weights or not self.arguments.lexical_baselines or not has_bm25():
-            return {}
+            return Scores({})
         numbers = sorted(self.similarities)
         asked = Counter(query for query, _ in {(self.queries[n], self.targets[n]) for n in numbers})
         telling = [number for number in numbers if asked[self.queries[number]] == 1] or numbers
-        print(f"choosing the weights of the fused ranking by {len(telling):,} of {len(numbers):,} queries")
         rankings, targets = self._rankings(telling)
         self.weights = best_weights([rankings[name] for name in FUSED], targets, is_sparing=True)
         named_weights = dict(zip(FUSED, self.weights, strict=True))
-        print("fused by the weights", ", ".join(f"{name} {weight:g}" for name, weight in named_weights.items()))
+        named = ", ".join(f"{name} {weight:g}" for name, weight in named_weights.items())
+        text = f"{len(telling):,} of {len(numbers):,} queries chose the weights of the fused ranking: {named}"
         scores = retrieval_scores(ranks_of(fused_scores([rankings[name] for name in FUSED], self.weights), targets))
         count = {"fusion_queries": len(telling)}
-        return prefixed("eval_fused", scores) | prefixed("fusion_weight", named_weights) | count
+        return Scores(prefixed("eval_fused", scores) | prefixed("fusion_weight", named_weights) | count, text=text)
 
     def _rankings(self, numbers: list[int]) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Scores [Q, P] of queries by each way, over the passages of their split, and the places [Q] of their own."""
@@ -257,12 +256,10 @@ class Embedding(Task):
                 rankings[name] = np.stack([ranking.scores(query) for query in queries])
         return rankings, targets
 
-    def report(
-        self, predictions: list[Any], rows: list[dict[str, Any]], train: Rows | None, folder: Path
-    ) -> dict[str, Any]:
+    def report(self, predictions: list[Any], rows: list[dict[str, Any]], train: Rows | None) -> Scores:
         """TF-IDF, BM25 and the model fused with BM25, over the same passages."""
         if not self.arguments.lexical_baselines:
-            return {}
+            return Scores({})
         numbers = [prediction["query_number"] for prediction in predictions]
         rankings, targets = self._rankings(numbers)
         passages = [self.passages[number] for number in self.similarities[numbers[0]][0]]
@@ -271,17 +268,18 @@ class Embedding(Task):
             methods["bm25"] = rankings["bm25"]
             weights = self.weights or DEFAULT_WEIGHTS
             methods["fused"] = fused_scores([rankings[name] for name in FUSED], weights)
-        else:
-            print('BM25 and the fused ranking are left out: pip install "deepseek-hf[retrieval]" brings them')
         found = {name: retrieval_scores(ranks_of(scores, targets)) for name, scores in methods.items()}
         self.table = table(
             ["", "R@1", "R@10", "MRR"], [[n, *(f"{x:.4f}" for x in s.values())] for n, s in found.items()]
         )
-        print(f"\n{len(rows):,} queries, {len(passages):,} passages\n{self.table}\n")
+        text = f"{len(rows):,} queries, {len(passages):,} passages\n{self.table}"
+        if "bm25" not in rankings:
+            text += '\nBM25 and the fused ranking are left out: pip install "deepseek-hf[retrieval]" brings them'
         results: dict[str, Any] = {}
         for name in ("tfidf", "bm25", "fused"):
             results |= prefixed(name, found.get(name, {}))
-        return results | prefixed("baseline", found.get("bm25", found["tfidf"]))  # the card's second column
+        results |= prefixed("baseline", found.get("bm25", found["tfidf"]))  # the card's second column
+        return Scores(results, text=text)
 
     def card_data(self) -> dict[str, Any]:
         arguments = self.arguments

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,9 +25,29 @@ HOOKS = (
     *("load_splits", "new_tokenizer", "tokenizer_texts", "check_splits"),  # data and tokenizer
     *("config_fields", "check_native", "model_config", "prepare_model"),  # the model
     *("features", "collator", "loss_function", "generation_config", "sampler"),  # the trainer
-    *("save_beside", "predict_batch", "decode", "score", "after_evaluation"),  # training and the validation split
-    *("baseline", "report", "card_data"),  # the test split and the card
+    *("save_beside", "card_data"),  # training; the card is written anew whenever something more is known
+    *("predict_batch", "decode", "score", "split_loss", "after_evaluation"),  # the validation split
+    *("baseline", "report"),  # the test split
 )
+
+
+@dataclass
+class Scores:
+    """What was measured, or a part of it.
+
+    Attributes:
+        numbers: results by name, as the JSON files have them; texts such as signatures too.
+        lines: rows with their `prediction`.
+        files: what else goes into the run's folder, by name.
+        text: lines for the screen.
+        fault: why the run fails, once everything is written.
+    """
+
+    numbers: dict[str, Any]
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    files: dict[str, str] = field(default_factory=dict)
+    text: str = ""
+    fault: str = ""
 
 
 class Task(ABC):
@@ -125,10 +146,10 @@ class Task(ABC):
     def score(self, predictions: list[Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Scores (numbers) and their signatures (texts) of one prediction per row."""
 
-    def after_evaluation(self, folder: Path) -> dict[str, Any]:
-        """What is chosen by the validation split once it is scored (--do_eval), before the card is written; what the
-        model in the folder needs of it is written there."""
-        return {}
+    def after_evaluation(self) -> Scores:
+        """What is chosen by the validation split once it is scored (--do_eval), before the card is written; its files
+        are what the model in the folder needs of it."""
+        return Scores({})
 
     def check_splits(self, splits: dict[str, Rows], tokenizer: PreTrainedTokenizerBase) -> Report:
         """Faults in the data by split, under names of `fault_names`."""
@@ -138,11 +159,9 @@ class Task(ABC):
         """Predictions of a trivial method to compare with, None for no comparison."""
         return None
 
-    def report(
-        self, predictions: list[Any], rows: list[dict[str, Any]], train: Rows | None, folder: Path
-    ) -> dict[str, Any]:
-        """Further results of the test split; files of its own go into the folder."""
-        return {}
+    def report(self, predictions: list[Any], rows: list[dict[str, Any]], train: Rows | None) -> Scores:
+        """Further results of the test split, with files and lines of its own; asked of the first process alone."""
+        return Scores({})
 
     @abstractmethod
     def card_data(self) -> dict[str, Any]:

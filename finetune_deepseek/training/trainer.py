@@ -58,7 +58,6 @@ class FinetuneTrainer(Seq2SeqTrainer):
         *,
         generation_config: GenerationConfig | None,
         sampler: Sampler[int] | None,
-        card: Callable[[Path], None],
         save_beside: Callable[[Path], None],
         is_language_model: bool,
         task: Task,
@@ -88,7 +87,8 @@ class FinetuneTrainer(Seq2SeqTrainer):
         if self.greedy is not None:
             self.greedy.num_beams, self.greedy.length_penalty = 1, 1.0
         self.sampler = sampler
-        self.card, self.save_beside = card, save_beside
+        self.save_beside = save_beside
+        self.card: Callable[[Path], None] = lambda folder: None  # writes README.md; set when there is what it says
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if self.can_skip_prompts and model.training:

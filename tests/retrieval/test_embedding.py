@@ -79,9 +79,9 @@ def test_queries_of_several_passages_choose_no_weights(monkeypatch, tmp_path):
     monkeypatch.setattr(
         task, "_rankings", lambda numbers: seen.append(numbers) or (dict.fromkeys(FUSED, ONE), np.array([0]))
     )
-    assert task.after_evaluation(tmp_path)["fusion_queries"] == 1 and seen == [[1]]
+    assert task.after_evaluation().numbers["fusion_queries"] == 1 and seen == [[1]]
     task.weights, task.queries[1] = (), "who?"
-    assert task.after_evaluation(tmp_path)["fusion_queries"] == 4
+    assert task.after_evaluation().numbers["fusion_queries"] == 4
 
 
 def test_the_saved_model_keeps_its_prefixes_and_gives_the_same_ranking(learned):

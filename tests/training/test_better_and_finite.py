@@ -10,9 +10,9 @@ import torch
 from finetune_deepseek.__main__ import guarded
 from finetune_deepseek.classification.task import Classification
 from finetune_deepseek.data.files import json_line, write_json
-from finetune_deepseek.training.arguments import TrainingArguments
 from finetune_deepseek.training.parsing import parse_command
 from finetune_deepseek.training.run import run_stages
+from finetune_deepseek.training.trainer_arguments import TrainingArguments
 from modeling_deepseek import DeepSeekForCausalLM
 from tests.small_runs import TINY, flags
 

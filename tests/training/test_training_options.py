@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from configuration_deepseek import preset
 from finetune_deepseek.__main__ import guarded
-from finetune_deepseek.training import arguments
+from finetune_deepseek.training import run as run_module
+from finetune_deepseek.training import trainer_arguments
 from finetune_deepseek.training.arguments import ModelArguments
 from finetune_deepseek.training.callbacks import plot_metrics
 from finetune_deepseek.training.loading import with_dropout
 from finetune_deepseek.training.optimization import smoothing_term, target_losses
 from finetune_deepseek.training.parsing import parse_command
-from finetune_deepseek.training.run import Run
 from finetune_deepseek.training.trainer_arguments import TrainingArguments
 from finetune_deepseek.training.weights.freezing import freeze_weights
 from finetune_deepseek.training.weights.lora import GROUPS, OTHER, group_of
@@ -399,10 +399,10 @@ def test_the_census_says_it_all_before_the_first_step(start, continued, capsys, 
     class Stopped(Exception):
         pass
 
-    def stop(self):
+    def stop(prepared, built):
         raise Stopped
 
-    monkeypatch.setattr(Run, "train", stop)
+    monkeypatch.setattr(run_module, "train", stop)
     settings = {"lr_scheduler_type": "multi_step", "lr_milestones": [0.5, 0.75], "warmup_steps": 3, "l1": 1e-4}
     settings |= {"weight_decay": 0.1, "label_smoothing_factor": 0.1, "hidden_dropout": 0.2, "freeze": "embeddings"}
     with pytest.raises(Stopped):
@@ -471,7 +471,7 @@ def test_bad_values_are_one_line(settings, message, data, tmp_path, capsys):
     ],
 )
 def test_a_tracker_that_is_not_there_is_one_line_before_data_are_read(trackers, message, tmp_path, monkeypatch):
-    monkeypatch.setattr(arguments, "get_available_reporting_integrations", lambda: ["mlflow"])
+    monkeypatch.setattr(trainer_arguments, "get_available_reporting_integrations", lambda: ["mlflow"])
     with pytest.raises(ValueError, match=re.escape(message)):
         TrainingArguments(str(tmp_path), report_to=trackers)
     TrainingArguments(str(tmp_path), report_to="none")

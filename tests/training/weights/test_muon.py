@@ -122,7 +122,7 @@ def test_by_flag_and_resumed(finetune, data, tmp_path):
 def test_a_slow_bfloat16_is_said(knows, finetune, data, tmp_path, monkeypatch, capsys):
     """Where the processor lacks it, the iterations run in float32 too."""
     monkeypatch.setattr("finetune_deepseek.training.weights.muon.multiplies_bfloat16", lambda: knows)
-    monkeypatch.setattr("finetune_deepseek.training.run.multiplies_bfloat16", lambda: knows)
+    monkeypatch.setattr("finetune_deepseek.training.stages.show.multiplies_bfloat16", lambda: knows)
     assert orthogonalized(torch.randn(3, 4)).dtype == (torch.bfloat16 if knows else torch.float32)
     finetune(output_dir=tmp_path / "out", do_train=True, max_steps=1, bf16=True, use_cpu=True, **data)
     assert ("--bf16 false is several times as fast" in capsys.readouterr().out) is not knows

@@ -1,0 +1,163 @@
+"""First stage: what was asked for, checked as far as that goes without a model."""
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from configuration_deepseek.presets import preset
+
+from ...data.hub import check_named
+from ...data.sources import Rows
+from ..loading import parse_overrides
+from ..task import Task
+from ..trainer_arguments import Stage, TrainingArguments
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What all later stages go by.
+
+    Attributes:
+        splits: the text rows of each split that there is.
+        checkpoint: the folder that training resumes from.
+        off_rows: rows with `prompt` and `prediction` of the base model, for --adapter_off_check.
+        started: seconds of `time.monotonic`.
+    """
+
+    stage: Stage
+    task: Task
+    splits: dict[str, Rows]
+    checkpoint: str | None
+    off_rows: list[dict[str, Any]]
+    started: float
+
+    @property
+    def args(self) -> TrainingArguments:
+        return self.stage.training
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.args.output_dir or "")
+
+    def count(self, split: str, prefix: str | None = None) -> dict[str, int]:
+        """The number of a split's rows as a result; nothing for a stream."""
+        rows = self.splits[split]
+        return {f"{prefix or split}_samples": len(rows)} if isinstance(rows, Dataset) else {}
+
+
+def prepare(task_class: type[Task], stage: Stage) -> Prepared:
+    """Read the data, and refuse whatever can't work before anything is built.
+
+    Raises:
+        ValueError: with one line, for what is wrong in the arguments or the data.
+    """
+    started, args = time.monotonic(), stage.training
+    check_model_named(stage)
+    set_seed(args.seed)
+    if args.cpu_threads:
+        torch.set_num_threads(args.cpu_threads)
+    off_rows = read_off_rows(Path(stage.lora.adapter_off_check)) if stage.lora.adapter_off_check else []
+    task = task_class(stage.data, args.seed)
+    splits = task.load_splits()
+    choose_work(stage, splits)
+    check_output_dir(args)
+    return Prepared(stage, task, splits, find_checkpoint(args), off_rows, started)
+
+
+def check_model_named(stage: Stage) -> None:
+    """A wrong name of a model, or a wrong field of a preset, should not wait for the data."""
+    if stage.model.preset:
+        preset(stage.model.preset, **parse_overrides(stage.model.config_overrides))
+    for flag in ("model_name_or_path", "config_name", "tokenizer_name"):
+        if name := getattr(stage.model, flag):
+            check_named(flag, name)
+
+
+def choose_work(stage: Stage, splits: dict[str, Rows]) -> None:
+    """Set do_train, do_eval, do_predict: as given, or everything that there is data for.
+
+    Raises:
+        ValueError: if data is missing for what was asked.
+    """
+    args = stage.training
+    needs = {"do_train": "train", "do_eval": "validation", "do_predict": "test"}
+    if not stage.given & set(needs):
+        for flag, split in needs.items():
+            setattr(args, flag, split in splits)
+    for flag, split in needs.items():
+        if getattr(args, flag) and split not in splits:
+            raise ValueError(f"--{flag}: there is no {split} data, only {', '.join(splits)}; add --{split}_file.")
+    if args.do_train and isinstance(splits["train"], IterableDataset) and args.max_steps <= 0:
+        raise ValueError("--streaming: the length of a stream is unknown, so give --max_steps.")
+    if isinstance(splits.get("train"), IterableDataset):
+        args.train_sampling_strategy = "random"  # a stream is read in its own, buffered order
+
+
+def check_output_dir(training: TrainingArguments) -> None:
+    """Make the output folder, or say in one line why it can't be used.
+
+    Raises:
+        ValueError: if the path is a file or can't be written, or if it holds checkpoints of an earlier run that is
+            neither resumed nor overwritten (Trainer would mix up the two runs' checkpoints).
+    """
+    folder = Path(training.output_dir or "")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output_dir {folder}: can't make this folder ({error.strerror}); name another.") from error
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--output_dir {folder}: no right to write there; name another.")
+    is_new = training.do_train and not training.resume_from_checkpoint and not training.overwrite_output_dir
+    if is_new and any(folder.glob("checkpoint-*")):
+        raise ValueError(
+            f"--output_dir {folder} holds checkpoints of an earlier run: add --resume_from_checkpoint true, or "
+            "--overwrite_output_dir to remove them, or name another folder."
+        )
+
+
+def check_all_output_dirs(stages: Sequence[Stage]) -> None:
+    """The folders of all runs of a command, before the first of them begins: see `check_output_dir`."""
+    for stage in stages:
+        check_output_dir(stage.training)
+
+
+def find_checkpoint(args: TrainingArguments) -> str | None:
+    """The checkpoint folder that --resume_from_checkpoint means.
+
+    Raises:
+        ValueError: if a named folder is none.
+    """
+    asked = args.resume_from_checkpoint
+    if not asked or not args.do_train or asked.lower() == "false":
+        return None
+    if asked.lower() == "true":
+        return get_last_checkpoint(str(args.output_dir))
+    if not (Path(asked) / "trainer_state.json").is_file():
+        raise ValueError(f"--resume_from_checkpoint {asked}: no checkpoint there (no trainer_state.json).")
+    return asked
+
+
+def read_off_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of --adapter_off_check.
+
+    Raises:
+        ValueError: if the file can't be read, or a row lacks prompt or prediction.
+    """
+    try:
+        # Only a line feed ends a line: texts hold the others that Python knows.
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        rows = [json.loads(line) for line in lines]
+        return [row | {"prompt": row["prompt"], "prediction": row["prediction"]} for row in rows]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"--adapter_off_check {path}: expected lines with `prompt` and `prediction` ({error!r})."
+        ) from error

@@ -1,0 +1,65 @@
+"""Fifth stage: what was measured goes into the run's folder at once, before anything more is measured or shown."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from ...data.fault_report import report_markdown
+from ...data.files import finite, json_line, write_json, write_text
+from .. import model_card
+from ..task import Scores
+from .build import Built
+from .prepare import Prepared
+
+PREDICTIONS_FILE = "generated_predictions.jsonl"
+RESULTS_FILE = "all_results.json"
+
+
+class Results:
+    """All that a run has measured so far; `add` writes it: files, predictions, NAME_results.json, all, the card."""
+
+    def __init__(self, prepared: Prepared, built: Built) -> None:
+        self.prepared, self.built, self.folder = prepared, built, prepared.folder
+        self.is_writer = built.trainer.is_world_process_zero()
+        self.old = {} if prepared.args.do_train else read_results(self.folder)
+        self.numbers: dict[str, Any] = dict(built.sizes)
+        self.parts: dict[str, dict[str, Any]] = {}
+        self.lines: list[dict[str, Any]] = []
+        self.texts: list[str] = []
+        self.faults: list[str] = []
+
+    def add(self, part: str | None, scores: Scores) -> None:
+        """Take a part of what was measured; those of one name share a file, those of none are in all results only."""
+        self.lines += scores.lines
+        self.texts += filter(None, [scores.text])
+        self.faults += filter(None, [scores.fault])
+        found = finite(scores.numbers)
+        self.numbers |= found
+        self.numbers["wall_time_seconds"] = round(time.monotonic() - self.prepared.started, 1)
+        if part:
+            self.parts.setdefault(part, {}).update(found)
+        if self.is_writer:
+            self._write(part, scores)
+
+    def _write(self, part: str | None, scores: Scores) -> None:
+        if part:
+            write_json(self.folder / f"{part}_results.json", self.parts[part])
+        write_json(self.folder / RESULTS_FILE, self.old | self.numbers)
+        if scores.lines:
+            write_text(self.folder / PREDICTIONS_FILE, "".join(map(json_line, scores.lines)))
+        for name, content in scores.files.items():
+            write_text(self.folder / name, content)
+        self.write_card(self.folder)
+
+    def write_card(self, folder: Path) -> None:
+        """README.md, from what is known so far."""
+        task = self.prepared.task
+        card = task.card_data() | {"data_checks": report_markdown(self.built.data_report, task.fault_names)}
+        stage, splits = self.prepared.stage, self.prepared.splits
+        model_card.write(card, stage, self.built.model, self.numbers, splits, folder, write_text)
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    path = folder / RESULTS_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
