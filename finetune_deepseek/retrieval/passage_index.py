@@ -27,8 +27,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from modeling_deepseek import DeepSeekForEmbedding
 from tokenization_deepseek import DeepSeekTokenizer
 
+from ..data.cells import plain
 from ..data.files import replaced_folder, write_json, write_text
-from ..data.sources import READERS, read_file
+from ..data.table import ENDINGS, is_table, read_columns
 from ..training import model_card
 from ..training.loading import is_deepseek, named_source
 from .encoding import encode
@@ -167,20 +168,19 @@ def read_passages(path: Path, name: str, max_characters: int) -> list[Passage]:
         except UnicodeDecodeError as error:
             raise ValueError(f"can't be read as UTF-8 text (byte {error.start + 1}); convert the file") from error
         passages = [Passage(piece, f"{name}:{line}") for line, piece in split_text(text, max_characters)]
-    elif Path(path.name.removesuffix(".gz")).suffix in READERS:
-        rows = read_file(str(path), TEXT_COLUMNS)
-        columns = rows.column_names or []
+    elif is_table(path):
+        columns = read_columns(str(path))
         column = next((column for column in TEXT_COLUMNS if column in columns), None)
         if column is None:
             raise ValueError(f"none of the columns {', '.join(TEXT_COLUMNS)}; it has {', '.join(columns)}")
         passages = [
             Passage(piece, f"{name}:{number}")
-            for number, text in enumerate(rows[column], start=1)
+            for number, text in enumerate(map(plain, columns[column]), start=1)
             if isinstance(text, str)
             for _, piece in split_text(text, max_characters)
         ]
     else:
-        raise ValueError(f"unknown ending; texts are {', '.join(TEXT_ENDINGS)}, tables {', '.join(READERS)}")
+        raise ValueError(f"unknown ending; texts are {', '.join(TEXT_ENDINGS)}, tables {', '.join(ENDINGS)}")
     if not passages:
         raise ValueError("no text in it")
     return passages
