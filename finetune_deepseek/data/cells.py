@@ -1,4 +1,4 @@
-"""What a column is asked to be: an id, a text, a label, a number, a time, a list of ids or of texts, or a record.
+"""What a column is asked to be: an id, a value, a text, a label, a number, a time, a list of these, or a record.
 
 `typed` gives the cells of raw columns (table.py, or a data set of the Hub) as that, or refuses with file, row and
 column. Text stays text: 01 is not 1, and 3.10 not 3.1. None is what is missing: an empty cell, null, not-a-number.
@@ -18,7 +18,9 @@ from .table import Columns
 from .times import parse_times
 from .words import nearest_match
 
-Kind: TypeAlias = Literal["id", "text", "label", "number", "time", "ids", "texts", "labels", "record"]
+Kind: TypeAlias = Literal[
+    "id", "value", "words", "text", "label", "number", "time", "ids", "texts", "labels", "record"
+]
 
 SHOWN = 40  # characters of a cell in a message
 BETWEEN_ITEMS = re.compile(r"[,;|]")
@@ -124,20 +126,32 @@ def plain(value: Any) -> Any:
     return None if repr(value) == "<NA>" or value != value else value
 
 
-def scalar_text(value: Any) -> str | None:
-    """A label or a feature: a text without space around, or another single value as one."""
+def label(value: Any) -> str | None:
+    """A text without space around, or another single value as one."""
     if isinstance(value, (list, tuple, dict, bytes)):
         raise ValueError("not one value")
     return None if value is None else str(value).strip() or None
 
 
-def identifier(value: Any) -> str | None:
-    """An id. A float that is whole is an integer, which had gaps beside it."""
-    if isinstance(value, (bool, list, tuple, dict, bytes)):
+def value(cell: Any) -> str | None:
+    """A value of a feature. A float that is whole is an integer, which had gaps beside it."""
+    if isinstance(cell, (float, Decimal)) and math.isfinite(cell) and cell == int(cell):
+        cell = int(cell)
+    return label(cell)
+
+
+def identifier(cell: Any) -> str | None:
+    if isinstance(cell, (bool, list, tuple, dict, bytes)):
         raise ValueError("not an id")
-    if isinstance(value, (float, Decimal)) and math.isfinite(value) and value == int(value):
-        value = int(value)
-    return scalar_text(value)
+    return value(cell)
+
+
+def words(cell: Any) -> str | None:
+    """A value, or those of a list with commas between, to be read as text."""
+    cell = in_brackets(cell)
+    if isinstance(cell, (list, tuple)):
+        return ", ".join(found for part in cell if (found := value(plain(part)))) or None
+    return value(cell)
 
 
 def as_ids(values: Iterable[Any]) -> list[str | None]:
@@ -219,11 +233,11 @@ def labels(value: Any) -> list[str] | str | None:
     """A list of labels; a text that holds none stays one text."""
     inner = in_brackets(value)
     if isinstance(inner, (list, tuple)):
-        return [label for item in inner if (label := scalar_text(plain(item)))]
-    return scalar_text(value)
+        return [found for item in inner if (found := label(plain(item)))]
+    return label(value)
 
 
 READERS: dict[str, Callable[[Any], Any]] = {
-    "id": identifier, "text": text, "label": scalar_text, "number": number, "ids": ids, "texts": texts,
-    "labels": labels, "record": in_brackets,
+    "id": identifier, "ids": ids, "value": value, "words": words, "text": text, "texts": texts, "label": label,
+    "labels": labels, "number": number, "record": in_brackets,
 }  # fmt: skip

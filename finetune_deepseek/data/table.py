@@ -10,7 +10,7 @@ import gzip
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -40,28 +40,36 @@ def is_table(path: str | Path) -> bool:
     return ending_of(path) in ENDINGS
 
 
-def read_columns(path: str, limit: int | None = None) -> Columns:
-    """All columns of a file, at most `limit` rows.
+def read_columns(path: str, limit: int | None = None, names: Sequence[str] = ()) -> Columns:
+    """All columns of a file, at most `limit` rows; `names` as in `batches`.
 
     Raises:
         ValueError: for a file that is missing, empty or broken, with the line or row.
     """
+    return merged(batches(path, names), limit)
+
+
+def merged(parts: Iterable[Columns], limit: int | None = None) -> Columns:
+    """Parts in one; a column that a part lacks is None there."""
     columns: Columns = {}
     count = 0
-    for batch in batches(path):
-        size = max(map(len, batch.values()), default=0)
-        for name in batch:
+    for part in parts:
+        size = max(map(len, part.values()), default=0)
+        for name in part:
             columns.setdefault(name, [None] * count)
         for name, cells in columns.items():
-            cells.extend(batch.get(name, [None] * size))
+            cells.extend(part.get(name, [None] * size))
         count += size
         if limit and count >= limit:
             return {name: cells[:limit] for name, cells in columns.items()}
     return columns
 
 
-def batches(path: str) -> Iterator[Columns]:
+def batches(path: str, names: Sequence[str] = ()) -> Iterator[Columns]:
     """The columns of a file in parts of `ROWS` rows; one part at least, even without rows.
+
+    Args:
+        names: of the columns of a file with tabs between them that has neither a header nor quotes.
 
     Raises:
         ValueError: as `read_columns`.
@@ -73,12 +81,16 @@ def batches(path: str) -> Iterator[Columns]:
         )
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file.")
-    reader = {".json": _json, ".jsonl": _json, ".parquet": _parquet}.get(ending, _separated)
     try:
         with open_bytes(path) as file:
             if not file.peek(1):
                 raise ValueError(f"{path}: the file is empty.")
-            yield from reader(file, path)
+            if ending in (".json", ".jsonl"):
+                yield from _json(file, path)
+            elif ending == ".parquet":
+                yield from _parquet(file, path)
+            else:
+                yield from separated(file, path, names)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}, {wrong_encoding(path)}.") from error
     except (OSError, EOFError) as error:  # pyarrow's are OSErrors, too
@@ -120,18 +132,17 @@ def _parts(rows: Iterable[Any]) -> Iterator[list[Any]]:
 # -- csv and the like --
 
 
-def _separated(file: IO[bytes], path: str) -> Iterator[Columns]:
+def separated(file: IO[bytes], path: str, names: Sequence[str] = ()) -> Iterator[Columns]:
+    """The columns of csv and the like, as `batches`; `path` says of which kind they are."""
     lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-    header = lines.readline()
-    while header and not header.strip():
-        header = lines.readline()
+    header = next((line for line in lines if line.strip()), "")
     if "\0" in header:
         raise ValueError(f"{path}, line 1: holds zero bytes, as UTF-16 does; convert the file to UTF-8.")
     csv.field_size_limit(LONGEST_CELL)
-    quoting = csv.QUOTE_NONE if ending_of(path) in RECBOLE else csv.QUOTE_MINIMAL
+    quoting = csv.QUOTE_NONE if names or ending_of(path) in RECBOLE else csv.QUOTE_MINIMAL
     reader = csv.reader(chain([header], lines), delimiter=_delimiter(header, path), quoting=quoting, strict=True)
     rows = _csv_rows(reader, path)
-    names = _names(next(rows, []), path)
+    names = names or _names(next(rows, []), path)
     for part in _parts(_of_width(rows, len(names), path)):
         cells = zip(*part, strict=True) if part else [()] * len(names)
         yield {name: [cell or None for cell in column] for name, column in zip(names, cells, strict=True)}

@@ -13,7 +13,7 @@ from typing import Any
 from datasets import Dataset
 
 from ..data import cells
-from ..data.cells import Column, Kind, absent, one, plain, scalar_text, typed
+from ..data.cells import Column, Kind, absent, one, plain, typed
 from ..data.fault_report import CHECKS
 
 FIELDS = ("question", "context", "answers")
@@ -109,7 +109,7 @@ def is_yes(value: Any) -> bool:
     Raises:
         ValueError: if it says neither yes nor no.
     """
-    said = str(scalar_text(plain(value)) or "false").lower()
+    said = str(cells.label(plain(value)) or "false").lower()
     if said not in YES + NO:
         raise ValueError(f"is_impossible is {str(value)[:40]!r}, neither true nor false")
     return said in YES

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..data.ranges import check_ranges
+from ..data.sources import FORMATS
 from .items.feature_columns import FeatureArguments
 from .report import RANKS_FILE
 
@@ -16,12 +17,16 @@ class RecommendationArguments(FeatureArguments):
     SOURCES = ("interactions_file", "dataset_name", "data_dir", "train_file", "validation_file", "test_file")
 
     interactions_file: str | None = field(
-        default=None, metadata={"help": "One file of user, item and time: .csv, .json, .jsonl or .parquet, also .gz."}
+        default=None, metadata={"help": f"One file of user, item and time: {FORMATS}"}
     )
     user_column: str = field(default="user_id", metadata={"help": "Column of the user."})
     item_column: str = field(default="item_id", metadata={"help": "Column of the item."})
     timestamp_column: str = field(
-        default="timestamp", metadata={"help": "Column of the time, numbers or dates; none takes the file's order."}
+        default="timestamp",
+        metadata={
+            "help": "Column of the time, numbers or dates, whose day or month may stand first, as one above 12 tells; "
+            "none takes the file's order."
+        },
     )
     items_file: str | None = field(
         default=None,
@@ -45,7 +50,9 @@ class RecommendationArguments(FeatureArguments):
     train_file: str | None = field(default=None, metadata={"help": "A list of items per user (--history_column)."})
     validation_file: str | None = field(default=None, metadata={"help": "The same, and the item that came next."})
     test_file: str | None = field(default=None, metadata={"help": "The same as for validation."})
-    history_column: str = field(default="items", metadata={"help": "Column of the list; in csv with spaces between."})
+    history_column: str = field(
+        default="items", metadata={"help": "Column of the list; in csv with spaces between its items, or in JSON."}
+    )
     target_column: str = field(default="target", metadata={"help": "Column of the item that came next."})
     split: Literal["leave_one_out", "time"] = field(
         default="leave_one_out",
