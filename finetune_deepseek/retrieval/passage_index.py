@@ -433,8 +433,8 @@ def _read_index(folder: Path) -> tuple[dict[str, Any] | None, list[Passage], tor
         for name, expected in settings["written"].items():
             if file_hash(folder / name) != expected:
                 raise ValueError(f"{name} is not the file that was written")
-        lines = (folder / PASSAGES_FILE).read_text(encoding="utf-8").split("\n")[:-1]
-        passages = [Passage(**json.loads(line)) for line in lines]
+        columns = read_columns(str(folder / PASSAGES_FILE))
+        passages = [Passage(**dict(zip(columns, cells, strict=True))) for cells in zip(*columns.values(), strict=True)]
         embeddings = None
         if EMBEDDINGS_FILE in settings["written"]:
             embeddings = load_file(folder / EMBEDDINGS_FILE)["embeddings"]

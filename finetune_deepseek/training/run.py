@@ -32,6 +32,7 @@ from ..data.fault_report import Report, fault_list, report_markdown, report_text
 from ..data.files import write_json, write_text
 from ..data.hub import check_named
 from ..data.sources import Rows
+from ..data.table import read_columns
 from . import model_card
 from .arguments import Stage, TrainingArguments
 from .callbacks import PlotCallback
@@ -330,14 +331,14 @@ class Run:
         """
         path = Path(self.stage.lora.adapter_off_check or "")
         try:
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            prompts, expected = [row["prompt"] for row in rows], [row["prediction"] for row in rows]
-        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            columns = read_columns(str(path))
+            prompts, expected = columns["prompt"], columns["prediction"]
+        except (ValueError, KeyError) as error:
             raise ValueError(
                 f"--adapter_off_check {path}: expected lines with `prompt` and `prediction` ({error!r})."
             ) from error
         # The same features in the same order make the same batches, so that outputs can be equal bit by bit.
-        features = evaluation_features(self.task, Dataset.from_list(rows), self.tokenizer, 0)
+        features = evaluation_features(self.task, Dataset.from_dict(columns), self.tokenizer, 0)
         self.trainer.compute_metrics = None  # these rows have their own numbers
         with self.model.disable_adapter():
             found = self._predictions(self.trainer.predict(features, metric_key_prefix="off"))
@@ -345,11 +346,11 @@ class Run:
         if differing:
             number = differing[0]
             raise ValueError(
-                f"--adapter_off_check {path}: {len(differing)} of {len(rows)} outputs differ with the adapter off, "
+                f"--adapter_off_check {path}: {len(differing)} of {len(prompts)} outputs differ with the adapter off, "
                 f"first {expected[number]!r} before and {found[number]!r} now."
             )
-        print(f"adapter switched off: all {len(rows):,} outputs equal those in {path}")
-        self.results["adapter_off_equal"] = len(rows)
+        print(f"adapter switched off: all {len(prompts):,} outputs equal those in {path}")
+        self.results["adapter_off_equal"] = len(prompts)
 
     def _count(self, split: str, prefix: str | None = None) -> dict[str, int]:
         rows = self.splits[split]

@@ -16,6 +16,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from ..data.files import read_lines, write_text
+from ..data.table import read_columns
 from .arguments import TranslateArguments, TranslationArguments
 from .prompts import Prompts
 from .translator import open_translator, prompts_of, translate_lines
@@ -67,9 +68,9 @@ def back_translate(arguments: TranslationArguments) -> tuple[str, list[tuple[str
             write_text(kept, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
             print(f"back-translated {len(rows):,} lines of {text_file} by {folder} into {kept}")
     try:
-        texts = [json.loads(line)["translation"] for line in kept.read_text(encoding="utf-8").split("\n") if line]
+        texts = read_columns(str(kept))["translation"]
         pairs = [(row[arguments.source_lang], row[language]) for row in texts]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{kept}: broken; remove it, and it will be made again.") from error
     return language, pairs
 
