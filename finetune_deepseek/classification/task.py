@@ -216,7 +216,8 @@ class Classification(Task):
         if None in numbers or not any("." in text or "e" in text for text in texts):
             return "single_label_classification"
         if len(set(numbers)) < len(texts):
-            first, second = sorted((t for t in texts if numbers.count(as_number(t)) > 1), key=as_number)[:2]
+            twice = (text for text in texts if numbers.count(as_number(text)) > 1)
+            first, second = sorted(twice, key=lambda text: (float(text), text))[:2]
             raise ValueError(
                 f"{where}: {self.arguments.label_column!r} has {first} and {second}, two labels or one number; set "
                 "--problem_type single_label_classification or regression."

@@ -40,13 +40,13 @@ def is_table(path: str | Path) -> bool:
     return ending_of(path) in ENDINGS
 
 
-def read_columns(path: str, limit: int | None = None, names: Sequence[str] = ()) -> Columns:
-    """All columns of a file, at most `limit` rows; `names` as in `batches`.
+def read_columns(path: str, limit: int | None = None, names: Sequence[str] = (), least: int = 0) -> Columns:
+    """All columns of a file, at most `limit` rows; `names` and `least` as in `batches`.
 
     Raises:
         ValueError: for a file that is missing, empty or broken, with the line or row.
     """
-    return merged(batches(path, names), limit)
+    return merged(batches(path, names, least), limit)
 
 
 def merged(parts: Iterable[Columns], limit: int | None = None) -> Columns:
@@ -65,11 +65,12 @@ def merged(parts: Iterable[Columns], limit: int | None = None) -> Columns:
     return columns
 
 
-def batches(path: str, names: Sequence[str] = ()) -> Iterator[Columns]:
+def batches(path: str, names: Sequence[str] = (), least: int = 0) -> Iterator[Columns]:
     """The columns of a file in parts of `ROWS` rows; one part at least, even without rows.
 
     Args:
         names: of the columns of a file with tabs between them that has neither a header nor quotes.
+        least: of these so many have to be in a row.
 
     Raises:
         ValueError: as `read_columns`.
@@ -90,7 +91,7 @@ def batches(path: str, names: Sequence[str] = ()) -> Iterator[Columns]:
             elif ending == ".parquet":
                 yield from _parquet(file, path)
             else:
-                yield from separated(file, path, names)
+                yield from separated(file, path, names, least)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}, {wrong_encoding(path)}.") from error
     except (OSError, EOFError) as error:  # pyarrow's are OSErrors, too
@@ -132,7 +133,7 @@ def _parts(rows: Iterable[Any]) -> Iterator[list[Any]]:
 # -- csv and the like --
 
 
-def separated(file: IO[bytes], path: str, names: Sequence[str] = ()) -> Iterator[Columns]:
+def separated(file: IO[bytes], path: str, names: Sequence[str] = (), least: int = 0) -> Iterator[Columns]:
     """The columns of csv and the like, as `batches`; `path` says of which kind they are."""
     lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     header = next((line for line in lines if line.strip()), "")
@@ -143,7 +144,7 @@ def separated(file: IO[bytes], path: str, names: Sequence[str] = ()) -> Iterator
     reader = csv.reader(chain([header], lines), delimiter=_delimiter(header, path), quoting=quoting, strict=True)
     rows = _csv_rows(reader, path)
     names = names or _names(next(rows, []), path)
-    for part in _parts(_of_width(rows, len(names), path)):
+    for part in _parts(_of_width(rows, len(names), least or len(names), path)):
         cells = zip(*part, strict=True) if part else [()] * len(names)
         yield {name: [cell or None for cell in column] for name, column in zip(names, cells, strict=True)}
 
@@ -178,8 +179,8 @@ def _names(header: list[str], path: str) -> list[str]:
     return header
 
 
-def _of_width(rows: Iterable[list[str]], width: int, path: str) -> Iterator[list[str]]:
-    """Rows of as many cells as the header, without the empty one that a delimiter at the end makes.
+def _of_width(rows: Iterable[list[str]], width: int, least: int, path: str) -> Iterator[list[str]]:
+    """Rows as wide as the table, without the empty cell that a delimiter at the end makes.
 
     Raises:
         ValueError: for a row of another width; where cells belong is then unknown.
@@ -187,12 +188,11 @@ def _of_width(rows: Iterable[list[str]], width: int, path: str) -> Iterator[list
     for number, cells in enumerate(rows, start=1):
         if len(cells) == width + 1 and not cells[-1]:
             cells.pop()
-        if len(cells) != width:
+        if not least <= len(cells) <= width:
             raise ValueError(
-                f"{path}, row {number}: {len(cells)} cells under {width} names; name all columns in the header, or "
-                "mend the row."
+                f"{path}, row {number}: {len(cells)} cells in a table of {width} columns; mend the row or the header."
             )
-        yield cells
+        yield cells + [""] * (width - len(cells))
 
 
 # -- JSON --

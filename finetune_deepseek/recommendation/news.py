@@ -8,7 +8,7 @@ use. Scores are MIND's: AUC, MRR and nDCG of each impression, mean over impressi
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from ..data.sources import SPLITS, Rows
 from ..training.eval_loss import Predicted
 from ..training.task import CausalCollator, Task
 from .items.catalogue import PADDING, TextCatalogue
-from .items.mind import TEXT_FIELDS, read_behaviors, read_news
+from .items.mind import PREDICTION_FILE, TEXT_FIELDS, read_behaviors, read_news, write_prediction
 from .report import TEXT_CARD_CODE
 from .scores import bootstrap_interval, impression_scores
 
@@ -43,7 +43,11 @@ class NewsArguments:
     train_dir: str | None = field(default=None, metadata={"help": "Folder with MIND's news.tsv and behaviors.tsv."})
     validation_dir: str | None = field(default=None, metadata={"help": "The same, for --do_eval."})
     test_dir: str | None = field(
-        default=None, metadata={"help": "The same, for --do_predict: MIND's dev folder; its test has no labels."}
+        default=None,
+        metadata={
+            "help": f"The same, for --do_predict, which writes {PREDICTION_FILE} in the form of MIND's competition; "
+            "the competition's own test folder has no labels to score by."
+        },
     )
     text_fields: list[str] = field(
         default_factory=lambda: ["title"],
@@ -66,6 +70,10 @@ class NewsArguments:
             self.text_fields = [self.text_fields]
         if wrong := [name for name in self.text_fields if name not in TEXT_FIELDS]:
             raise ValueError(f"--text_fields {wrong[0]}: no such field; choose from {', '.join(TEXT_FIELDS)}.")
+
+
+def is_labelled(rows: Iterable[dict[str, Any]]) -> bool:
+    return any(row["clicked"] for row in rows)
 
 
 class NewsCollator(CausalCollator):
@@ -139,6 +147,11 @@ class NewsRecommendation(Task):
             rows, notes = read_behaviors(folders[split], self.catalogue.texts)
             self._note(*notes)
             rows = rows[:limit]
+            if split != "test" and not is_labelled(rows):
+                raise ValueError(
+                    f"--{split}_dir {folders[split]}: impressions without labels can be neither learned from nor "
+                    "scored; `predict` takes them by --test_dir."
+                )
             splits[split] = Dataset.from_dict({name: [row[name] for row in rows] for name in rows[0]})
             if split == "train":
                 self.learned = {one for row in rows for one in (*row["source"], *row["candidates"])}
@@ -178,9 +191,10 @@ class NewsRecommendation(Task):
         for row in rows:
             history = [numbers[one] for one in row["source"]][-self.arguments.max_history :] or [PADDING]
             shown = [numbers.get(one, PADDING) for one in row["candidates"]]
-            pairs = list(zip(shown, row["clicked"], strict=True))
-            clicks = [one for one, click in pairs if click and one != PADDING] if is_training else [None]
+            clicks: list[int | None] = [None]
             if is_training:
+                pairs = list(zip(shown, row["clicked"], strict=True))
+                clicks = [one for one, click in pairs if click and one != PADDING]
                 shown = [one for one, click in pairs if not click and one != PADDING]
                 clicks = clicks if shown else []
                 useless += not clicks
@@ -232,6 +246,8 @@ class NewsRecommendation(Task):
         return {name: np.array([one[name] for one in found]) for name in METRICS}
 
     def score(self, predictions: list[Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+        if not is_labelled(rows):
+            return {}
         values = self._per_impression(predictions, rows)
         return {name: float(value.mean()) for name, value in values.items()} | {
             "impressions_left_out": self.left_out,
@@ -241,7 +257,7 @@ class NewsRecommendation(Task):
 
     def baseline(self, train: Rows | None, rows: list[dict[str, Any]]) -> list[Any] | None:
         """How often each candidate was clicked in training."""
-        if not isinstance(train, Dataset):
+        if not isinstance(train, Dataset) or not is_labelled(rows):
             return None
         clicks = Counter(one for target in train["target"] for one in target)
         return [[float(clicks[one]) for one in row["candidates"]] for row in rows]
@@ -249,8 +265,13 @@ class NewsRecommendation(Task):
     def report(
         self, predictions: list[Any], rows: list[dict[str, Any]], train: Rows | None, folder: Path
     ) -> dict[str, Any]:
-        """Intervals over impressions, and the scores of those whose clicks are all on news unseen in training."""
+        """Intervals over impressions, and the scores of those whose clicks are all on news unseen in training; and
+        `PREDICTION_FILE`."""
+        write_prediction(folder, rows, predictions)
         results: dict[str, Any] = {}
+        if not is_labelled(rows):
+            self._note(f"test: no labels to score by; {PREDICTION_FILE} has the ranks for MIND's competition")
+            return results
         values = self._per_impression(predictions, rows)
         for name, column in values.items():
             results[f"test_{name}_low"], results[f"test_{name}_high"] = bootstrap_interval(column)

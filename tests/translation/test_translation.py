@@ -112,7 +112,7 @@ BAD_FILES = {
                    r"text.jsonl, row 1: 'translation' must hold \{language: text\}, found 'a'"),
     "nothing.jsonl": ('{"translation": {"en": "a", "de": ""}}\n',
                       r"nothing.jsonl: no row has text in both 'en' and 'de'"),
-    "ragged.csv": ("en,de\na,b\nc,d,e\n", r"ragged.csv, row 2: 3 cells under 2 names"),
+    "ragged.csv": ("en,de\na,b\nc,d,e\n", r"ragged.csv, row 2: 3 cells in a table of 2 columns"),
     "no.parquet": ("PAR", r"no.parquet: "),
     "no.jsonl.gz": ("no gzip", r"no.jsonl.gz: can't be unpacked"),
 }  # fmt: skip
