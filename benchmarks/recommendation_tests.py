@@ -35,6 +35,11 @@ def seed_files(folder: Path, system: str) -> list[Path]:
     return files
 
 
+def read_ranks(path: Path) -> pd.DataFrame:
+    """Ranks by user; one may be named NA."""
+    return pd.read_csv(path, dtype={"user": str}, keep_default_na=False).set_index("user")
+
+
 def mean_scores(files: list[Path], column: str, users: pd.Index) -> dict[str, np.ndarray]:
     """Each user's scores, mean over the files.
 
@@ -43,7 +48,7 @@ def mean_scores(files: list[Path], column: str, users: pd.Index) -> dict[str, np
     """
     parts = []
     for path in files:
-        frame = pd.read_csv(path, dtype={"user": str}).set_index("user")
+        frame = read_ranks(path)
         if set(frame.index) != set(users):
             raise SystemExit(f"{path}: other users than in the first file; the runs had different data.")
         parts.append(per_user(frame.loc[users, column].to_numpy()))
@@ -54,9 +59,9 @@ def lines_of(folder: Path, systems: list[str]) -> list[str]:
     """A Markdown table: every system's scores, and how far the first is above it."""
     files = {name: seed_files(folder, name) for name in systems}
     first = systems[0]
-    users = pd.read_csv(files[first][0], dtype={"user": str}).set_index("user").index
+    known = read_ranks(files[first][0])
+    users = known.index
     scores = {f"{name}, {len(paths)} seeds": mean_scores(paths, "rank", users) for name, paths in files.items()}
-    known = pd.read_csv(files[first][0], nrows=0).columns
     # Each seed's own, for a seed may decide the order of equal times, and so the targets.
     scores |= {name: mean_scores(files[first], name, users) for name in BASELINES if name in known}
     own = next(iter(scores.values()))

@@ -20,7 +20,10 @@ class ClassificationArguments(DataArguments):
     label_column: str = field(default="label", metadata={"help": "Column of the label, the labels or the number."})
     problem_type: Literal["auto", "single_label_classification", "multi_label_classification", "regression"] = field(
         default="auto",
-        metadata={"help": "auto takes lists for several labels, fractions for regression, all else for one label."},
+        metadata={
+            "help": "auto takes lists for several labels, fractions for regression, all else for one label, which is "
+            "its text: 01 is not 1."
+        },
     )
     label_separator: str | None = field(
         default=None, metadata={"help": "What stands between several labels in one text, as csv files have them."}

@@ -5,20 +5,22 @@ labels are those of the training rows, sorted, and stand in the saved config as 
 already keeps them.
 """
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, LargeList, List, Value
+from datasets import Dataset
 from sklearn.feature_extraction.text import TfidfVectorizer
 from torch.utils.data import Sampler
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from tokenization_deepseek import encode_text
 
-from ..data.sources import Rows, check_columns, joined, named, open_splits, progress, utf8_text
+from ..data.cells import Column, one, typed
+from ..data.sources import Rows, joined, named, progress, read_splits
 from ..data.words import pair_text
 from ..training.eval_loss import Predicted
 from ..training.task import CausalCollator, Task
@@ -27,6 +29,15 @@ from .problems import PROBLEMS, Problem, Regression, SingleLabel, sort_key
 
 # Letters: B batch, N labels.
 LABELS_SHOWN = 5
+
+
+def as_number(text: str) -> float | None:
+    """The finite number that a label may stand for."""
+    try:
+        found = float(text)
+    except ValueError:
+        return None
+    return found if math.isfinite(found) else None
 
 
 class BalancedSampler(Sampler[int]):
@@ -93,13 +104,9 @@ class Classification(Task):
 
     def load_splits(self) -> dict[str, Rows]:
         splits: dict[str, Rows] = {}
-        for split, parts in open_splits(self.arguments, self._text_columns()).items():
+        for split, parts in read_splits(self.arguments).items():
             self.where[split] = named(parts)
-            rows = []
-            for part in parts:
-                with utf8_text(part.where):
-                    rows.append(self._read_rows(cast(Dataset, part.rows), part.where))
-            splits[split] = joined(rows, self.seed)
+            splits[split] = joined([self._read_rows(part.rows, part.where) for part in parts], self.seed)
         if self.arguments.most_frequent_labels:
             self._keep_most_frequent(splits, self.arguments.most_frequent_labels)
         return splits
@@ -108,35 +115,23 @@ class Classification(Task):
         pair = self.arguments.text_pair_column
         return [self.arguments.text_column, *([pair] if pair else [])]
 
-    def _read_rows(self, dataset: Dataset, where: str) -> Dataset:
+    def _read_rows(self, raw: Mapping[str, Sequence[Any]], where: str) -> Dataset:
         """Rows of text and target; rows without one of them are left out, and counted aloud.
 
         Raises:
             ValueError: if there are no rows, no such columns, or a cell that can't be read.
         """
-        columns = dataset.column_names
-        if not len(dataset):
-            raise ValueError(f"{where}: no rows.")
         text_columns, label_column = self._text_columns(), self.arguments.label_column
         flags = ("text_column", "text_pair_column")
-        wanted = dict(zip(flags, text_columns, strict=False))
-        check_columns(where, columns, wanted | {"label_column": label_column})
-        feature = dataset.features[label_column]
+        wanted = [Column(name, "text", flag) for name, flag in zip(text_columns, flags, strict=False)]
+        columns = typed(raw, wanted, where)
+        values = one(raw, Column(label_column, "labels", "label_column"), where)
+        if not values:
+            raise ValueError(f"{where}: no rows.")
         if not hasattr(self, "problem_class"):
-            self.problem_class = self._choose_problem(feature)
-        names = getattr(feature, "feature", feature)
-        name = names.int2str if isinstance(names, ClassLabel) else None
+            self.problem_class = self._choose_problem(values, where)
         rows: dict[str, list[Any]] = {"source": [], "target": []}
-        cells = zip(*(dataset[column] for column in text_columns), dataset[label_column], strict=True)
-        for number, (*texts, value) in enumerate(cells, start=1):
-            for column, text in zip(text_columns, texts, strict=True):
-                if text is not None and not isinstance(text, str):
-                    raise ValueError(f"{where}, row {number}: {column!r} is {str(text)[:40]!r}, not a text.")
-            if name is not None and value is not None:
-                # The Hub's unlabelled test splits say -1.
-                value = (
-                    [name(item) for item in value] if isinstance(value, list) else name(value) if value >= 0 else None
-                )
+        for number, (*texts, value) in enumerate(zip(*columns.values(), values, strict=True), start=1):
             try:
                 target = self.problem_class.read(value, self.arguments.label_separator)
             except ValueError as error:
@@ -148,24 +143,19 @@ class Classification(Task):
         if not count:
             missing = " and a ".join(map(repr, [*text_columns, label_column]))
             raise ValueError(f"{where}: no row has {'both ' if len(text_columns) == 1 else ''}a {missing}.")
-        if count < len(dataset):
-            print(f"{where}: left out {len(dataset) - count:,} of {len(dataset):,} rows without text or label")
+        if count < len(values):
+            print(f"{where}: left out {len(values) - count:,} of {len(values):,} rows without text or label")
         return Dataset.from_dict(rows)
 
-    def _choose_problem(self, feature: Any) -> type[Problem]:
-        """The class for --problem_type, or for the type of the label column.
+    def _choose_problem(self, values: Sequence[Any], where: str) -> type[Problem]:
+        """The class for --problem_type, or for the cells of the label column.
 
         Raises:
-            ValueError: if --balance doesn't go with it.
+            ValueError: if --balance doesn't go with it, or the cells may be numbers or labels.
         """
         kind = self.arguments.problem_type
         if kind == "auto":
-            if self.arguments.label_separator or isinstance(feature, (List, LargeList)):
-                kind = "multi_label_classification"
-            elif isinstance(feature, Value) and feature.dtype.startswith("float"):
-                kind = "regression"
-            else:
-                kind = "single_label_classification"
+            kind = self._problem_type(values, where)
             print(f"{self.arguments.label_column!r} is read for {kind.replace('_', ' ')} (--problem_type)")
         balance = self.arguments.balance
         if kind == "regression" and (balance != "none" or self.arguments.most_frequent_labels):
@@ -174,6 +164,27 @@ class Classification(Task):
         if kind == "multi_label_classification" and balance == "sampler":
             raise ValueError("--balance sampler: a row with several labels is in no one class; use --balance weights.")
         return PROBLEMS[kind]
+
+    def _problem_type(self, values: Sequence[Any], where: str) -> str:
+        """Lists are several labels, fractions are numbers, all else is one label. Whole numbers with points, as in
+        1.0, are fractions too, unless cells are missing: those made points of integers."""
+        present = [value for value in values if value is not None]
+        if self.arguments.label_separator or present and all(isinstance(value, list) for value in present):
+            return "multi_label_classification"
+        texts = set(map(str, present))
+        numbers = [as_number(text) for text in texts]
+        if None in numbers or not any("." in text or "e" in text for text in texts):
+            return "single_label_classification"
+        if len(set(numbers)) < len(texts):
+            twice = (text for text in texts if numbers.count(as_number(text)) > 1)
+            first, second = sorted(twice, key=lambda text: (float(text), text))[:2]
+            raise ValueError(
+                f"{where}: {self.arguments.label_column!r} has {first} and {second}, two labels or one number; set "
+                "--problem_type single_label_classification or regression."
+            )
+        has_gaps = len(present) < len(values)
+        is_whole = all(number == int(number) for number in numbers if number is not None)
+        return "single_label_classification" if has_gaps and is_whole else "regression"
 
     def _count_labels(self, rows: Rows) -> Counter[str]:
         return Counter(label for target in rows["target"] for label in self.problem_class.labels_in(target))

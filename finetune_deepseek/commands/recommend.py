@@ -18,14 +18,15 @@ from transformers.utils.logging import disable_progress_bar
 
 from modeling_deepseek.recommendation_head import feature_reader
 
-from ..data.files import json_line
+from ..data.cells import ids
+from ..data.files import json_line, json_of, read_list, read_text
+from ..data.table import read_columns
 from ..recommendation.arguments import RecommendArguments
 from ..recommendation.items.feature_columns import known_only, parse_context, read_users, require_known, unknown_notes
 from ..recommendation.items.interactions import (
     clean,
     contexts_of,
     in_order,
-    read_columns,
     read_interactions,
     sequences,
     split_file_rows,
@@ -49,6 +50,32 @@ SCORES_AT_ONCE = 100_000_000  # of a batch of users with a large catalogue; 400 
 SCHEMA = pa.schema([("user", pa.string()), ("rank", pa.int32()), ("item", pa.string()), ("score", pa.float32())])
 
 
+def json_histories(arguments: RecommendArguments) -> dict[str, list[str]]:
+    """Histories of a file that holds a list of items, or lists by user; none if it holds anything else.
+
+    Raises:
+        ValueError: if it can't be read, or an item is no id.
+    """
+    path = arguments.history
+    text = read_text(path, f"--history {path}")
+    try:
+        content = json_of(text, path)
+    except ValueError as error:
+        if isinstance(error.__cause__, json.JSONDecodeError):
+            return {}  # perhaps lines; the reader of tables says what is wrong
+        raise
+    if isinstance(content, list) and not any(isinstance(item, dict) for item in content):
+        content = {"1": content}
+    if not isinstance(content, dict) or not all(isinstance(items, list) for items in content.values()):
+        return {}
+    if {arguments.history_column, arguments.item_column} & content.keys():
+        raise ValueError(f"{path}: holds columns, not lists of items by user; write one object per row.")
+    try:
+        return {user: ids(items) or [] for user, items in content.items()}
+    except ValueError as error:
+        raise ValueError(f"{path}: a list holds what is {error}.") from None
+
+
 def read_histories(
     arguments: RecommendArguments, context_columns: Sequence[str] = ()
 ) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
@@ -59,23 +86,17 @@ def read_histories(
         ValueError: for a file that can't be read as histories.
     """
     path = arguments.history
-    if path.endswith(".json"):
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(f"--history {path}: can't be read ({error.strerror}).") from error
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            content = None  # perhaps lines; the reader below says what is wrong
-        if isinstance(content, dict) and all(isinstance(items, list) for items in content.values()):
-            return {str(user): items for user, items in content.items()}, {}
-        if isinstance(content, list) and not any(isinstance(item, dict) for item in content):
-            return {"1": content}, {}
+    if path.endswith(".json") and (histories := json_histories(arguments)):
+        return histories, {}
     columns = read_columns(path)
     contexts: dict[str, list[Any]] = {}
     if arguments.history_column in columns:
         names = (arguments.user_column, arguments.history_column, "")
         rows, notes = split_file_rows(columns, names, "train", path)
         histories = {row["user"]: row["source"] for row in rows}
+        if len(histories) < len(rows):
+            user, count = Counter(row["user"] for row in rows).most_common(1)[0]
+            raise ValueError(f"{path}: {count} histories of user {user!r}; keep one row for each user.")
     else:
         names = (arguments.user_column, arguments.item_column, arguments.timestamp_column)
         present = [name for name in context_columns if name in columns]
@@ -143,19 +164,10 @@ def read_filter(path: str | None) -> list[Any] | None:
     """
     if path is None:
         return None
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--filter {path}: can't be read ({error}).") from error
-    try:
-        items = (
-            json.loads(text) if text.lstrip().startswith("[") else [line for line in text.splitlines() if line.strip()]
-        )
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--filter {path}, line {error.lineno}: broken JSON: {error.msg}.") from error
+    items = read_list(path, f"--filter {path}")
     if not items:
         raise ValueError(f"--filter {path}: it names no item, so nothing could be recommended.")
-    return list(items)
+    return items
 
 
 def read_new_items(path: str | None) -> dict[str, str]:
@@ -166,12 +178,7 @@ def read_new_items(path: str | None) -> dict[str, str]:
     """
     if path is None:
         return {}
-    try:
-        items = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--new_items {path}: can't be read ({error}).") from error
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--new_items {path}, line {error.lineno}: broken JSON: {error.msg}.") from error
+    items = json_of(read_text(path, f"--new_items {path}"), f"--new_items {path}")
     if not isinstance(items, dict) or not items:
         raise ValueError(f'--new_items {path}: expected {{"id": "text", ...}}.')
     return items

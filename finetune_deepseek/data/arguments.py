@@ -6,6 +6,10 @@ from pathlib import Path
 from .ranges import check_ranges
 
 SPLITS = ("train", "validation", "test")
+FORMATS = (
+    ".json, .jsonl, .csv, .tsv, .inter or .parquet files, also .gz or .zst; a csv without commas in its header is "
+    "separated by what it has of ; tab |."
+)
 
 
 @dataclass
@@ -20,9 +24,7 @@ class DataArguments:
     data_dir: list[str] | None = field(
         default=None, metadata={"help": "Folders with train, validation and test files.", "metavar": "DIR"}
     )
-    train_file: list[str] | None = field(
-        default=None, metadata={"help": ".json, .jsonl, .csv or .parquet files, also gzipped.", "metavar": "FILE"}
-    )
+    train_file: list[str] | None = field(default=None, metadata={"help": FORMATS, "metavar": "FILE"})
     validation_file: list[str] | None = field(
         default=None, metadata={"help": "The same, for --do_eval.", "metavar": "FILE"}
     )

@@ -6,13 +6,12 @@ follows; the word is left out; it changes places with another. In languages with
 Rows from text of the target language alone are made by translation/back_translation.py.
 """
 
-import json
 import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
+from .files import json_of, read_text
 from .words import has_spaces
 
 OPERATIONS = ("synonym", "insert", "delete", "swap")
@@ -73,10 +72,7 @@ def read_synonyms(path: str) -> dict[str, list[str]]:
     Raises:
         ValueError: if the file can't be read, has another ending, or holds something else (with the line or word).
     """
-    try:
-        content = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--synonyms_file {path}: can't be read: {error}") from error
+    content = read_text(path, f"--synonyms_file {path}")
     synonyms: dict[str, list[str]] = {}
     if path.endswith(".tsv"):
         for number, line in enumerate(content.split("\n"), start=1):
@@ -86,10 +82,7 @@ def read_synonyms(path: str) -> dict[str, list[str]]:
             if word:
                 synonyms.setdefault(word, []).extend(others)
     elif path.endswith(".json"):
-        try:
-            synonyms = json.loads(content)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"--synonyms_file {path}, line {error.lineno}: broken JSON: {error.msg}.") from error
+        synonyms = json_of(content, f"--synonyms_file {path}")
         if not isinstance(synonyms, dict):
             raise ValueError(f"--synonyms_file {path}: expected {{word: [synonyms]}}.")
         for word, others in synonyms.items():

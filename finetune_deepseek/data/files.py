@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,55 @@ def read_lines(path: str | None) -> list[str]:
         except UnicodeDecodeError as error:
             raise ValueError(f"{path or 'standard input'}, line {number}: not UTF-8 text ({error.reason}).") from error
     return lines if content else []
+
+
+def read_text(path: str, where: str = "") -> str:
+    """The text of a UTF-8 file; `where` names it in messages.
+
+    Raises:
+        ValueError: if it can't be read, or isn't UTF-8.
+    """
+    try:
+        content = Path(path).read_bytes()
+        return content.decode("utf-8-sig")
+    except OSError as error:
+        raise ValueError(f"{where or path}: can't be read ({error.strerror}).") from error
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ValueError(f"{where or path}, line {line}: not UTF-8 text ({error.reason}).") from error
+
+
+def json_of(text: str, where: str) -> Any:
+    """The value in a text of JSON.
+
+    Raises:
+        ValueError: if it is broken, or an object has a key twice, of which one would be lost.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_object)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}, line {error.lineno}: broken JSON: {error.msg}.") from error
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}.") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = Counter(name for name, _ in pairs)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise ValueError(f"{twice[0]!r} is there twice")
+    return dict(pairs)
+
+
+def read_list(path: str, where: str = "") -> list[Any]:
+    """What a JSON list holds, or a text's lines that aren't blank; only a line feed ends a line.
+
+    Raises:
+        ValueError: for a file that can't be read.
+    """
+    text = read_text(path, where)
+    if text.lstrip().startswith("["):
+        return json_of(text, where or path)
+    return [line.rstrip("\r") for line in text.split("\n") if line.strip()]
 
 
 @contextmanager

@@ -6,16 +6,22 @@ Nothing is left out without being counted, by the names of `FAULTS`.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 from datasets import Dataset
 
+from ..data import cells
+from ..data.cells import Column, Kind, absent, one, plain, typed
 from ..data.fault_report import CHECKS
 
 FIELDS = ("question", "context", "answers")
 LAYOUT = "question, context and answers {text, answer_start}, or SQuAD's nested data"
+KINDS: dict[str, Kind] = {
+    "id": "label", "question": "text", "context": "text", "answers": "record", "is_impossible": "record",
+}  # fmt: skip
+YES, NO = ("true", "1", "1.0", "yes"), ("false", "0", "0.0", "no")
 COLUMNS = ("id", "source", "context", "target", "answers", "starts")
 # What is said of a fault, see data/fault_report.py.
 FAULTS = {name: CHECKS[name] for name in ("replacement_characters", "mojibake")} | {
@@ -32,15 +38,15 @@ FAULTS = {name: CHECKS[name] for name in ("replacement_characters", "mojibake")}
 }
 
 
-def flat_rows(rows: Dataset, where: str) -> Iterator[dict[str, Any]]:
+def flat_rows(raw: Mapping[str, Sequence[Any]], where: str) -> Iterator[dict[str, Any]]:
     """Questions as they stand in the data, of either layout.
 
     Raises:
         ValueError: if the data have neither.
     """
-    if "data" in rows.column_names:
-        for value in rows["data"]:
-            for article in value if isinstance(value, list) else [value]:  # pretty-printed files come by article
+    if "data" in raw:
+        for value in one(raw, Column("data", "record"), where):
+            for article in value if isinstance(value, list) else [value]:
                 try:
                     for paragraph in article["paragraphs"]:
                         for question in paragraph["qas"]:
@@ -50,39 +56,68 @@ def flat_rows(rows: Dataset, where: str) -> Iterator[dict[str, Any]]:
                         f"{where}: 'data' is not as SQuAD nests it (paragraphs, context, qas): {error}."
                     ) from error
         return
-    missing = [name for name in FIELDS if name not in rows.column_names]
+    missing = [name for name in FIELDS if name not in raw]
     if missing:
-        raise ValueError(
-            f"{where}: no column {missing[0]!r}; it has {', '.join(rows.column_names)}; needed: {LAYOUT}."
-        )
-    yield from rows
+        raise ValueError(f"{where}: {absent(Column(missing[0], 'text'), raw)} Needed: {LAYOUT}.")
+    columns = typed(raw, [Column(name, kind, required=False) for name, kind in KINDS.items()], where)
+    for row in zip(*columns.values(), strict=True):
+        yield dict(zip(columns, row, strict=True))
 
 
 def listed_answers(value: Any) -> list[tuple[str, Any]]:
-    """Texts and starts of a cell of answers.
+    """Texts and starts of a cell of answers; one answer needs no list.
 
     Raises:
         ValueError: if it is none.
     """
-    if value is None:
-        return []
+    value = [] if plain(value) is None else value
     if isinstance(value, dict):
-        texts, starts = value.get("text"), value.get("answer_start")
-        pairs = list(zip(texts or [], starts or [None] * len(texts or []), strict=False))
-        if texts is None or len(pairs) < len(texts) or isinstance(texts, str):
+        found, starts = as_list(value.get("text")), as_list(value.get("answer_start")) or None
+        starts = starts or [None] * len(found)
+        if "text" not in value or len(starts) != len(found):
             raise ValueError("expected lists `text` and `answer_start` of one length")
+        pairs = list(zip(found, starts, strict=True))
     elif isinstance(value, list) and all(isinstance(answer, dict) for answer in value):
         pairs = [(answer.get("text"), answer.get("answer_start")) for answer in value]
     else:
         raise ValueError(f"expected {{text, answer_start}}, found {str(value)[:40]!r}")
     if not all(isinstance(text, str) for text, _ in pairs):
         raise ValueError("an answer's text is no text")
-    return [(text, start) for text, start in pairs if text.strip()]
+    return [(text, answer_start(start)) for text, start in pairs if text.strip()]
 
 
-def place(text: str, start: Any, context: str) -> tuple[str, int | None]:
+def as_list(value: Any) -> list[Any]:
+    value = plain(value)
+    return list(value) if isinstance(value, (list, tuple)) else [] if value is None else [value]
+
+
+def answer_start(value: Any) -> int | None:
+    """A place, which may have become a fraction or a text on the way, or none.
+
+    Raises:
+        ValueError: if it is anything else.
+    """
+    found = None if isinstance(value, bool) else cells.number(plain(value))
+    if isinstance(value, bool) or (found is not None and found != int(found)):
+        raise ValueError(f"answer_start is {value!r}, not a whole number")
+    return None if found is None else int(found)
+
+
+def is_yes(value: Any) -> bool:
+    """Whether `is_impossible` says so.
+
+    Raises:
+        ValueError: if it says neither yes nor no.
+    """
+    said = str(cells.label(plain(value)) or "false").lower()
+    if said not in YES + NO:
+        raise ValueError(f"is_impossible is {str(value)[:40]!r}, neither true nor false")
+    return said in YES
+
+
+def place(text: str, start: int | None, context: str) -> tuple[str, int | None]:
     """An answer without space around, and where it stands: at `start`, else nearest to it, else nowhere (None)."""
-    bare, wanted = text.strip(), start if isinstance(start, int) else 0
+    bare, wanted = text.strip(), start or 0
     wanted += len(text) - len(text.lstrip())
     places = []
     found = context.find(bare)
@@ -122,7 +157,7 @@ class Questions:
         self.ids: set[str] = set()
         self.count = 0
 
-    def read(self, rows: Dataset, where: str, limit: int | None = None) -> Dataset:
+    def read(self, rows: Mapping[str, Sequence[Any]], where: str, limit: int | None = None) -> Dataset:
         """Raises ValueError for rows that aren't questions, and if none is left."""
         columns: dict[str, list[Any]] = {name: [] for name in COLUMNS}
         total = 0
@@ -148,7 +183,7 @@ class Questions:
             self.faults["empty_texts"].append(question or "")
             return None
         try:
-            answers = [] if raw.get("is_impossible") else listed_answers(raw.get("answers"))
+            answers = [] if is_yes(raw.get("is_impossible")) else listed_answers(raw.get("answers"))
         except ValueError as error:
             raise ValueError(f"{where}, 'answers': {error}.") from None
         if not answers and not self.version_2:
@@ -156,7 +191,7 @@ class Questions:
             return None
         placed = [place(text, start, context) for text, start in answers]
         if any(
-            start is not None and not (isinstance(said, int) and said >= 0 and context.startswith(text, said))
+            start is not None and (said is None or said < 0 or not context.startswith(text, said))
             for (_, start), (text, said) in zip(placed, answers, strict=True)
         ):
             self.faults["repaired_answers"].append(question)

@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from ..data.arguments import SPLITS
 from ..data.fault_report import Report, finding
 from ..data.files import json_text
 from ..data.scripts import HAN, looks_mojibake
-from ..data.sources import Part, Rows, joined, named, open_splits, utf8_text
+from ..data.sources import DatasetColumns, Part, Rows, joined, named, read_splits
 from ..training.eval_loss import Predicted
 from ..training.task import Scores, Task, prefixed
 from .arguments import MODEL_SETTINGS, NBEST_FILE, QuestionAnsweringArguments
@@ -80,10 +80,7 @@ class QuestionAnswering(Task):
         for split, parts in self._parts().items():
             self.where[split] = named(parts)
             questions = Questions(self.arguments.version_2_with_negative, self.simplify)
-            rows = []
-            for part in parts:
-                with utf8_text(part.where):
-                    rows.append(questions.read(cast(Dataset, part.rows), part.where, self.arguments.limits[split]))
+            rows = [questions.read(part.rows, part.where, self.arguments.limits[split]) for part in parts]
             self.questions[split] = questions
             splits[split] = joined(rows, self.seed)
         self._choose_metric(splits)
@@ -91,9 +88,10 @@ class QuestionAnswering(Task):
 
     def _parts(self) -> dict[str, list[Part]]:
         if not self.arguments.is_embedded:
-            return open_splits(self.arguments, ["question", "context"])
+            return read_splits(self.arguments)
         rows = territory_rows(self.arguments.version_2_with_negative)
-        return {split: [Part(f"territories, split {split}", Dataset.from_list(rows[split]))] for split in SPLITS}
+        sets = {split: DatasetColumns(Dataset.from_list(rows[split])) for split in SPLITS}
+        return {split: [Part(f"territories, split {split}", columns)] for split, columns in sets.items()}
 
     def _choose_metric(self, splits: dict[str, Rows]) -> None:
         kind = self.arguments.score_by

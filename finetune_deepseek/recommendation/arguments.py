@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from ..data.arguments import FORMATS
 from ..data.ranges import check_ranges
 
 RANKS_FILE = "user_ranks.csv"
+PREDICTION_FILE = "prediction.txt"
 TEXT_FIELDS = ("title", "abstract", "subcategory", "category")
 TEMPLATES = {
     "yes_no": "Chosen so far, oldest first: {history}\nWould {candidate} be chosen next? Answer:",
@@ -57,12 +59,16 @@ class RecommendationArguments(FeatureArguments):
     SOURCES = ("interactions_file", "dataset_name", "data_dir", "train_file", "validation_file", "test_file")
 
     interactions_file: str | None = field(
-        default=None, metadata={"help": "One file of user, item and time: .csv, .json, .jsonl or .parquet, also .gz."}
+        default=None, metadata={"help": f"One file of user, item and time: {FORMATS}"}
     )
     user_column: str = field(default="user_id", metadata={"help": "Column of the user."})
     item_column: str = field(default="item_id", metadata={"help": "Column of the item."})
     timestamp_column: str = field(
-        default="timestamp", metadata={"help": "Column of the time, numbers or dates; none takes the file's order."}
+        default="timestamp",
+        metadata={
+            "help": "Column of the time, numbers or dates, whose day or month may stand first, as one above 12 tells; "
+            "none takes the file's order."
+        },
     )
     items_file: str | None = field(
         default=None,
@@ -86,7 +92,9 @@ class RecommendationArguments(FeatureArguments):
     train_file: str | None = field(default=None, metadata={"help": "A list of items per user (--history_column)."})
     validation_file: str | None = field(default=None, metadata={"help": "The same, and the item that came next."})
     test_file: str | None = field(default=None, metadata={"help": "The same as for validation."})
-    history_column: str = field(default="items", metadata={"help": "Column of the list; in csv with spaces between."})
+    history_column: str = field(
+        default="items", metadata={"help": "Column of the list; in csv with spaces between its items, or in JSON."}
+    )
     target_column: str = field(default="target", metadata={"help": "Column of the item that came next."})
     split: Literal["leave_one_out", "time"] = field(
         default="leave_one_out",
@@ -161,7 +169,11 @@ class NewsArguments:
     train_dir: str | None = field(default=None, metadata={"help": "Folder with MIND's news.tsv and behaviors.tsv."})
     validation_dir: str | None = field(default=None, metadata={"help": "The same, for --do_eval."})
     test_dir: str | None = field(
-        default=None, metadata={"help": "The same, for --do_predict: MIND's dev folder; its test has no labels."}
+        default=None,
+        metadata={
+            "help": f"The same, for --do_predict, which writes {PREDICTION_FILE} in the form of MIND's competition; "
+            "the competition's own test folder has no labels to score by."
+        },
     )
     text_fields: list[str] = field(
         default_factory=lambda: ["title"],
@@ -272,7 +284,8 @@ class RecommendArguments:
     """For whom, out of what, and where to."""
 
     history: str = field(
-        default="", metadata={"help": "File of histories: .json, .jsonl, .csv or .parquet, also .gz."}
+        default="",
+        metadata={"help": "File of interactions, or of histories, one row for each user, as training reads them."},
     )
     k: int = field(default=10, metadata={"help": "Items per user."})
     exclude_seen: bool = field(default=True, metadata={"help": "Leave out the items of the history."})

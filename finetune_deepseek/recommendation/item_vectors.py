@@ -1,6 +1,5 @@
 """Vectors of items: of a trained recommender or embedding model, of a file, or of which items are near each other."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,11 +9,12 @@ from safetensors.torch import load_file
 from scipy import sparse
 from sklearn.decomposition import TruncatedSVD
 
+from ..data.cells import as_ids
+from ..data.files import read_list
 from ..data.hub import check_named
 from ..retrieval.passage_index import Retriever
 from ..training.loading import saved_config
 from .items.catalogue import PADDING
-from .items.interactions import as_text
 from .recommender import open_recommender, task_of
 
 NEIGHBOURHOOD = 3  # items that are this near each other in a history count as neighbours
@@ -67,8 +67,7 @@ def _read_matrix(path: str, ids_file: str | None) -> tuple[list[str], np.ndarray
             if len(matrices) != 1:
                 raise ValueError(f"it has {len(matrices)} matrices, where one is expected")
             vectors = matrices[0].float().numpy()
-        text = Path(ids_file).read_text(encoding="utf-8")
-        ids = as_text(json.loads(text) if text.lstrip().startswith("[") else text.splitlines())
+        ids = as_ids(read_list(ids_file))
     except (ValueError, OSError, EOFError, SafetensorError) as error:
         raise ValueError(
             f"--item_vectors {path} with --item_ids_file {ids_file}: {' '.join(str(error).split())}."

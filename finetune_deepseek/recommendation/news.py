@@ -8,7 +8,7 @@ use. Scores are MIND's: AUC, MRR and nDCG of each impression, mean over impressi
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,19 @@ from ..data.arguments import SPLITS
 from ..data.sources import Rows
 from ..training.eval_loss import Predicted
 from ..training.task import CausalCollator, Scores, Task
-from .arguments import NewsArguments
+from .arguments import PREDICTION_FILE, NewsArguments
 from .items.catalogue import PADDING, TextCatalogue
-from .items.mind import read_behaviors, read_news
+from .items.mind import prediction_text, read_behaviors, read_news
 from .report import TEXT_CARD_CODE
 from .scores import bootstrap_interval, impression_scores
 
 METRICS = {"auc": "AUC", "mrr": "MRR", "ndcg@5": "nDCG@5", "ndcg@10": "nDCG@10"}
 # What a trained model depends on: written into its card, and taken from there by evaluate and predict.
 MODEL_SETTINGS = ("text_fields", "max_history")
+
+
+def is_labelled(rows: Iterable[dict[str, Any]]) -> bool:
+    return any(row["clicked"] for row in rows)
 
 
 class NewsCollator(CausalCollator):
@@ -105,6 +109,11 @@ class NewsRecommendation(Task):
             rows, notes = read_behaviors(folders[split], self.catalogue.texts)
             self._note(*notes)
             rows = rows[:limit]
+            if split != "test" and not is_labelled(rows):
+                raise ValueError(
+                    f"--{split}_dir {folders[split]}: impressions without labels can be neither learned from nor "
+                    "scored; `predict` takes them by --test_dir."
+                )
             splits[split] = Dataset.from_dict({name: [row[name] for row in rows] for name in rows[0]})
             if split == "train":
                 self.learned = {one for row in rows for one in (*row["source"], *row["candidates"])}
@@ -144,9 +153,10 @@ class NewsRecommendation(Task):
         for row in rows:
             history = [numbers[one] for one in row["source"]][-self.arguments.max_history :] or [PADDING]
             shown = [numbers.get(one, PADDING) for one in row["candidates"]]
-            pairs = list(zip(shown, row["clicked"], strict=True))
-            clicks = [one for one, click in pairs if click and one != PADDING] if is_training else [None]
+            clicks: list[int | None] = [None]
             if is_training:
+                pairs = list(zip(shown, row["clicked"], strict=True))
+                clicks = [one for one, click in pairs if click and one != PADDING]
                 shown = [one for one, click in pairs if not click and one != PADDING]
                 clicks = clicks if shown else []
                 useless += not clicks
@@ -198,6 +208,8 @@ class NewsRecommendation(Task):
         return {name: np.array([one[name] for one in found]) for name in METRICS}
 
     def score(self, predictions: list[Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+        if not is_labelled(rows):
+            return {}
         values = self._per_impression(predictions, rows)
         return {name: float(value.mean()) for name, value in values.items()} | {
             "impressions_left_out": self.left_out,
@@ -207,15 +219,21 @@ class NewsRecommendation(Task):
 
     def baseline(self, train: Rows | None, rows: list[dict[str, Any]]) -> list[Any] | None:
         """How often each candidate was clicked in training."""
-        if not isinstance(train, Dataset):
+        if not isinstance(train, Dataset) or not is_labelled(rows):
             return None
         clicks = Counter(one for target in train["target"] for one in target)
         return [[float(clicks[one]) for one in row["candidates"]] for row in rows]
 
     def report(self, predictions: list[Any], rows: list[dict[str, Any]], train: Rows | None) -> Scores:
-        """Intervals over impressions, and the scores of those whose clicks are all on news unseen in training."""
+        """Intervals over impressions, and the scores of those whose clicks are all on news unseen in training; and
+        `PREDICTION_FILE`."""
         results: dict[str, Any] = {}
-        said = []
+        files = {PREDICTION_FILE: prediction_text(rows, predictions)}
+        if not is_labelled(rows):
+            unscored = f"test: no labels to score by; {PREDICTION_FILE} has the ranks for MIND's competition"
+            self.notes.append(unscored)
+            return Scores(results, files=files, text=unscored)
+        said: list[str] = []
         values = self._per_impression(predictions, rows)
         for name, column in values.items():
             results[f"test_{name}_low"], results[f"test_{name}_high"] = bootstrap_interval(column)
@@ -230,7 +248,7 @@ class NewsRecommendation(Task):
             said.append(f"test: in {cold.sum():,} impressions all clicks are on news unseen in training; their AUC is "
                         f"{results['test_cold_auc']:.4f}")  # fmt: skip
         self.notes += said
-        return Scores(results, text="\n".join(said))
+        return Scores(results, files=files, text="\n".join(said))
 
     def card_data(self) -> dict[str, Any]:
         arguments = self.arguments

@@ -29,7 +29,7 @@ from ..training.task import CausalCollator, Task
 from .arguments import PromptRankingArguments
 from .baselines import BASELINES
 from .items.catalogue import PADDING_TOKEN
-from .items.interactions import SplitRows, as_text, find_split_files, read_columns, require_column, split_file_rows
+from .items.interactions import SplitRows
 from .items.titles import read_titles, with_titles
 from .scores import ranking_scores
 from .task import Recommendation
@@ -267,32 +267,11 @@ class PromptRanking(Recommendation):
         return splits
 
     def _read_split_files(self) -> SplitRows:
-        """As the parent's, and the candidates of the scored splits into `given`.
-
-        Raises:
-            ValueError: if the column is missing, or a row has no candidate.
-        """
-        splits, arguments = super()._read_split_files(), self.arguments
-        if not arguments.candidates_column:
-            return splits
-        found = find_split_files(arguments.data_dir) if arguments.data_dir else {}
-        for split in set(splits) - {"train"}:
-            path = found.get(split) or getattr(arguments, f"{split}_file")
-            columns = read_columns(path)
-            cells = require_column(columns, "candidates_column", arguments.candidates_column, path)
-            # The parent left out rows; with numbers for users the same rows say which ones are left.
-            numbered = columns | {arguments.user_column: list(range(1, len(cells) + 1))}
-            names = (arguments.user_column, arguments.history_column, arguments.target_column)
-            lists = []
-            for row in split_file_rows(numbered, names, split, path)[0]:
-                cell = cells[int(row["user"]) - 1]
-                items = as_text(cell.split() if isinstance(cell, str) else cell if cell is not None else [])
-                lists.append(list(dict.fromkeys(item for item in items if item is not None)))
-                if not lists[-1]:
-                    raise ValueError(
-                        f"{path}, row {row['user']}: no items in {arguments.candidates_column!r} to rank."
-                    )
-            self.given[split] = lists
+        """As the parent's, and the candidates of the scored splits into `given`."""
+        self.candidates_column = self.arguments.candidates_column or ""
+        splits = super()._read_split_files()
+        if self.candidates_column:
+            self.given = {split: [row["candidates"] for row in splits[split]] for split in set(splits) - {"train"}}
         return splits
 
     def _candidates(self, split: str, rows: list[dict[str, Any]]) -> list[list[str]]:

@@ -14,6 +14,7 @@ from modeling_deepseek import AutoModelForRecommendation
 from modeling_deepseek.item_catalogue import item_numbers
 from modeling_deepseek.recommendation_head import feature_reader
 
+from ..data.cells import as_ids
 from ..data.files import replaced_folder
 from ..retrieval.encoding import token_ids
 from ..training import model_card
@@ -21,7 +22,6 @@ from ..training.loading import named_source, saved_config
 from .items.catalogue import CATALOGUE_FOLDER, PADDING, catalogue_tokenizer
 from .items.feature_columns import FEATURES, request_features
 from .items.index import ItemIndex
-from .items.interactions import as_text
 from .sasrec import register_sasrec
 
 SERVED = ("recommendation", "news_recommendation")  # tasks whose models these are
@@ -68,7 +68,7 @@ class Recommender:
         """
         if self.tokenizer is None:
             raise ValueError("the items of this model are ids without text; it can't take new ones")
-        items = [text for text in as_text(texts) if text is not None]
+        items = [text for text in as_ids(texts) if text is not None]
         for item, text in zip(items, texts.values(), strict=True):
             if item in self.numbers:
                 raise ValueError(f"item {item!r} is in the catalogue already")
@@ -96,7 +96,7 @@ class Recommender:
 
     def number(self, items: Iterable[Any]) -> tuple[list[int], int]:
         """Numbers of the known items, and how many are unknown."""
-        texts = as_text(items)
+        texts = as_ids(items)
         known = [self.numbers[text] for text in texts if text in self.numbers]
         return known, len(texts) - len(known)
 
@@ -149,7 +149,7 @@ class Recommender:
         side = feature_reader(self.model, user_features, context_features)
         if side is None:
             return {}
-        texts = [as_text(history) for history in histories]
+        texts = [as_ids(history) for history in histories]
         places = [(len(row), [place for place, item in enumerate(row) if item in self.numbers]) for row in texts]
         numbers = (side.user_numbers, side.context_numbers)
         features, notes = request_features(numbers, places, user_features, context_features)

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from ..data.cells import Column, typed
+from ..data.table import read_columns
 from .arguments import RANKS_FILE
 from .scores import per_user
 
@@ -39,9 +41,9 @@ def read_ranks(folder: str) -> pd.Series:
     """
     path = Path(folder) / RANKS_FILE
     try:
-        frame = pd.read_csv(path, dtype={"user": str})
-        return frame.set_index("user")["rank"]
-    except (OSError, ValueError, KeyError) as error:
+        columns = typed(read_columns(str(path)), [Column("user", "id"), Column("rank", "number")], RANKS_FILE)
+        return pd.Series(columns["rank"], index=columns["user"], dtype=int)
+    except ValueError as error:
         raise ValueError(f"--compare_with {folder}: no {RANKS_FILE} of a scored run there ({error}).") from error
 
 

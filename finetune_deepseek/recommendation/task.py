@@ -20,7 +20,8 @@ from modeling_deepseek import AutoModelForRecommendation
 
 from ..data.arguments import SPLITS
 from ..data.hub import check_named
-from ..data.sources import Rows
+from ..data.sources import DatasetColumns, Rows
+from ..data.table import Columns, read_columns
 from ..training.arguments import ModelArguments
 from ..training.eval_loss import Predicted
 from ..training.optimization import IGNORED_LABEL
@@ -43,7 +44,6 @@ from .items.interactions import (
     leave_one_out,
     ml_100k,
     ml_100k_columns,
-    read_columns,
     read_interactions,
     simulated,
     split_file_rows,
@@ -96,6 +96,7 @@ class Recommendation(Task):
     auto_class = AutoModelForRecommendation
     tokenizer_class: Any = PreTrainedTokenizerFast
     peft_task_type = "FEATURE_EXTRACTION"
+    candidates_column = ""  # of the scored files, where only some items are ranked
     recipe = Path(__file__).parents[1] / "examples" / "recommendation.yaml"
     examples = """examples:
   deepseek-hf finetune recommendation
@@ -152,7 +153,7 @@ class Recommendation(Task):
             self._note(*self.side.read_users(*self._user_table(), users))
         return datasets
 
-    def _user_table(self) -> tuple[dict[str, list[Any]], str, str]:
+    def _user_table(self) -> tuple[Columns, str, str]:
         """Columns of the users, which of them says who it is, and where they stand."""
         path = self.arguments.users_file
         if path is None:
@@ -178,7 +179,8 @@ class Recommendation(Task):
         names = (arguments.user_column, arguments.history_column, arguments.target_column)
         splits = {}
         for split, path in files.items():
-            splits[split], notes = split_file_rows(read_columns(path), names, split, path)
+            candidates = self.candidates_column if split != "train" else ""
+            splits[split], notes = split_file_rows(read_columns(path), names, split, path, candidates)
             if not splits[split]:
                 raise ValueError(f"{path}: no row has a history{' and a target' * (split != 'train')}.")
             self._note(*notes)
@@ -224,7 +226,7 @@ class Recommendation(Task):
             dataset = load_dataset(name, arguments.dataset_config_name, split="train")
         except Exception as error:  # the Hub client, datasets and pyarrow each raise classes of their own
             raise ValueError(f"--dataset_name {name}: {' '.join(str(error).split())}") from error
-        return read_interactions(dataset.to_dict(), names, f"{name}, split train", contexts)
+        return read_interactions(DatasetColumns(dataset), names, f"{name}, split train", contexts)
 
     # -- catalogue and model --
 

@@ -27,8 +27,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from modeling_deepseek import DeepSeekForEmbedding
 from tokenization_deepseek import DeepSeekTokenizer
 
+from ..data.cells import plain
 from ..data.files import replaced_folder, write_json, write_text
-from ..data.sources import READERS, read_file
+from ..data.table import ENDINGS, is_table, read_columns
 from ..training import model_card
 from ..training.loading import is_deepseek, named_source
 from .encoding import encode
@@ -167,20 +168,19 @@ def read_passages(path: Path, name: str, max_characters: int) -> list[Passage]:
         except UnicodeDecodeError as error:
             raise ValueError(f"can't be read as UTF-8 text (byte {error.start + 1}); convert the file") from error
         passages = [Passage(piece, f"{name}:{line}") for line, piece in split_text(text, max_characters)]
-    elif Path(path.name.removesuffix(".gz")).suffix in READERS:
-        rows = read_file(str(path), TEXT_COLUMNS)
-        columns = rows.column_names or []
+    elif is_table(path):
+        columns = read_columns(str(path))
         column = next((column for column in TEXT_COLUMNS if column in columns), None)
         if column is None:
             raise ValueError(f"none of the columns {', '.join(TEXT_COLUMNS)}; it has {', '.join(columns)}")
         passages = [
             Passage(piece, f"{name}:{number}")
-            for number, text in enumerate(rows[column], start=1)
+            for number, text in enumerate(map(plain, columns[column]), start=1)
             if isinstance(text, str)
             for _, piece in split_text(text, max_characters)
         ]
     else:
-        raise ValueError(f"unknown ending; texts are {', '.join(TEXT_ENDINGS)}, tables {', '.join(READERS)}")
+        raise ValueError(f"unknown ending; texts are {', '.join(TEXT_ENDINGS)}, tables {', '.join(ENDINGS)}")
     if not passages:
         raise ValueError("no text in it")
     return passages
@@ -433,8 +433,8 @@ def _read_index(folder: Path) -> tuple[dict[str, Any] | None, list[Passage], tor
         for name, expected in settings["written"].items():
             if file_hash(folder / name) != expected:
                 raise ValueError(f"{name} is not the file that was written")
-        lines = (folder / PASSAGES_FILE).read_text(encoding="utf-8").split("\n")[:-1]
-        passages = [Passage(**json.loads(line)) for line in lines]
+        columns = read_columns(str(folder / PASSAGES_FILE))
+        passages = [Passage(**dict(zip(columns, cells, strict=True))) for cells in zip(*columns.values(), strict=True)]
         embeddings = None
         if EMBEDDINGS_FILE in settings["written"]:
             embeddings = load_file(folder / EMBEDDINGS_FILE)["embeddings"]

@@ -5,7 +5,7 @@ the split, beside TF-IDF, BM25, and their fusion with the model, whose weights a
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from modeling_deepseek import AutoModelForEmbedding
 from modeling_deepseek.contrastive import matryoshka_loss
 
-from ..data.sources import Rows, check_columns, joined, named, open_splits, utf8_text
+from ..data.cells import Column, typed
+from ..data.sources import Rows, joined, named, read_splits
 from ..training.eval_loss import Predicted
 from ..training.model_card import table
 from ..training.ranks import ranks_of
@@ -90,51 +91,39 @@ class Embedding(Task):
 
     def load_splits(self) -> dict[str, Rows]:
         splits: dict[str, Rows] = {}
-        columns = [self.arguments.query_column, self.arguments.passage_column]
-        for split, parts in open_splits(self.arguments, columns).items():
-            rows = []
-            for part in parts:
-                with utf8_text(part.where):
-                    rows.append(self._read_rows(cast(Dataset, part.rows), part.where))
-            splits[split] = joined(rows, self.seed)
+        for split, parts in read_splits(self.arguments).items():
+            splits[split] = joined([self._read_rows(part.rows, part.where) for part in parts], self.seed)
             if split == "train" and len(set(splits[split]["target"])) < 2:
                 raise ValueError(f"{named(parts)}: there is only one passage, so there is nothing to tell apart.")
         return splits
 
-    def _read_rows(self, dataset: Dataset, where: str) -> Dataset:
+    def _read_rows(self, raw: Mapping[str, Sequence[Any]], where: str) -> Dataset:
         """Rows of query, passage and negatives; rows without one of the first two are left out, and counted aloud.
 
         Raises:
             ValueError: if there are no rows, no such columns, or a cell that isn't text.
         """
-        if not len(dataset):
+        names = (self.arguments.query_column, self.arguments.passage_column, self.arguments.negatives_column)
+        wanted = [Column(names[0], "text", "query_column"), Column(names[1], "text", "passage_column")]
+        if names[2]:
+            wanted.append(Column(names[2], "texts", "negatives_column"))
+        columns = typed(raw, wanted, where)
+        count = len(columns[names[0]])
+        if not count:
             raise ValueError(f"{where}: no rows.")
-        arguments = self.arguments
-        wanted = {"query_column": arguments.query_column, "passage_column": arguments.passage_column}
-        if arguments.negatives_column:
-            wanted["negatives_column"] = arguments.negatives_column
-        check_columns(where, dataset.column_names, wanted)
         rows: dict[str, list[Any]] = {"source": [], "target": [], "negatives": []}
-        negatives = dataset[arguments.negatives_column] if arguments.negatives_column else [None] * len(dataset)
-        cells = zip(dataset[arguments.query_column], dataset[arguments.passage_column], negatives, strict=True)
-        for number, (query, passage, others) in enumerate(cells, start=1):
-            others = [others] if isinstance(others, str) else others or []
-            for text in (query, passage, *others):
-                if text is not None and not isinstance(text, str):
-                    raise ValueError(f"{where}, row {number}: {str(text)[:40]!r} is not a text.")
+        negatives = columns[names[2]] if names[2] else [[]] * count
+        for query, passage, others in zip(columns[names[0]], columns[names[1]], negatives, strict=True):
             if query and query.strip() and passage and passage.strip():
                 rows["source"].append(query.strip())
                 rows["target"].append(passage.strip())
-                rows["negatives"].append(
-                    [t.strip() for t in others if t and t.strip() and t.strip() != passage.strip()]
-                )
+                bare = (text.strip() for text in others or ())
+                rows["negatives"].append([text for text in bare if text and text != passage.strip()])
         if not rows["source"]:
-            raise ValueError(f"{where}: no row has both a {columns_of(wanted)}.")
-        if left_out := len(dataset) - len(rows["source"]):
-            print(f"{where}: left out {left_out:,} of {len(dataset):,} rows without query or passage")
-        return Dataset.from_dict(
-            rows if arguments.negatives_column else rows | {"negatives": [[]] * len(rows["source"])}
-        )
+            raise ValueError(f"{where}: no row has both a {names[0]!r} and a {names[1]!r}.")
+        if left_out := count - len(rows["source"]):
+            print(f"{where}: left out {left_out:,} of {count:,} rows without query or passage")
+        return Dataset.from_dict(rows)
 
     def tokenizer_texts(self, splits: dict[str, Rows]) -> Iterator[str]:
         yield from splits["train"]["source"]
@@ -311,10 +300,6 @@ def vectors(outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
     numbers, first, targets = np.unique(outputs[:, 1].astype(int), return_index=True, return_inverse=True)
     queries, passages = np.split(outputs[:, 2:], 2, axis=1)
     return queries, passages[first], targets, numbers
-
-
-def columns_of(wanted: dict[str, str]) -> str:
-    return f"{wanted['query_column']!r} and a {wanted['passage_column']!r}"
 
 
 CARD_CODE = """from finetune_deepseek.encoding import encode

@@ -6,9 +6,9 @@ from typing import Literal, TypeAlias
 
 from ..data.arguments import DataArguments
 from ..data.augmentation import AugmentationArguments
-from ..data.moses import moses_lower
 from ..data.ranges import check_ranges
 from ..training.arguments import ModelArguments
+from .moses import moses_lower
 
 LanguagePair: TypeAlias = tuple[str, str]  # source and target language
 

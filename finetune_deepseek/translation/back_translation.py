@@ -6,7 +6,6 @@ in its own right: lines of `{"translation": {...}}`.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from ..data.files import json_line, read_lines, write_text
+from ..data.table import read_columns
 from .arguments import TranslateArguments, TranslationArguments
 from .prompts import Prompts
 from .translator import open_translator, prompts_of, translate_lines
@@ -67,9 +67,9 @@ def back_translate(arguments: TranslationArguments) -> tuple[str, list[tuple[str
             write_text(kept, "".join(map(json_line, rows)))
             print(f"back-translated {len(rows):,} lines of {text_file} by {folder} into {kept}")
     try:
-        texts = [json.loads(line)["translation"] for line in kept.read_text(encoding="utf-8").split("\n") if line]
+        texts = read_columns(str(kept))["translation"]
         pairs = [(row[arguments.source_lang], row[language]) for row in texts]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{kept}: broken; remove it, and it will be made again.") from error
     return language, pairs
 

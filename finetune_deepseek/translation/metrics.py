@@ -7,8 +7,8 @@ import evaluate
 import sacrebleu
 from datasets import Features, Value
 
-from ..data.moses import moses_lower, signature
 from ..training.metrics import InMemoryMetric
+from .moses import moses_lower, signature
 
 # Languages written without spaces, or whose words sacrebleu cuts by an extra package (MeCab for Japanese and Korean):
 # they are scored by character, so that a score doesn't depend on what is installed. The signature names the tokenizer.

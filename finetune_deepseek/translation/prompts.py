@@ -9,9 +9,9 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from tokenization_deepseek import Control, encode_parts, encode_text
 
-from ..data.moses import moses_lower
 from ..training.task import CausalCollator, beam_search, generated_texts
 from .arguments import TranslationArguments
+from .moses import moses_lower
 
 
 class Prompts:

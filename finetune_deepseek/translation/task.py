@@ -16,15 +16,16 @@ from transformers import PreTrainedTokenizerBase
 from ..data.arguments import SPLITS
 from ..data.augmentation import Augmenter
 from ..data.fault_report import Report, merged
-from ..data.moses import signature
+from ..data.mapped import NESTED, text_rows
 from ..data.pair_checks import check_pairs, count_empty_sides, count_long_rows
-from ..data.sources import Part, Rows, joined, named, open_splits, progress, read_file, split_files, utf8_text
+from ..data.sources import Part, Rows, joined, named, open_splits, progress, split_files
 from ..data.words import nearest_match
 from ..training.optimization import IGNORED_LABEL
 from ..training.task import Task
 from .arguments import MODEL_SETTINGS, LanguagePair, TranslationArguments
 from .back_translation import back_translate
 from .metrics import translation_metrics
+from .moses import signature
 from .phrases import corpus_description, default_corpus, nearest_pair_baseline
 from .prompts import Prompts
 
@@ -91,9 +92,8 @@ class Translation(Prompts, Task):
         for split, parts in raw.items():
             rows, languages = [], set()
             for part in parts:
-                with utf8_text(part.where):
-                    layout = self._layout(part)
-                    rows.append(self._text_rows(part, layout, split))
+                layout = self._layout(part)
+                rows.append(self._text_rows(part, layout, split))
                 languages |= set(layout.targets)
             absent = [language for language in self.arguments.target_lang if language not in languages]
             if absent and split == "train":
@@ -122,7 +122,7 @@ class Translation(Prompts, Task):
             corpus = default_corpus(language, max(train, SMALLEST_DEFAULT_TRAIN), validation, test)
             descriptions.append(corpus_description(corpus))
             for split, parts in raw.items():
-                parts.append(Part(f"default corpus, split {split}", corpus[split]))
+                parts.append(Part(f"default corpus, split {split}", corpus[split], next(iter(corpus[split]))))
         if languages == self.arguments.target_lang:
             self.description = "\n".join(descriptions)
         return raw
@@ -157,9 +157,9 @@ class Translation(Prompts, Task):
                     yield target, source.strip(), target_lang, source_lang
 
         def convert(batch: dict[str, list]) -> dict[str, list]:
-            columns = {name: batch[name] for name in (["translation"] if is_nested else [source_lang, *targets])}
+            columns = {name: batch[name] for name in ([NESTED] if is_nested else [source_lang, *targets])}
             rows = (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
-            found = [pair for row in rows for pair in pairs_of((row["translation"] or {}) if is_nested else row)]
+            found = [pair for row in rows for pair in pairs_of((row[NESTED] or {}) if is_nested else row)]
             return self._columns(found)
 
         def has_text(batch: dict[str, list]) -> list[bool]:
@@ -205,13 +205,13 @@ class Translation(Prompts, Task):
         Raises:
             ValueError: if there are no rows, or they don't have the source and a target language.
         """
-        first = next(iter(part.rows), None)
+        first = part.first
         if first is None:
             raise ValueError(f"{part.where}: no rows.")
-        is_nested = "translation" in first
-        texts = first["translation"] if is_nested else first
+        is_nested = NESTED in first
+        texts = first[NESTED] if is_nested else first
         if is_nested and not isinstance(texts, dict):
-            raise ValueError(f"{part.where}: 'translation' must hold {{language: text}}, found {str(texts)[:40]!r}.")
+            raise ValueError(f"{part.where}: {NESTED!r} must hold {{language: text}}, found {str(texts)[:40]!r}.")
         targets = [language for language in self.arguments.target_lang if language in texts]
         missing = {"source_lang": self.arguments.source_lang not in texts and self.arguments.source_lang,
                    "target_lang": not targets and self.arguments.target_lang[0]}  # fmt: skip
@@ -226,7 +226,8 @@ class Translation(Prompts, Task):
                     f"{part.where}: no column 'translation' and no column {language!r}; it has {', '.join(first)}. "
                     f"Rename a column, or set --{flag}{nearest_match(language, first)}."
                 )
-        return Layout(list(first), is_nested, targets)
+        columns = part.rows.column_names or list(first)
+        return Layout(columns, NESTED in columns, targets)
 
     def _print_pairs(self, rows: Rows, split: str) -> None:
         if len(self.arguments.pairs) > 1 and isinstance(rows, Dataset):
@@ -278,17 +279,17 @@ class Translation(Prompts, Task):
     def _texts_in(self, language: str) -> Iterator[str]:
         """Training texts in a language that the model doesn't translate to yet."""
         if self.arguments.is_embedded:
-            parts = [part.rows for part in self._default_corpus([language])["train"]]
+            parts = self._default_corpus([language])["train"]
         elif paths := split_files(self.arguments).get("train"):
-            parts = [read_file(path, [language], self.arguments.streaming) for path in paths]
+            parts = [Part(path, *text_rows(path, [language], self.arguments.streaming)) for path in paths]
         else:
             raise ValueError("--tokenizer_langs works with the default corpus and local files only.")
         languages: dict[str, None] = {}
-        for rows in parts:
-            first = next(iter(rows))
-            languages |= dict.fromkeys(first.get("translation", first))
-            for number, row in enumerate(rows):
-                text = row.get("translation", row).get(language)
+        for part in parts:
+            first = part.first or {}
+            languages |= dict.fromkeys(first.get(NESTED, first))
+            for number, row in enumerate(part.rows):
+                text = row.get(NESTED, row).get(language)
                 if number == TOKENIZER_TRAINING_ROWS:
                     break
                 if text:

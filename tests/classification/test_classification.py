@@ -21,6 +21,7 @@ from finetune_deepseek.classification.arguments import ClassificationArguments
 from finetune_deepseek.classification.metrics import LabelSetF1, RegressionErrors
 from finetune_deepseek.classification.problems import PROBLEMS, MultiLabel, Regression, SingleLabel
 from finetune_deepseek.classification.task import BalancedSampler, Classification
+from finetune_deepseek.data.sources import DatasetColumns
 from finetune_deepseek.data.words import pair_text
 from finetune_deepseek.training.arguments import ModelArguments
 from finetune_deepseek.training.loading import load_model
@@ -64,7 +65,7 @@ def task(rows, is_training=True, saved=None, where="train", **settings):
     """A task with its rows read and its labels known."""
     made = Classification(ClassificationArguments(train_file="unread", **settings), seed=0)
     made.where = {where: where}
-    splits = {where: made._read_rows(Dataset.from_list([{"text": t, "label": y} for t, y in rows]), where)}
+    splits = {where: made._read_rows({"text": [t for t, _ in rows], "label": [y for _, y in rows]}, where)}
     return made, splits, made.config_fields(splits, saved or {})
 
 
@@ -317,12 +318,12 @@ def test_class_names_of_a_data_set_are_used():
     rows = Dataset.from_dict(
         {"text": ["a", "b", "c"], "label": [0, 1, -1]}, features=Features({"text": Value("string"), "label": names})
     )
-    assert made._read_rows(rows, "x")["target"] == ["sport", "art"]
+    assert made._read_rows(DatasetColumns(rows), "x")["target"] == ["sport", "art"]
     made = Classification(ClassificationArguments(dataset_name="x"), seed=0)
     rows = Dataset.from_dict(
         {"text": ["a"], "label": [[0, 1]]}, features=Features({"text": Value("string"), "label": List(names)})
     )
-    assert made._read_rows(rows, "x")["target"] == [["art", "sport"]]
+    assert made._read_rows(DatasetColumns(rows), "x")["target"] == [["art", "sport"]]
 
 
 def test_csv_and_parquet(tmp_path):

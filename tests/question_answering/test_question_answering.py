@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
@@ -60,7 +59,8 @@ def write(path, rows):
 
 def read(rows, **options):
     questions = Questions(options.pop("version_2", False), **options)
-    return questions.read(Dataset.from_list(rows), "rows"), {name: len(f) for name, f in questions.faults.items()}
+    columns = {name: [row.get(name) for row in rows] for row in rows for name in row}
+    return questions.read(columns, "rows"), {name: len(f) for name, f in questions.faults.items()}
 
 
 def answer(**settings):

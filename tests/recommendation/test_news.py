@@ -11,7 +11,7 @@ import torch
 from finetune_deepseek.__main__ import guarded
 from finetune_deepseek.checkpoints.export import export_bundle
 from finetune_deepseek.recommendation.arguments import NewsArguments
-from finetune_deepseek.recommendation.items.mind import read_behaviors, read_news
+from finetune_deepseek.recommendation.items.mind import prediction_text, read_behaviors, read_news
 from finetune_deepseek.recommendation.news import NewsCollator, NewsRecommendation
 from finetune_deepseek.recommendation.scores import impression_scores
 from finetune_deepseek.recommendation.serving import load
@@ -251,10 +251,10 @@ def test_gaps_in_behaviors_are_counted(tmp_path):
 @pytest.mark.parametrize(
     ("news_lines", "impressions", "message"),
     [
-        (["N1\tfood"], ["x"], r"news.tsv, line 1: 2 columns between tabs, not 5"),
-        ([], ["x"], r"news.tsv: no lines"),
-        (["N1\ta\tb\tc\td"], ["1\tU\tt\tN1"], r"behaviors.tsv, line 1: 4 columns between tabs, not 5"),
-        (["N1\ta\tb\tc\td"], ["1\tU\tt\t\tN1"], r"impression 1: 'N1' is not of the form N123-1; .* without labels"),
+        (["N1\tfood"], ["x"], r"news.tsv, row 1: 2 cells in a table of 8 columns"),
+        ([], ["x"], r"news.tsv: the file is empty"),
+        (["N1\ta\tb\tc\td"], ["1\tU\tt\tN1"], r"behaviors.tsv, row 1: 4 cells in a table of 5 columns"),
+        (["N1\ta\tb\tc\td"], ["1\tU\tt\t\tN1 N2-0"], r"impression 1: 'N1' is not of the form N123-1, .* without l"),
         (["N1\ta\tb\tc\td"], ["1\tU\tt\t\tN1-2"], r"'N1-2' is not of the form N123-1"),
     ],
 )
@@ -265,11 +265,36 @@ def test_other_forms_are_one_line(tmp_path, news_lines, impressions, message):
     assert "\n" not in str(error.value)
 
 
+def test_prediction_file_is_in_the_competitions_form():
+    rows = [{"impression": "7"}, {"impression": "9"}, {"impression": "11"}]
+    text = prediction_text(rows, [[0.1, 0.9, 0.5], [2.0, float("nan"), 3.0, 2.0], [0.0]])
+    assert text == "7 [3,1,2]\n9 [2,4,1,3]\n11 [1]\n"
+
+
+def test_a_split_without_labels_is_predicted_and_not_scored(learned, tmp_path):
+    lines = (learned[0] / "test" / "behaviors.tsv").read_text().splitlines()[:3]
+    where = folder_of(tmp_path, (learned[0] / "test" / "news.tsv").read_text().splitlines(), lines)
+    again = {"model_name_or_path": learned[0] / "out", "use_cpu": True, "disable_tqdm": True, "do_predict": True}
+    scored = news(**again, test_dir=where, output_dir=tmp_path / "scored")
+    bare = [line.replace("-0", "").replace("-1", "") for line in lines]
+    (tmp_path / "behaviors.tsv").write_text("\n".join(bare))
+    results = news(**again, test_dir=where, output_dir=tmp_path / "bare")
+    assert "test_auc" in scored and not [name for name in results if "auc" in name]
+    found = (tmp_path / "bare" / "prediction.txt").read_text()
+    assert found == (tmp_path / "scored" / "prediction.txt").read_text()
+    for line, impression in zip(found.splitlines(), lines, strict=True):
+        number, _, ranks = line.partition(" ")
+        shown = impression.split("\t")[4].split()
+        assert number == impression.split("\t")[0] and sorted(json.loads(ranks)) == list(range(1, len(shown) + 1))
+    with pytest.raises(ValueError, match=r"--validation_dir .*: impressions without labels .* --test_dir"):
+        news(**again | {"do_predict": False, "do_eval": True}, validation_dir=where, output_dir=tmp_path / "out")
+
+
 def test_what_cant_be_read_or_learned_is_one_line(tmp_path):
-    with pytest.raises(ValueError, match=r"news.tsv: can't be read \(No such file"):
+    with pytest.raises(ValueError, match=r"news.tsv: no such file"):
         read_news(str(tmp_path), ["title"])
     (tmp_path / "news.tsv").write_bytes(b"N1\ta\tb\tc\td\nN2\t\xff")
-    with pytest.raises(ValueError, match=r"news.tsv, line 2: not UTF-8"):
+    with pytest.raises(ValueError, match=r"news.tsv, line 2: can't be read as UTF-8"):
         read_news(str(tmp_path), ["title"])
     where = folder_of(tmp_path, ["N1\ta\tb\tc\td"], ["1\tU\tt\t\tN1-0"])
     with pytest.raises(ValueError, match="No impression has both a click and news that weren't clicked; nothing to l"):

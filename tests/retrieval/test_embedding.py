@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 
 from finetune_deepseek.retrieval.arguments import FUSED, EmbeddingArguments
 from finetune_deepseek.retrieval.encoding import encode, token_ids
@@ -106,7 +105,7 @@ def test_evaluation_reads_the_prefixes_from_the_model(learned, tmp_path):
 def test_hard_negatives_are_read_and_trained_on(tmp_path):
     rows = [{"query": q, "passage": p, "no": n} for (q, p), n in zip(ROWS, (["x"], [], "a tree", None), strict=True)]
     task = Embedding(EmbeddingArguments(train_file="unread", negatives_column="no"), seed=0)
-    splits = {"train": task._read_rows(Dataset.from_list([r | {"no": r["no"] or []} for r in rows[:2]]), "train")}
+    splits = {"train": task._read_rows({name: [row[name] for row in rows[:2]] for name in rows[0]}, "train")}
     assert splits["train"]["negatives"][:] == [["x"], []]
     (tmp_path / "negatives.jsonl").write_text(
         "\n".join(json.dumps({"query": q, "passage": p, "no": ["a tree", "x"]}) for q, p in ROWS)
@@ -164,7 +163,7 @@ def test_order_and_batches_dont_change_the_vectors(learned):
     [
         ([("q", "p")], {"query_column": "qurey"}, "no column 'qurey'.*--query_column.*query"),
         ([("q", " "), ("", "p")], {}, "no row has both a 'query' and a 'passage'"),
-        ([("q", 7), ("r", 8)], {}, "row 1: '7' is not a text"),
+        ([("q", 7), ("r", 8)], {}, "row 1: 'passage' is '7', not a text"),
         ([("q", "p"), ("r", "p")], {}, "there is only one passage"),
         (ROWS, {"max_query_length": 1}, "--max_query_length 1: it must be 2 or more"),
         (ROWS, {"fusion_weights": [1, 2]}, "--fusion_weights: three numbers are needed"),

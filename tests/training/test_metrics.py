@@ -13,7 +13,6 @@ import sacrebleu
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 
 from finetune_deepseek.classification.metrics import Accuracy, MacroF1
-from finetune_deepseek.data.moses import moses_lower
 from finetune_deepseek.translation.metrics import (
     BLEU_TOKENIZERS,
     ChrF2,
@@ -23,6 +22,7 @@ from finetune_deepseek.translation.metrics import (
     bleu_tokenizer,
     translation_metrics,
 )
+from finetune_deepseek.translation.moses import moses_lower
 
 ENGLISH = (["the cat sat on a mat", "a dog barked!", ""], ["the cat sat on the mat", "a dog barked!", "silence"])
 CHINESE = (["2026年1月5日星期一", "5公里以外"], ["2026年1月5日星期二", "5公里以外"])

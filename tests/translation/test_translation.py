@@ -108,10 +108,11 @@ BAD_FILES = {
                     r"Rename a column, or set --target_lang"),
     "language.jsonl": ('{"translation": {"en": "a", "fr": "b"}}\n',
                        r"language.jsonl: 'translation' has no language 'de'; it has en, fr. Set --target_lang"),
-    "text.jsonl": ('{"translation": "a"}\n', r"text.jsonl: 'translation' must hold \{language: text\}, found 'a'"),
+    "text.jsonl": ('{"translation": "a"}\n',
+                   r"text.jsonl, row 1: 'translation' must hold \{language: text\}, found 'a'"),
     "nothing.jsonl": ('{"translation": {"en": "a", "de": ""}}\n',
                       r"nothing.jsonl: no row has text in both 'en' and 'de'"),
-    "ragged.csv": ("en,de\na,b\nc,d,e\n", r"ragged.csv: .*line 3, saw 3"),
+    "ragged.csv": ("en,de\na,b\nc,d,e\n", r"ragged.csv, row 2: 3 cells in a table of 2 columns"),
     "no.parquet": ("PAR", r"no.parquet: "),
     "no.jsonl.gz": ("no gzip", r"no.jsonl.gz: can't be unpacked"),
 }  # fmt: skip

@@ -13,8 +13,9 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from ...data.cells import Column, typed
+from ...data.table import read_columns
 from ...retrieval.encoding import token_ids
-from .interactions import as_text, read_columns, require_column
 
 PADDING, PADDING_TOKEN = 0, "<padding>"
 CATALOGUE_FOLDER = "catalogue"
@@ -46,18 +47,16 @@ def read_items(path: str, item_column: str, text_columns: Sequence[str]) -> tupl
     Raises:
         ValueError: if the file can't be read, has no such column, or no item.
     """
-    columns = read_columns(path)
-    items = as_text(require_column(columns, "item_column", item_column, path))
-    parts = [require_column(columns, "text_columns", name, path) for name in text_columns]
+    wanted = [Column(name, "words", "text_columns") for name in text_columns]
+    columns = typed(read_columns(path), [Column(item_column, "id", "item_column"), *wanted], path)
     texts: dict[str, str] = {}
     nameless = repeated = 0
-    for item, *cells in zip(items, *parts, strict=True):
+    for item, *cells in zip(columns[item_column], *(columns[name] for name in text_columns), strict=True):
         nameless += item is None
         repeated += item in texts
         if item is None or item in texts:
             continue
-        cells = [", ".join(map(str, cell)) if isinstance(cell, (list, tuple)) else cell for cell in cells]
-        texts[item] = ". ".join(cell for cell in as_text(cells) if cell)
+        texts[item] = ". ".join(cell for cell in cells if cell)
     if not texts:
         raise ValueError(f"{path}: no items.")
     counts = {

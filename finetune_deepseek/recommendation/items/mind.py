@@ -2,44 +2,37 @@
 Recommendation", ACL 2020; tab-separated, without a header line):
 
     news.tsv        news id, category, subcategory, title, abstract, url, title entities, abstract entities
-    behaviors.tsv   impression id, user id, time, clicked news before (may be empty), shown news as N123-1 N456-0
+    behaviors.tsv   impression id, user id, time, clicked news before (may be empty), shown news as N123-1 N456-0,
+                    without labels in the test split
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from ...data.table import read_columns
 from ..arguments import TEXT_FIELDS
 
 NEWS_FILE, BEHAVIORS_FILE = "news.tsv", "behaviors.tsv"
 NEWS_COLUMNS = ("id", "category", "subcategory", "title", "abstract", "url", "title_entities", "abstract_entities")
+BEHAVIORS_COLUMNS = ("impression", "user", "time", "history", "shown")
+LEAST_COLUMNS = 5
 
 
-def _lines(folder: str, name: str, columns: int) -> list[list[str]]:
-    """Cells of a file's lines that aren't empty.
+def _rows(folder: str, name: str, columns: Sequence[str]) -> list[dict[str, str]]:
+    """Cells by column of a file's rows.
 
     Raises:
-        ValueError: if it can't be read, is empty, or a line has fewer columns.
+        ValueError: if it can't be read, is empty, or a row has fewer columns.
     """
-    path = Path(folder) / name
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        bad = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {bad}: not UTF-8; convert the file.") from error
-    except OSError as error:
-        raise ValueError(f"{path}: can't be read ({error.strerror}); MIND's folders have it.") from error
-    rows = []
-    # Titles may hold characters that splitlines takes for the end of a line.
-    for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), start=1):
-        if not line.strip():
-            continue
-        cells = line.split("\t")
-        if len(cells) < columns:
-            raise ValueError(f"{path}, line {number}: {len(cells)} columns between tabs, not {columns}.")
-        rows.append([cell.strip() for cell in cells])
+    path = str(Path(folder) / name)
+    found = read_columns(path, names=columns, least=LEAST_COLUMNS)
+    cells = ([(cell or "").strip() for cell in found[column]] for column in columns)
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*cells, strict=True)]
     if not rows:
-        raise ValueError(f"{path}: no lines.")
+        raise ValueError(f"{path}: no rows.")
     return rows
 
 
@@ -53,9 +46,8 @@ def read_news(folder: str, fields: Sequence[str]) -> tuple[dict[str, str], list[
     """
     texts: dict[str, str] = {}
     gaps, bare, repeated = dict.fromkeys(fields, 0), 0, 0
-    rows = _lines(folder, NEWS_FILE, 5)
-    for cells in rows:
-        news = dict(zip(NEWS_COLUMNS, cells, strict=False))
+    rows = _rows(folder, NEWS_FILE, NEWS_COLUMNS)
+    for news in rows:
         for field in fields:
             gaps[field] += not news[field]
         parts = [news[field] for field in fields if news[field]]
@@ -77,7 +69,8 @@ def read_behaviors(folder: str, known: dict[str, str]) -> tuple[list[dict[str, A
     """Impressions as `impression`, `user`, `source` (the history), `candidates`, `clicked` (0 or 1 each), and
     `target` (what was clicked); and a line for each kind of gap.
 
-    News that are not among the `known` are left out of histories; among candidates they stay.
+    News that are not among the `known` are left out of histories; among candidates they stay. MIND's test split keeps
+    its labels for itself: `clicked` is then empty in all rows.
 
     Raises:
         ValueError: for a file that can't be read, or a line of another form.
@@ -85,29 +78,24 @@ def read_behaviors(folder: str, known: dict[str, str]) -> tuple[list[dict[str, A
     rows: list[dict[str, Any]] = []
     empty = unseen = unseen_candidates = 0
     where = f"{Path(folder).name}/{BEHAVIORS_FILE}"
-    for number, (impression, user, _, history, shown, *_) in enumerate(_lines(folder, BEHAVIORS_FILE, 5), start=1):
-        read = [news for news in history.split() if news in known]
-        unseen += len(history.split()) - len(read)
-        candidates, clicked = [], []
-        for pair in shown.split():
-            news, dash, label = pair.rpartition("-")
-            if not dash or label not in ("0", "1"):  # MIND's test split keeps its labels for itself
-                raise ValueError(
-                    f"{where}, impression {number}: {pair[:40]!r} is not of the form N123-1; impressions without "
-                    "labels can be neither learned from nor scored."
-                )
-            candidates.append(news)
-            clicked.append(int(label))
+    impressions = _rows(folder, BEHAVIORS_FILE, BEHAVIORS_COLUMNS)
+    is_labelled = any("-" in row["shown"] for row in impressions)
+    for number, row in enumerate(impressions, start=1):
+        history = row["history"].split()
+        read = [news for news in history if news in known]
+        unseen += len(history) - len(read)
+        shown = [_candidate(pair, is_labelled, f"{where}, impression {number}") for pair in row["shown"].split()]
+        candidates = [news for news, _ in shown]
         empty += not read
         unseen_candidates += sum(news not in known for news in candidates)
         rows.append(
             {
-                "impression": impression,
-                "user": user,
+                "impression": row["impression"],
+                "user": row["user"],
                 "source": read,
                 "candidates": candidates,
-                "clicked": clicked,
-                "target": [news for news, click in zip(candidates, clicked, strict=True) if click],
+                "clicked": [int(label) for _, label in shown if label],
+                "target": [news for news, label in shown if label == "1"],
             }
         )
     counts = {
@@ -116,3 +104,27 @@ def read_behaviors(folder: str, known: dict[str, str]) -> tuple[list[dict[str, A
         "candidates are in no news.tsv; they rank last": unseen_candidates,
     }
     return rows, [f"{where}: {count:,} {what}" for what, count in counts.items() if count]
+
+
+def _candidate(pair: str, is_labelled: bool, where: str) -> tuple[str, str]:
+    """A news and its label, which is empty where there are none."""
+    news, dash, label = pair.rpartition("-")
+    if not is_labelled:
+        return pair, ""
+    if not dash or label not in ("0", "1"):
+        raise ValueError(
+            f"{where}: {pair[:40]!r} is not of the form N123-1, as others are; impressions without labels can be "
+            "neither learned from nor scored."
+        )
+    return news, label
+
+
+def prediction_text(rows: Sequence[dict[str, Any]], predictions: Sequence[Sequence[float]]) -> str:
+    """prediction.txt in the competition's form: an impression's id, and the ranks from 1 of what it showed, in the
+    order in which it did. Among equal scores the one shown first goes first, and not-a-number goes last."""
+    lines = []
+    for row, scores in zip(rows, predictions, strict=True):
+        order = np.argsort(-np.nan_to_num(np.array(scores, dtype=np.float64), nan=-np.inf), kind="stable")
+        ranks = np.argsort(order, kind="stable") + 1
+        lines.append(f"{row['impression']} [{','.join(map(str, ranks))}]\n")
+    return "".join(lines)

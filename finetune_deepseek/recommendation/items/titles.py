@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 
-from .interactions import as_text, read_columns, require_column
+from ...data.cells import Column, typed
+from ...data.table import read_columns
 
 
 def read_titles(path: str, item_column: str, title_column: str) -> dict[str, str]:
@@ -11,11 +12,10 @@ def read_titles(path: str, item_column: str, title_column: str) -> dict[str, str
     Raises:
         ValueError: for a file that can't be read, has no such columns, or no title.
     """
-    columns = read_columns(path)
-    items = as_text(require_column(columns, "item_column", item_column, path))
-    texts = as_text(require_column(columns, "title_column", title_column, path))
+    wanted = [Column(item_column, "id", "item_column"), Column(title_column, "value", "title_column")]
+    columns = typed(read_columns(path), wanted, path)
     titles: dict[str, str] = {}
-    for item, text in zip(items, texts, strict=True):
+    for item, text in zip(columns[item_column], columns[title_column], strict=True):
         if item is not None and text is not None:
             titles.setdefault(item, " ".join(text.split()))
     if not titles:

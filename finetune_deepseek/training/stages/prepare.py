@@ -1,6 +1,5 @@
 """First stage: what was asked for, checked as far as that goes without a model."""
 
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from configuration_deepseek.presets import preset
 
 from ...data.hub import check_named
 from ...data.sources import Rows
+from ...data.table import read_columns
 from ..loading import parse_overrides
 from ..task import Task
 from ..trainer_arguments import Stage, TrainingArguments
@@ -69,7 +69,8 @@ def prepare(task_class: type[Task], stage: Stage) -> Prepared:
     task = task_class(stage.data, args.seed)
     splits = task.load_splits()
     choose_work(stage, splits)
-    check_output_dir(args)
+    check_output_dir(args)  # again, now that what is to be done is known
+    make_folder(Path(args.output_dir or ""))
     return Prepared(stage, task, splits, find_checkpoint(args), off_rows, started)
 
 
@@ -103,18 +104,17 @@ def choose_work(stage: Stage, splits: dict[str, Rows]) -> None:
 
 
 def check_output_dir(training: TrainingArguments) -> None:
-    """Make the output folder, or say in one line why it can't be used.
+    """Say in one line why the output folder can't be used; makes nothing.
 
     Raises:
         ValueError: if the path is a file or can't be written, or if it holds checkpoints of an earlier run that is
             neither resumed nor overwritten (Trainer would mix up the two runs' checkpoints).
     """
     folder = Path(training.output_dir or "")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--output_dir {folder}: can't make this folder ({error.strerror}); name another.") from error
-    if not os.access(folder, os.W_OK):
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"--output_dir {folder}: can't make this folder ({there} is a file); name another.")
+    if not os.access(there, os.W_OK):
         raise ValueError(f"--output_dir {folder}: no right to write there; name another.")
     is_new = training.do_train and not training.resume_from_checkpoint and not training.overwrite_output_dir
     if is_new and any(folder.glob("checkpoint-*")):
@@ -122,6 +122,18 @@ def check_output_dir(training: TrainingArguments) -> None:
             f"--output_dir {folder} holds checkpoints of an earlier run: add --resume_from_checkpoint true, or "
             "--overwrite_output_dir to remove them, or name another folder."
         )
+
+
+def make_folder(folder: Path) -> None:
+    """Make the output folder.
+
+    Raises:
+        ValueError: with the reason, if that fails.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output_dir {folder}: can't make this folder ({error.strerror}); name another.") from error
 
 
 def check_all_output_dirs(stages: Sequence[Stage]) -> None:
@@ -153,11 +165,10 @@ def read_off_rows(path: Path) -> list[dict[str, Any]]:
         ValueError: if the file can't be read, or a row lacks prompt or prediction.
     """
     try:
-        # Only a line feed ends a line: texts hold the others that Python knows.
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        rows = [json.loads(line) for line in lines]
-        return [row | {"prompt": row["prompt"], "prediction": row["prediction"]} for row in rows]
-    except (OSError, KeyError, TypeError, ValueError) as error:
+        columns = read_columns(str(path))
+        cells = zip(columns["prompt"], columns["prediction"], *columns.values(), strict=True)
+        return [dict(zip(("prompt", "prediction", *columns), row, strict=True)) for row in cells]
+    except (KeyError, ValueError) as error:
         raise ValueError(
             f"--adapter_off_check {path}: expected lines with `prompt` and `prediction` ({error!r})."
         ) from error

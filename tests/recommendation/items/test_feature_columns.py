@@ -274,7 +274,7 @@ def test_values_that_no_other_row_has_are_refused():
     assert len(known_values(rows[1:], ["age"], "x")["age"]) == 1000
     texts = [[f"about {age}"] for (age,) in rows]
     assert len(known_values(texts, ["age"], "x")["age"]) == 1001
-    with pytest.raises(ValueError, match=r"x, row 1: 'likes' is \"\['a'\]\"; a feature has one value per row"):
+    with pytest.raises(ValueError, match=r"x, row 1: 'likes' is \"\['a'\]\", not one value"):
         read_users({"user_id": [1], "likes": [["a"]]}, "user_id", ["likes"], "x")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from importlib.metadata import version
 
-from .words import has_spaces
+from ..data.words import has_spaces
 
 
 @lru_cache

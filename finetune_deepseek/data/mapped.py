@@ -1,0 +1,103 @@
+"""Text of files that may be larger than memory: mapped from the copy that `datasets` keeps on disk, or as a stream."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pyarrow as pa
+from datasets import (
+    ArrowBasedBuilder,
+    BuilderConfig,
+    Dataset,
+    DatasetInfo,
+    Features,
+    IterableDataset,
+    SplitGenerator,
+    Value,
+)
+from datasets.exceptions import DatasetGenerationError
+
+from .cells import Column, typed
+from .table import Columns, batches
+
+Rows: TypeAlias = Dataset | IterableDataset
+
+NESTED = "translation"  # the column of {language: text} in Hugging Face's layout
+
+
+@dataclass
+class TextConfig(BuilderConfig):
+    """Which columns of which file; a copy is made anew when one of these changes."""
+
+    path: str = ""
+    texts: tuple[str, ...] = ()
+    stamp: tuple[int, ...] = ()
+
+
+class TextBuilder(ArrowBasedBuilder):
+    """Columns of text of a file of any kind as `datasets` keeps them: mapped from disk, or as a stream."""
+
+    VERSION = "1.0.0"  # raise it with what table.py and cells.py read
+    BUILDER_CONFIG_CLASS = TextConfig
+    config: TextConfig
+
+    def _info(self) -> DatasetInfo:
+        return DatasetInfo(features=Features({name: Value("string") for name in self.config.texts}))
+
+    def _split_generators(self, dl_manager: Any) -> list[SplitGenerator]:
+        return [SplitGenerator(name="train", gen_kwargs={"paths": [self.config.path]})]
+
+    def _generate_tables(self, paths: list[str]) -> Iterator[tuple[int, pa.Table]]:
+        first_row = 1
+        for number, batch in enumerate(raw for path in paths for raw in batches(path)):
+            wanted = [Column(name, "text", required=False) for name in self.config.texts]
+            size = max(map(len, batch.values()), default=0)
+            texts = {name: [None] * size for name in self.config.texts}
+            texts |= typed(_flat(batch, paths[0], first_row), wanted, paths[0], first_row)
+            yield number, pa.table({name: pa.array(cells, pa.string()) for name, cells in texts.items()})
+            first_row += size
+
+
+def _flat(batch: Columns, where: str, first_row: int) -> Columns:
+    """A batch whose column `translation` holds {language: text}, as columns by language; any other as it is."""
+    if NESTED not in batch:
+        return batch
+    rows = typed(batch, [Column(NESTED, "record")], where, first_row)[NESTED]
+    for number, row in enumerate(rows, start=first_row):
+        if row is not None and not isinstance(row, dict):
+            raise ValueError(
+                f"{where}, row {number}: {NESTED!r} must hold {{language: text}}, found {str(row)[:40]!r}."
+            )
+    names = dict.fromkeys(name for row in rows for name in row or ())
+    return {name: [(row or {}).get(name) for row in rows] for name in names}
+
+
+def text_rows(path: str, texts: Iterable[str], streaming: bool = False) -> tuple[Rows, dict[str, Any] | None]:
+    """Rows of those columns of text that a file has, in columns of their own or within one named `translation`; and
+    an example of a row with all of the file's columns, None if there is none.
+
+    What the first `ROWS` rows don't have, the file doesn't.
+
+    Raises:
+        ValueError: if the file can't be read, or a cell is no text.
+    """
+    batch = next(batches(path))
+    flat = _flat(batch, path, 1)
+    texts = tuple(name for name in texts if name in flat)
+    if not any(map(len, batch.values())):
+        return Dataset.from_dict({name: [] for name in texts}), None
+    first: dict[str, Any] = {name: next((c for c in cells if c is not None), None) for name, cells in batch.items()}
+    if NESTED in first:
+        first[NESTED] = dict.fromkeys(flat)
+    if not texts:
+        return Dataset.from_dict({}), first
+    stamp = (Path(path).stat().st_mtime_ns, Path(path).stat().st_size)
+    builder = TextBuilder(config_name="text", path=str(path), texts=texts, stamp=stamp)
+    if streaming:
+        return builder.as_streaming_dataset("train"), first
+    try:
+        builder.download_and_prepare()
+    except DatasetGenerationError as error:
+        raise ValueError(str(error.__cause__)) from error
+    return builder.as_dataset("train"), first
