@@ -10,6 +10,9 @@ Expanding costs per cached token, absorbing per query, so prompts expand and dec
 H heads, S queries, T keys, R latent width, n, r and v: widths of the positionless, rotary and value parts of a head.
 """
 
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import wraps
 from typing import cast
 
 import torch
@@ -21,8 +24,24 @@ from .attention_core import attend
 from .cache import takes_cache
 from .layers import DeepSeekRMSNorm
 from .rope import apply_rotary, yarn_softmax_factor
+from .weight_state import state_of
 
-PEFT_SWITCHES = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
+# The call of `generate` that is running, within which weights are taken to stay as they are.
+RUNNING: ContextVar[object | None] = ContextVar("running generation", default=None)
+
+
+def keeps_weights(generate: Callable) -> Callable:
+    """Decorate `generate`: up-projections that had to be computed are kept while it runs."""
+
+    @wraps(generate)
+    def running(*args, **kwargs):
+        token = RUNNING.set(object())
+        try:
+            return generate(*args, **kwargs)
+        finally:
+            RUNNING.reset(token)
+
+    return running
 
 
 class DeepSeekMultiHeadLatentAttention(nn.Module):
@@ -199,22 +218,26 @@ def is_plain_linear(module: nn.Module) -> bool:
     )
 
 
-def state_of(projection: nn.Module) -> tuple:
-    """What tells that a projection was changed in place: versions of its tensors, switches of PEFT's layers."""
-    versions = [0 if p.is_meta or p.is_inference() else p._version for p in projection.parameters()]
-    switches = [repr([vars(module).get(name) for name in PEFT_SWITCHES]) for module in projection.modules()]
-    return *versions, *switches
+def bias_is_possible(module: nn.Module) -> bool | None:
+    """Whether the module adds something to what is linear: `None` if only its answers can tell."""
+    parts = [*module.modules()]
+    biases = [getattr(part, "bias", None) for part in parts]
+    if any(isinstance(bias, torch.Tensor) for bias in biases):
+        return True
+    is_hidden = any(part._forward_hooks or "forward" in vars(part) for part in parts)
+    return None if is_hidden or any(bias is not None for bias in biases) else False
 
 
 def up_projection_of(kv_b_proj: nn.Module, rows: torch.Tensor, latent: int, cache_layer) -> torch.Tensor | None:
-    """The matrix [H (n + v), R] that `kv_b_proj` applies to a latent, or `None` if no matrix can stand for it.
+    """The matrix [H (n + v), R] that `kv_b_proj` applies to a latent, or `None` if no matrix should stand for it.
 
     A plain Linear gives its weight. Anything else (adapted, quantized, offloaded, hooked) is called on the identity,
-    so that it is honoured as in the expanded form; it must be linear, or linear with a bias. The answer is kept on the
-    cache layer while the projection's state lasts.
+    so that it is honoured as in the expanded form; it must be linear. The answer is kept on the cache layer for one
+    call of `generate`, while the projection's state lasts. Outside of one it is not, for a hot-swapped adapter leaves
+    no trace, nor while compiling; then few rows are expanded more cheaply.
 
     Args:
-        rows: a tensor of the type and device that the projection gets.
+        rows: [B, 1, T, R + r], of the type and device that the projection gets.
         latent: R.
         cache_layer: our own kind keeps the answer; with another it is computed at each step.
     """
@@ -222,11 +245,20 @@ def up_projection_of(kv_b_proj: nn.Module, rows: torch.Tensor, latent: int, cach
         return cast(torch.Tensor, kv_b_proj.weight)
     if any(module._forward_pre_hooks for module in kv_b_proj.modules()):
         return None  # PEFT chooses adapters per row of the batch by such hooks; one matrix cannot
-    state, kept = state_of(kv_b_proj), getattr(cache_layer, "up_projection", None)
+    if torch.compiler.is_compiling() or RUNNING.get() is None or not hasattr(cache_layer, "up_projection"):
+        return None if rows.shape[-2] <= latent else matrix_of(kv_b_proj, rows, latent)
+    state, kept = (RUNNING.get(), *state_of(kv_b_proj)), cache_layer.up_projection
     if kept is None or kept[0] != state:
-        probe = torch.cat((torch.eye(latent, dtype=rows.dtype, device=rows.device), rows.new_zeros(1, latent)))
-        answer = kv_b_proj(probe)
-        kept = state, None if answer[-1].any() else answer[:-1].T  # of an affine map a matrix would lose the bias
-        if hasattr(cache_layer, "up_projection"):
-            cache_layer.up_projection = kept
+        kept = cache_layer.up_projection = state, matrix_of(kv_b_proj, rows, latent)
     return kept[1]
+
+
+def matrix_of(projection: nn.Module, rows: torch.Tensor, latent: int) -> torch.Tensor | None:
+    """What the projection applies to a latent, [H (n + v), R]; `None` if it adds a bias, which a matrix would lose."""
+    has_bias = bias_is_possible(projection)
+    if has_bias or (has_bias is None and torch.compiler.is_compiling()):
+        return None  # looking at the answer would break the graph
+    identity = torch.eye(latent, dtype=rows.dtype, device=rows.device)
+    if has_bias is None and projection(torch.zeros_like(identity[:1])).any():
+        return None
+    return projection(identity).T

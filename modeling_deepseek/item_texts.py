@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from .item_catalogue import ITEM_PADDING, PickedItems
 from .pooling import POOLING_FUNCTIONS
+from .weight_state import state_of
 
 NO_TOKEN = -1
 TEXTS_AT_ONCE = 256
@@ -66,33 +67,37 @@ class DeepSeekItemTexts(nn.Module):
         return F.embedding_bag(places, embed(words), starts, mode="mean")
 
     def table(self, trunk: nn.Module) -> torch.Tensor:
-        """[V, D] without gradients; kept until a weight changes.
+        """[V, D] without gradients, in the weights' precision, whatever mode asks; kept until a weight changes.
 
-        A training step forgets them, and other changes are seen by the weights' own counters. These miss what is
-        written through `.data` or by a fused optimizer in evaluation mode, and adapters that are switched off: call
-        `forget` after such.
+        Training mode forgets them, and other changes are seen by the weights' own counters and the adapters' switches.
+        These miss what is written through `.data` or by a fused optimizer in evaluation mode: call `forget` after
+        such.
         """
-        made_of = self._state(trunk)
+        made_of = len(self.tokens), *state_of(trunk, self)
         if self._table is None or made_of != self._made_of:
-            was_training = trunk.training
-            trunk.eval()
-            try:
-                with torch.no_grad():
-                    items = torch.arange(len(self.tokens), device=self.tokens.device)
-                    parts = [self.encode(trunk, part) for part in items.split(TEXTS_AT_ONCE)]
-            finally:
-                trunk.train(was_training)
-            self._table, self._made_of = torch.cat(parts), made_of
+            self._table, self._made_of = self._encode_all(trunk), made_of
         return self._table
+
+    def _encode_all(self, trunk: nn.Module) -> torch.Tensor:
+        was_training = trunk.training
+        trunk.eval()
+        items = torch.arange(len(self.tokens), device=self.tokens.device)
+        try:
+            # What is made in inference mode would refuse gradients later, what autocast makes is rounded.
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast(items.device.type, enabled=False):
+                return torch.cat([self.encode(trunk, part) for part in items.split(TEXTS_AT_ONCE)])
+        finally:
+            trunk.train(was_training)
+
+    def train(self, mode: bool = True):
+        """As torch's; a step may follow."""
+        if mode:
+            self.forget()
+        return super().train(mode)
 
     def forget(self) -> None:
         """Have the vectors made anew at their next use."""
         self._table = None
-
-    def _state(self, trunk: nn.Module) -> tuple[Any, ...]:
-        weights = [*trunk.parameters(), *self.parameters()]
-        versions = [(id(weight), 0 if weight.is_inference() else weight._version) for weight in weights]
-        return weights[0].device, weights[0].dtype, len(self.tokens), versions
 
     def pick(self, trunk: nn.Module, items: torch.Tensor, negatives: torch.Tensor) -> PickedItems:
         """Vectors with gradients of the items [...] and the negatives [M], each encoded once."""

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import QuestionAnsweringModelOutput, TokenCla
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
+from .attention_mla import keeps_weights
 from .cache import refuse_cache_implementation, takes_cache
 from .checkpoint_files import CheckpointError
 from .checkpoint_keys import differing_copies, shared_mtp_keys
@@ -72,7 +73,7 @@ class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
-    generate = in_library_words(GenerationMixin.generate)
+    generate = keeps_weights(in_library_words(GenerationMixin.generate))
 
     def __init__(self, config: DeepSeekConfig):
         super().__init__(config)

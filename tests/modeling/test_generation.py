@@ -4,6 +4,9 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
+from torch._dynamo.testing import CompileCounter
 from transformers import CompileConfig, DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer
 
@@ -259,3 +262,31 @@ def test_speculation_on_a_static_cache_compiles_its_steps(compiled):
     arguments = {"cache_implementation": "static", "prompt_lookup_num_tokens": 2, "compile_config": config}
     assert torch.equal(model.generate(ids, **arguments, **GREEDY), by_whole_passes(model, ids))
     assert model._compiled_call is not None
+
+
+# Rows of a static cache: fewer than the latent is wide (32) are expanded.
+@pytest.mark.parametrize(("compiled", "length"), [("tiny_v2_lite", 16), ("tiny_v3", 48), ("tiny_v32", 48)])
+def test_decoding_with_an_adapter_compiles_whole_and_once(compiled, length):
+    """Also when another adapter is written into the first one's memory, as servers swap them."""
+    torch._dynamo.reset()
+    counter, ids = CompileCounter(), token_ids(2, 9)
+
+    @torch.no_grad()
+    def decoded(compiles):
+        lora = LoraConfig(r=2, target_modules=["kv_b_proj", "o_proj"], init_lora_weights=False)
+        torch.manual_seed(1)
+        adapted = get_peft_model(tiny(compiled, moe_intermediate_size=16, kv_lora_rank=32), lora).eval()
+        prepare_model_for_compiled_hotswap(adapted)
+        model = adapted.base_model.model
+        step = torch.compile(model.forward, backend=counter, fullgraph=True) if compiles else model
+        cache = StaticCache(model.config, length) if compiles else DynamicCache(config=model.config)
+        logits = [model(ids[:, :6], cache=cache).logits]
+        for place in (6, 7, 8):
+            if place == 8:
+                for name, weight in adapted.named_parameters():
+                    weight.data.mul_(-2 if "lora_B" in name else 1)
+            logits.append(step(ids[:, place : place + 1], cache=cache).logits)
+        return torch.cat(logits, dim=1)
+
+    assert_close(decoded(compiles=True), decoded(compiles=False), tolerance=5e-5)
+    assert counter.frame_count == 1

@@ -125,6 +125,44 @@ def test_vectors_follow_the_weights():
         assert_close(merged(rows).logits, after)
 
 
+MODES = {
+    "inference": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "no gradients": torch.no_grad,
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_vectors_outlive_the_mode_that_made_them(mode):
+    model, rows = text_model(), torch.tensor([[1, 2, 3, 4]])
+    expected = text_model().item_embeddings()
+    with MODES[mode]():
+        model(rows)
+    kept = model.item_embeddings()
+    assert torch.equal(kept, expected) and not kept.is_inference()
+    model(rows, labels=rows).loss.backward()
+    assert model.model.norm.weight.grad.abs().max() > 0
+
+
+def test_vectors_follow_the_adapters_switches():
+    model = text_model()
+    plain = model.item_embeddings()
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+    with_it = model.item_embeddings()
+    with adapted.disable_adapter():
+        assert_close(model.item_embeddings(), plain)
+    assert torch.equal(model.item_embeddings(), with_it) and (with_it - plain).abs().max() > 1e-3
+
+
+def test_training_mode_forgets_the_vectors():
+    """A fused optimizer and `.data` leave no trace on a weight."""
+    model = text_model()
+    before = model.item_embeddings()
+    model.train()
+    model.item_texts.projection.weight.data.mul_(2)
+    assert_close(model.eval().item_embeddings(), 2 * before)
+
+
 @pytest.mark.parametrize("loss", ["softmax", "sampled_softmax", "gbce"])
 def test_training_reaches_every_weight_by_plain_gradients(loss, monkeypatch):
     """Vectors of the batch's items and of the negatives are encoded once, and learn in both of their roles."""
