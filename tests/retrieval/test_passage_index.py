@@ -246,9 +246,7 @@ def test_an_update_neither_loses_passages_nor_keeps_old_ones(first_format, tmp_p
         texts |= change
         write()
         index = PassageIndex.open(tmp_path / "index", tmp_path / "notes", retriever)
-        fresh = PassageIndex.open(
-            tmp_path / f"fresh-{len(texts[list(change)[0]])}", tmp_path / "notes", retriever
-        )
+        fresh = PassageIndex.open(tmp_path / f"fresh-{len(texts[list(change)[0]])}", tmp_path / "notes", retriever)
         assert index.passages == fresh.passages
         torch.testing.assert_close(index.embeddings, fresh.embeddings, rtol=1e-4, atol=1e-5)
     assert PassageIndex.open(tmp_path / "index", retriever=retriever).passages == fresh.passages
