@@ -1,47 +1,16 @@
-"""Checkpoint folders: a save that fails changes nothing, a load that fails names the file, and none holds copies."""
+"""Reading checkpoint folders: a load that fails names the file, and none holds copies."""
 
 import json
 import os
-import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-# A model's weights, whole or in shards. Loading prefers whole weights to shards, so none may stay from an older save.
-WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-
 
 class CheckpointError(ValueError, RuntimeError):
     """A checkpoint that doesn't fit the model; a RuntimeError too, because transformers raises that."""
-
-
-@contextmanager
-def writing_beside(folder: str | os.PathLike) -> Iterator[str]:
-    """Give a temporary folder to write to; when that is done, move its files into `folder`.
-
-    Args:
-        folder: made if absent. Files of other names in it stay, except weights that the new ones replace.
-
-    Raises:
-        OSError: if writing fails (a full disk, say); `folder` then holds what it held before.
-    """
-    os.makedirs(folder, exist_ok=True)
-    # Inside, because beside a mounted folder there is another file system; Trainer's uploads pass over a leading "_".
-    with tempfile.TemporaryDirectory(prefix="_saving-", dir=folder) as beside:
-        try:
-            yield beside
-        except (OSError, SafetensorError) as error:
-            raise OSError(f"{folder}: saving failed, the folder is as it was before; {error}") from error
-        written = sorted(os.listdir(beside))  # shards come before their index
-        for name in written:
-            os.replace(os.path.join(beside, name), os.path.join(folder, name))
-    if any(map(WEIGHTS.fullmatch, written)):
-        for name in os.listdir(folder):
-            if WEIGHTS.fullmatch(name) and name not in written:
-                os.remove(os.path.join(folder, name))
 
 
 def open_slices(files: list[str]) -> dict[str, Any]:

@@ -10,13 +10,14 @@ from transformers import initialization as init
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import PreTrainedModel
 
-from .checkpoint_files import CheckpointError, in_turn, naming_the_broken_file, open_slices, unlisted, writing_beside
+from .checkpoint_files import CheckpointError, in_turn, naming_the_broken_file, open_slices, unlisted
 from .checkpoint_keys import LAYER, register_conversions, take_mtp_keys
 from .configuration_deepseek import DeepSeekConfig
 from .moe import DeepSeekExperts
 from .quantization import DequantizedSlice, dequantized
 from .routers import DeepSeekTopKRouter
 from .tested_versions import tell_if_untested
+from .whole_folders import current, writing_beside
 
 register_conversions()
 
@@ -69,10 +70,11 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As transformers', but a damaged file is named."""
+        """As transformers', but a damaged file is named, and a killed save is seen as done or not begun."""
         tell_if_untested()
-        with naming_the_broken_file(pretrained_model_name_or_path):
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        source = pretrained_model_name_or_path and current(pretrained_model_name_or_path, "config.json")
+        with naming_the_broken_file(source):
+            return super().from_pretrained(source, *args, **kwargs)
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
@@ -106,7 +108,7 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
         return {}
 
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
-        """As transformers', but a save that fails leaves the folder as it was."""
+        """As transformers', but a save that fails or is killed leaves the folder as it was or as it is to be."""
         tell_if_untested()
         if kwargs.get("distributed_checkpoint"):  # all processes write to one folder, and need its true name
             return super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)

@@ -14,9 +14,7 @@ This file travels to the Hub: it imports the standard library, tokenizers and tr
 
 import itertools
 import json
-import os
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,6 +25,7 @@ from transformers import PreTrainedTokenizerFast
 
 from .control_tokens import encode_chat, holds_control, strings, twin_of
 from .encoding_call import Call, view
+from .whole_folders import current, writing_beside
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 
@@ -117,7 +116,8 @@ class DeepSeekTokenizer(PreTrainedTokenizerFast):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """As in transformers; raises ValueError, naming the folder, for a broken tokenizer file."""
         try:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+            source = current(pretrained_model_name_or_path, "tokenizer_config.json")
+            return super().from_pretrained(source, *args, **kwargs)
         except json.JSONDecodeError as error:
             where = f"{pretrained_model_name_or_path}: tokenizer.json or tokenizer_config.json"
             raise ValueError(f"{where} is broken JSON: {error}") from error
@@ -242,18 +242,14 @@ class DeepSeekTokenizer(PreTrainedTokenizerFast):
         Raises OSError, naming the folder, when it can't be written.
         """
         target = Path(save_directory)
-        target.mkdir(parents=True, exist_ok=True)
         if kwargs.get("push_to_hub"):
             kwargs.setdefault("repo_id", target.name)
-        with tempfile.TemporaryDirectory(prefix=".tokenizer-", dir=target) as staging:
+        with writing_beside(target) as staging:
             try:
                 super().save_pretrained(staging, *args, **kwargs)
             except Exception as error:  # for a full disk the tokenizers library raises a bare Exception
-                raise OSError(f"{target}: tokenizer not saved, folder left as it was: {error}") from error
+                raise OSError(f"the tokenizer was not saved: {error}") from error
             names = sorted(file.relative_to(staging) for file in Path(staging).rglob("*") if file.is_file())
-            for name in names:
-                (target / name).parent.mkdir(exist_ok=True)
-                os.replace(Path(staging, name), target / name)
         return tuple(str(target / name) for name in names)
 
     def _save_pretrained(self, save_directory, file_names, *args, **kwargs):

@@ -20,8 +20,8 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from configuration_deepseek import DeepSeekConfig
 from configuration_deepseek.official import ARCHITECTURES, official_model_type, to_official
-from modeling_deepseek.checkpoint_files import writing_beside
 from modeling_deepseek.checkpoint_keys import shared_mtp_keys
+from modeling_deepseek.whole_folders import writing_beside
 
 from .checkpoint import HEADS, HEADS_BY_TASK, Checkpoint, dequantize_at, head_of, open_model
 from .gguf import export_gguf

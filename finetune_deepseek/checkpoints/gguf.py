@@ -27,7 +27,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from configuration_deepseek import DeepSeekConfig
 from configuration_deepseek.official import official_model_type
-from modeling_deepseek.checkpoint_files import writing_beside
+from modeling_deepseek.whole_folders import writing_beside
 from tokenization_deepseek import DeepSeekTokenizer
 from tokenization_deepseek.pre_tokenization import PATTERNS, pre_tokenizer
 

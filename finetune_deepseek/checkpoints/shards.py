@@ -31,6 +31,7 @@ from modeling_deepseek.quantization import (
     grid_of,
     quantize_blocks,
 )
+from modeling_deepseek.whole_folders import current
 
 from ..data.hub import check_source
 
@@ -216,7 +217,7 @@ def local_folder(source: str | os.PathLike, revision: str | None = None) -> Path
     """
     folder = Path(source)
     if folder.is_dir():
-        return folder
+        return Path(current(current(folder, "config.json"), ADAPTER_FILE))
     if folder.exists():
         raise ValueError(f"{source} is a file; name the folder of a checkpoint, or a Hub id")
     check_source(str(source))

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -84,21 +83,11 @@ def read_list(path: str, where: str = "") -> list[Any]:
 
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` to write to; its files take their places only when all are written."""
-    beside = folder.with_name(f".{folder.name}.saving")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
-        yield beside
-        folder.mkdir(exist_ok=True)
-        for path in sorted(beside.rglob("*")):
-            target = folder / path.relative_to(beside)
-            if path.is_dir():
-                target.mkdir(exist_ok=True)
-            else:
-                os.replace(path, target)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    """A folder to write to; its files take their places in `folder` when all are written, see `writing_beside`."""
+    from modeling_deepseek.whole_folders import writing_beside  # its package takes seconds, of which readers need none
+
+    with writing_beside(folder) as beside:
+        yield Path(beside)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -13,6 +13,7 @@ from transformers.utils import find_adapter_config_file
 from modeling_deepseek import AutoModelForRecommendation
 from modeling_deepseek.item_catalogue import item_numbers
 from modeling_deepseek.recommendation_head import feature_reader
+from modeling_deepseek.whole_folders import current
 
 from ..data.cells import as_ids
 from ..data.files import replaced_folder
@@ -275,7 +276,8 @@ def open_recommender(name: str, revision: str = "main", index: str = "exact") ->
         model = open_model(name, revision)
         is_text = getattr(model.config, "num_items", None) is not None
         where: dict[str, Any] = {"subfolder": CATALOGUE_FOLDER} if is_text else {}
-        catalogue = PreTrainedTokenizerFast.from_pretrained(name, revision=revision, **where)
+        files = current(name, CATALOGUE_FOLDER if is_text else "tokenizer_config.json")
+        catalogue = PreTrainedTokenizerFast.from_pretrained(files, revision=revision, **where)
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision) if is_text else None
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())

@@ -145,6 +145,9 @@ class Recommendation(Task):
         for name in ("validation", "test"):
             if known and name in limited and (new := sum(row["target"] not in known for row in limited[name])):
                 self._note(f"{name}: {new:,} of {len(limited[name]):,} targets are in no training history; they count")
+        for name, column in self.others.items():
+            if {row["user"] for row in limited.get("test", [])} - set(column.index):
+                raise ValueError(f"--compare_with {name}: that run has scored other users; give both the same data.")
         datasets: dict[str, Rows] = {name: as_dataset(rows) for name, rows in limited.items()}
         if arguments.items_file:
             self._read_texts(arguments.items_file, datasets)
@@ -418,17 +421,11 @@ class Recommendation(Task):
         return baseline_ranks(histories, numbered(row["source"] for row in rows), targets, len(self.numbers))
 
     def report(self, predictions: list[Any], rows: list[dict[str, Any]], train: Rows | None) -> Scores:
-        """Intervals over users, the baselines and other runs with paired tests; ranks per user go into a file.
-
-        Raises:
-            ValueError: if another run has scored other users.
-        """
+        """Intervals over users, the baselines and other runs with paired tests; ranks per user go into a file."""
         ranks = np.array([prediction["rank"] for prediction in predictions])
         users = [row["user"] for row in rows]
         others = self._baselines(train, rows)
         for name, column in self.others.items():
-            if set(users) - set(column.index):
-                raise ValueError(f"--compare_with {name}: that run has scored other users; give both the same data.")
             others[name] = column[users].to_numpy()
         results: dict[str, Any] = {}
         for name in ("hr@10", "ndcg@10"):

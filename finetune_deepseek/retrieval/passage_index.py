@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from modeling_deepseek import DeepSeekForEmbedding
+from modeling_deepseek.whole_folders import current
 from tokenization_deepseek import DeepSeekTokenizer
 
 from ..data.cells import plain
@@ -36,7 +37,7 @@ from .encoding import encode
 from .lexical import BM25, DEFAULT_WEIGHTS, WORDS_ALONE, fused_scores, part_terms
 
 INDEX_FILE, PASSAGES_FILE, EMBEDDINGS_FILE = "index.json", "passages.jsonl", "embeddings.safetensors"
-FORMAT = 1
+FORMAT = 2  # 1 had its files in a mapping, whose order said nothing of where their passages stand
 TEXT_ENDINGS = (".txt", ".md", ".rst")
 TEXT_COLUMNS = ("text", "passage", "context")  # of a table, the first that it has
 MAX_CHARACTERS = 1000
@@ -45,6 +46,10 @@ SENTENCE_END = re.compile(r"(?<=[.!?])(?=\s)|(?<=[。！？])")
 OTHER_FIELDS = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version")
 Mode = Literal["fused", "bm25", "dense"]
 MODES = ("fused", "bm25", "dense")
+
+
+class DamagedIndex(ValueError):
+    """An index whose files aren't those that were written."""
 
 
 @dataclass(frozen=True)
@@ -249,7 +254,7 @@ class PassageIndex:
         """The index in `folder`, made from `knowledge` or brought up to date with it.
 
         Files that haven't changed since keep their passages and vectors; files that are gone leave the index. Each
-        file that can't be read is reported in a line.
+        file that can't be read is reported in a line, and so is an index that is damaged and made anew.
 
         Args:
             knowledge: a folder or file; None takes the index as it is.
@@ -258,12 +263,18 @@ class PassageIndex:
             use_faiss: search vectors by faiss.
 
         Raises:
-            ValueError: if the index is damaged, or was made by another model, tokenizer or length of passages, or if
-                nothing in `knowledge` can be read.
+            ValueError: if the index is damaged and there is no `knowledge` to make it anew from, if it was made by
+                another model, tokenizer or length of passages, or if nothing in `knowledge` can be read.
         """
         folder = Path(folder)
         fingerprint = retriever.fingerprint() if retriever else None
-        old, passages, embeddings = _read_index(folder)
+        try:
+            old, passages, embeddings = _read_index(folder)
+        except DamagedIndex as error:
+            if knowledge is None:
+                raise
+            print(f"{error}; it is made anew", file=sys.stderr)
+            old, passages, embeddings = None, [], None
         if knowledge is None and old is None:
             raise ValueError(f"{folder}: no index there; name the knowledge that it is to be made from.")
         if old is not None:
@@ -271,19 +282,16 @@ class PassageIndex:
             if knowledge is None:
                 return cls(passages, embeddings, retriever, old, use_faiss)
         assert knowledge is not None
-        contents: dict[str, dict[str, Any]] = {}
+        contents: list[dict[str, Any]] = []  # in the order of their passages
         all_passages: list[Passage] = []
         kept: list[int | None] = []  # where a passage stood in the old index
         unreadable = 0
-        known = old["files"] if old else {}
-        starts = dict(
-            zip(known, np.cumsum([0, *(file["passages"] for file in known.values())]).tolist(), strict=False)
-        )
+        known = {file["name"]: file for file in _files_of(old, passages)} if old else {}
         for name, path in knowledge_files(Path(knowledge)).items():
             try:
                 content_hash = hashlib.sha256(path.read_bytes()).hexdigest()
                 if name in known and known[name]["sha256"] == content_hash:
-                    places = list(range(starts[name], starts[name] + known[name]["passages"]))
+                    places = list(range(known[name]["start"], known[name]["start"] + known[name]["passages"]))
                     found = [passages[place] for place in places]
                     kept += places
                 else:
@@ -293,7 +301,8 @@ class PassageIndex:
                 unreadable += 1
                 print(f"left out {name}: {' '.join(str(error).split())}", file=sys.stderr)
                 continue
-            contents[name] = {"sha256": content_hash, "passages": len(found)}
+            start = len(all_passages)
+            contents.append({"name": name, "sha256": content_hash, "start": start, "passages": len(found)})
             all_passages += found
         if not all_passages:
             raise ValueError(f"{knowledge}: none of its {unreadable} files can be read, so there is nothing to find.")
@@ -318,12 +327,12 @@ class PassageIndex:
             "files": contents,
         }
         index = cls(all_passages, vectors, retriever, settings, use_faiss)
-        if new or contents != known:
+        if old is None or new or contents != old["files"]:
             index.save(folder)
         return index
 
     def save(self, folder: Path) -> None:
-        """Write the index; index.json takes its place last, and says what the other files must be."""
+        """Write the index whole; index.json says what the other files must be."""
         with replaced_folder(folder) as beside:
             lines = [json.dumps(asdict(passage), ensure_ascii=False) for passage in self.passages]
             write_text(beside / PASSAGES_FILE, "".join(line + "\n" for line in lines))
@@ -331,7 +340,7 @@ class PassageIndex:
                 save_file({"embeddings": self.embeddings.contiguous()}, beside / EMBEDDINGS_FILE)
             written = [path for path in beside.iterdir() if path.is_file()]
             self.settings["written"] = {path.name: file_hash(path) for path in written}
-        write_json(folder / INDEX_FILE, self.settings)
+            write_json(beside / INDEX_FILE, self.settings)
 
     def search(self, question: str, k: int = 5, mode: Mode | None = None) -> list[FoundPassage]:
         """The k best passages, best first; only such that share a word with the question, if words alone decide.
@@ -424,12 +433,13 @@ def _read_index(folder: Path) -> tuple[dict[str, Any] | None, list[Passage], tor
     Raises:
         ValueError: if one of the files is damaged.
     """
+    folder = Path(current(folder, INDEX_FILE))
     if not (folder / INDEX_FILE).is_file():
         return None, [], None
     try:
         settings = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
-        if settings["format"] != FORMAT:
-            raise ValueError(f"format {settings['format']} is not {FORMAT}")
+        if not isinstance(settings, dict) or settings.get("format") not in (1, FORMAT):
+            raise NotImplementedError
         for name, expected in settings["written"].items():
             if file_hash(folder / name) != expected:
                 raise ValueError(f"{name} is not the file that was written")
@@ -438,9 +448,29 @@ def _read_index(folder: Path) -> tuple[dict[str, Any] | None, list[Passage], tor
         embeddings = None
         if EMBEDDINGS_FILE in settings["written"]:
             embeddings = load_file(folder / EMBEDDINGS_FILE)["embeddings"]
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{folder}: its {INDEX_FILE} is not of an index of passages, or of a later version; name another folder."
+        ) from error
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ValueError(f"{folder}: the index is damaged ({error}); remove the folder and make it again.") from error
+        raise DamagedIndex(
+            f"{folder}: the index is damaged ({error}); name the knowledge that it is to be made from again"
+        ) from error
     return settings, passages, embeddings
+
+
+def _files_of(settings: dict[str, Any], passages: list[Passage]) -> list[dict[str, Any]]:
+    """The files of an index with the places of their passages, which format 1 leaves to be read off the passages."""
+    if settings["format"] == FORMAT:
+        return settings["files"]
+    places: dict[str, list[int]] = {}
+    for place, passage in enumerate(passages):
+        places.setdefault(passage.source.rpartition(":")[0], []).append(place)
+    return [
+        {"name": name, **settings["files"][name], "start": found[0]}
+        for name, found in places.items()
+        if settings["files"].get(name, {}).get("passages") == len(found) == found[-1] - found[0] + 1
+    ]
 
 
 def _refuse_another(folder: Path, old: dict[str, Any], fingerprint: str | None, max_characters: int | None) -> None:

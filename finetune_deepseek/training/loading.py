@@ -15,6 +15,7 @@ from configuration_deepseek import DeepSeekConfig
 from configuration_deepseek.official import SOURCES
 from configuration_deepseek.presets import preset
 from modeling_deepseek.register import MODELS_BY_AUTO_CLASS
+from modeling_deepseek.whole_folders import current
 from tokenization_deepseek import DeepSeekTokenizer
 
 from ..data.hub import check_named, check_source
@@ -142,7 +143,7 @@ def pretrained_model(
         fields: are set in its config.
         check_native: is shown `fields` before a model is made of transformers' own class.
     """
-    path, fields = str(arguments.model_name_or_path), fields or {}
+    path, fields = str(current(str(arguments.model_name_or_path), "adapter_config.json")), fields or {}
     with named_source("model_name_or_path", path):
         if not (Path(path) / "adapter_config.json").is_file():
             return _open_pretrained(path, arguments, auto_class, fields, check_native)

@@ -242,6 +242,15 @@ def test_what_cant_be_trained_on_is_one_line(tmp_path):
         Recommendation(RecommendationArguments(), 0).loss_function(0.1)
 
 
+def test_a_run_of_other_users_is_refused_before_training(tmp_path, monkeypatch):
+    path = write_ring(tmp_path / "ring.csv")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/user_ranks.csv").write_text("user,target,rank\nnobody,1,1\n")
+    monkeypatch.setattr("finetune_deepseek.training.run.train", lambda *_: pytest.fail("it was trained"))
+    with pytest.raises(ValueError, match="--compare_with other: that run has scored other users"):
+        recommendation(**SMALL, interactions_file=path, output_dir=tmp_path / "out", compare_with=[tmp_path / "other"])
+
+
 def test_the_example_runs_small(tmp_path):
     small = {"num_train_epochs": 1, "max_train_samples": 60, "max_eval_samples": 30, "max_predict_samples": 40}
     argv = [str(EXAMPLE), *flags({"output_dir": tmp_path, "use_cpu": True, "disable_tqdm": True} | small)]

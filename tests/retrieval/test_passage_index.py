@@ -209,6 +209,47 @@ def test_what_cant_be_opened_or_searched_is_one_line(knowledge, tmp_path):
     (tmp_path / "index/passages.jsonl").write_text("")
     with pytest.raises(ValueError, match="the index is damaged .passages.jsonl is not the file that was written"):
         PassageIndex.open(tmp_path / "index")
+    (tmp_path / "index/index.json").write_text('{"mine": 1}')
+    with pytest.raises(ValueError, match="index.json is not of an index of passages"):
+        PassageIndex.open(tmp_path / "index", knowledge)
+
+
+def test_a_damaged_index_is_made_anew_from_the_knowledge_that_is_named(knowledge, tmp_path, capsys):
+    first = PassageIndex.open(tmp_path / "index", knowledge)
+    for name in ("passages.jsonl", "index.json"):
+        (tmp_path / "index" / name).write_text("{")
+        capsys.readouterr()
+        assert PassageIndex.open(tmp_path / "index", knowledge).passages == first.passages
+        assert "the index is damaged" in (said := capsys.readouterr().err) and "it is made anew" in said
+        assert PassageIndex.open(tmp_path / "index").passages == first.passages
+
+
+@pytest.mark.parametrize("first_format", [1, 2])
+def test_an_update_neither_loses_passages_nor_keeps_old_ones(first_format, tmp_path, retriever):
+    texts = {"a/b.txt": "Slash.", "a-b.txt": "Dash, a long one. " * 99}
+
+    def write():
+        for name, text in texts.items():
+            (tmp_path / "notes" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "notes" / name).write_text(text, encoding="utf-8")
+
+    write()
+    PassageIndex.open(tmp_path / "index", tmp_path / "notes", retriever)
+    if first_format == 1:  # as the version before wrote it
+        path = tmp_path / "index/index.json"
+        settings = json.loads(path.read_text())
+        files = {file.pop("name"): file for file in settings["files"]}
+        for file in files.values():
+            del file["start"]
+        path.write_text(json.dumps(settings | {"format": 1, "files": files}, sort_keys=True))
+    for change in ({"c.txt": "New."}, {"a-b.txt": "Dash, edited."}, {"a/b.txt": "Slash, edited. " * 99}):
+        texts |= change
+        write()
+        index = PassageIndex.open(tmp_path / "index", tmp_path / "notes", retriever)
+        fresh = PassageIndex.open(tmp_path / f"fresh-{len(texts[list(change)[0]])}", tmp_path / "notes", retriever)
+        assert index.passages == fresh.passages
+        torch.testing.assert_close(index.embeddings, fresh.embeddings, rtol=1e-4, atol=1e-5)
+    assert PassageIndex.open(tmp_path / "index", retriever=retriever).passages == fresh.passages
 
 
 def test_a_retriever_is_loaded_from_its_folder(tmp_path, retriever):

@@ -241,7 +241,7 @@ def test_a_save_that_fails_leaves_the_folder_as_it_was(trained, tmp_path, monkey
 
     monkeypatch.setattr(DeepSeekTokenizer, "backend_tokenizer", FullDisk())
     trained.model_max_length = 5
-    with pytest.raises(OSError, match="tokenizer not saved, folder left as it was: No space left"):
+    with pytest.raises(OSError, match="folder is as it was before; the tokenizer was not saved: No space left"):
         trained.save_pretrained(tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 

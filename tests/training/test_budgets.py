@@ -12,12 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from transformers import Seq2SeqTrainingArguments, TrainerState
 
 from finetune_deepseek.__main__ import guarded
 from finetune_deepseek.training import callbacks
 from finetune_deepseek.training.batches import TokenBatchSampler
 from finetune_deepseek.training.callbacks import TimeLimitCallback
 from finetune_deepseek.training.optimization import follow_the_clock
+from finetune_deepseek.training.weights.averaging import expected_checkpoints
 from modeling_deepseek import DeepSeekForCausalLM
 from tests.small_runs import TINY, flags, write_jsonl
 
@@ -109,7 +111,7 @@ def test_two_processes_end_with_the_first_ones_time(data, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     state = json.loads((tmp_path / "out/trainer_state.json").read_text())
     assert state["global_step"] > 1 and (tmp_path / "out/model.safetensors").is_file()
-    assert done.stdout.count("averaged the weights of checkpoint-") == 1
+    assert done.stdout.count("the model is the mean of 2 checkpoints") == 1
 
 
 def test_a_resumed_clock_goes_on():
@@ -134,6 +136,35 @@ def test_the_mean_of_the_last_checkpoints(finetune, data, tmp_path):
     for name, tensor in found.items():
         torch.testing.assert_close(tensor, sum(part[name] for part in parts) / 3)
     assert not torch.equal(found["lm_head.weight"], parts[0]["lm_head.weight"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "step", "expected"),
+    [
+        ({"save_strategy": "steps", "save_steps": 3}, 0, 4),  # 3, 6, 9 and the last, 10
+        ({"save_strategy": "steps", "save_steps": 5}, 0, 2),
+        ({"save_strategy": "steps", "save_steps": 0.5}, 0, 2),  # a share of all steps
+        ({"save_strategy": "steps", "save_steps": 500}, 0, 1),
+        ({"save_strategy": "steps", "save_steps": 3}, 6, 2),  # resumed
+        ({"save_strategy": "epoch"}, 0, 5),
+        ({"save_strategy": "epoch"}, 4, 3),
+        ({"save_strategy": "no"}, 0, 0),
+        ({"save_strategy": "best"}, 0, None),
+    ],
+)
+def test_checkpoints_are_counted_before_they_are_saved(settings, step, expected, tmp_path):
+    args = Seq2SeqTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **settings)
+    state = TrainerState(max_steps=10, num_train_epochs=5, global_step=step)
+    state.compute_steps(args, 10)
+    assert expected_checkpoints(args, state) == expected
+
+
+def test_fewer_checkpoints_than_time_allowed_are_averaged_all_the_same(finetune, data, tmp_path):
+    settings = {"train_minutes": 1e-6, "save_steps": 1, "average_checkpoints": 3, "do_train": True}
+    results = finetune(output_dir=tmp_path, **settings, **data)
+    assert results["averaged_checkpoints"] == 1
+    found, kept = (load_file(folder / "model.safetensors") for folder in (tmp_path, tmp_path / "checkpoint-1"))
+    assert all(torch.equal(found[name], kept[name]) for name in kept)
 
 
 def test_a_training_step_computes_logits_of_targets_only(finetune, data, tmp_path, monkeypatch):
@@ -166,7 +197,10 @@ def test_a_training_step_computes_logits_of_targets_only(finetune, data, tmp_pat
             "--average_checkpoints takes the last ones, not the best",
         ),
         ({"average_checkpoints": 2, "use_peft": True}, "--average_checkpoints can't be used with --use_peft"),
-        ({"average_checkpoints": 3, "max_steps": 2, "save_steps": 1}, "has 2 checkpoints; save more often"),
+        (
+            {"average_checkpoints": 3, "max_steps": 2, "save_steps": 1},
+            "this run will have saved 2; lower --save_steps",
+        ),
         ({"generation_length_penalty": 2.0}, "--generation_length_penalty has no effect without beams"),
     ],
     ids=str,
@@ -176,3 +210,4 @@ def test_bad_values_are_one_line(settings, message, data, tmp_path, capsys):
     assert guarded(["translation", *argv]) == 2
     *_, error = capsys.readouterr().err.strip().splitlines()
     assert error.startswith("deepseek-hf: error: ") and message in error
+    assert not list((tmp_path / "out").glob("checkpoint-*"))

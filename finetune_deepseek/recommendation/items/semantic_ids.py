@@ -12,6 +12,8 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import cached_file
 
+from modeling_deepseek.whole_folders import current
+
 from ...data.files import write_text
 from .catalogue import PADDING, PADDING_TOKEN
 
@@ -50,6 +52,7 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
         Raises:
             OSError: if it has no codes of items.
         """
+        name = current(name, CODES_FILE)
         tokenizer = super().from_pretrained(name, *args, revision=revision, **kwargs)
         content = json.loads(Path(str(cached_file(name, CODES_FILE, revision=revision))).read_text(encoding="utf-8"))
         tokenizer.set_catalogue(content["items"], torch.tensor(content["codes"]))

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+import pyarrow as pa
 from datasets import Dataset
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, GenerationConfig, PreTrainedTokenizerBase
@@ -13,6 +14,7 @@ from ...data.sources import Rows
 from ..callbacks import PlotCallback
 from ..loading import load_model, load_tokenizer, saved_config
 from ..trainer import FinetuneTrainer
+from ..weights.averaging import EnoughCheckpoints
 from ..weights.freezing import freeze_weights
 from ..weights.lora import GroupCensus, apply_lora, census
 from .predictions import Scorer, evaluation_features
@@ -127,7 +129,22 @@ def make_features(
         if is_used:
             features[split] = evaluation_features(task, splits[split], tokenizer, len(examples))
             examples += list(splits[split])
+    if prepared.off_rows:
+        features["adapter-off"] = off_features(prepared, tokenizer)
     return features, examples
+
+
+def off_features(prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Features of --adapter_off_check: the same in the same order make the same batches, so that outputs can be equal.
+
+    Raises:
+        ValueError: if the rows are not of this task.
+    """
+    try:
+        return evaluation_features(prepared.task, Dataset.from_list(prepared.off_rows), tokenizer, 0)
+    except (KeyError, TypeError, AttributeError, pa.ArrowInvalid) as error:
+        path = prepared.stage.lora.adapter_off_check
+        raise ValueError(f"--adapter_off_check {path}: these are no rows of this task ({error!r}).") from error
 
 
 def check_lengths(features: dict[str, Rows], limit: int | None) -> None:
@@ -163,6 +180,8 @@ def make_trainer(
     callbacks: list[Any] = [PlotCallback()]
     if args.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(args.early_stopping_patience))
+    if args.average_checkpoints:
+        callbacks.append(EnoughCheckpoints(args.average_checkpoints))
     train = features.get("train")
     return FinetuneTrainer(
         model=model,

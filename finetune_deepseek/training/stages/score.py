@@ -2,11 +2,9 @@
 
 from collections.abc import Iterator
 
-from datasets import Dataset
-
 from ..task import Scores, prefixed
 from .build import Built
-from .predictions import data_hash, evaluation_features
+from .predictions import data_hash
 from .prepare import Prepared
 
 
@@ -40,11 +38,9 @@ def score_test(prepared: Prepared, built: Built) -> Iterator[Scores]:
 def score_adapter_off(prepared: Prepared, built: Built) -> Scores:
     """Generate the base model's predictions again with the adapter switched off; a difference is a fault."""
     path, rows = prepared.stage.lora.adapter_off_check, prepared.off_rows
-    # The same features in the same order make the same batches, so that outputs can be equal bit by bit.
-    features = evaluation_features(prepared.task, Dataset.from_list(rows), built.tokenizer, 0)
     built.trainer.compute_metrics = None  # these rows have their own numbers
     with built.model.disable_adapter():
-        found = built.scorer.predictions(built.trainer.predict(features, metric_key_prefix="off"))
+        found = built.scorer.predictions(built.trainer.predict(built.features["adapter-off"], metric_key_prefix="off"))
     expected = [row["prediction"] for row in rows]
     differing = [number for number in range(len(rows)) if found[number] != expected[number]]
     equal = {"adapter_off_equal": len(rows) - len(differing)}

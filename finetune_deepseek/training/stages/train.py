@@ -20,12 +20,14 @@ def train(prepared: Prepared, built: Built) -> Scores:
     if isinstance(rows, Dataset) and prepared.checkpoint is None:
         tokens = metrics["epoch"] * sum(rows["length"])  # without padding
         metrics["train_tokens_per_second"] = round(tokens / metrics["train_runtime"], 1)
+    text = ""
     if args.average_checkpoints:
         trainer.accelerator.wait_for_everyone()  # the first process may still be saving the last one
-        average_checkpoints(built.model, prepared.folder, args.average_checkpoints)
+        metrics["averaged_checkpoints"] = average_checkpoints(built.model, prepared.folder, args.average_checkpoints)
+        text = f"the model is the mean of {metrics['averaged_checkpoints']} checkpoints"
     trainer.save_model()
     trainer.save_state()
-    return Scores(metrics | prepared.count("train"))
+    return Scores(metrics | prepared.count("train"), text=text)
 
 
 def remove_old_checkpoints(prepared: Prepared) -> None:

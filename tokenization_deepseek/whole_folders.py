@@ -1,0 +1,1 @@
+../modeling_deepseek/whole_folders.py
