@@ -22,6 +22,7 @@ from ..data.arguments import SPLITS
 from ..data.hub import check_named
 from ..data.sources import Rows
 from ..training.arguments import ModelArguments
+from ..training.batches import RowDraws
 from ..training.eval_loss import Predicted
 from ..training.optimization import IGNORED_LABEL
 from ..training.ranks import highest, ranks
@@ -62,14 +63,17 @@ class RecommendationCollator(CausalCollator):
     """Pads histories on the right; for evaluation also the items that were seen. Training histories lose items first,
     at a rate of up to `highest_rate`."""
 
-    def __init__(self, pad_token_id: int, highest_rate: float = 0.0) -> None:
+    def __init__(self, pad_token_id: int, highest_rate: float = 0.0, seed: int = 0) -> None:
         super().__init__(pad_token_id)
-        self.highest_rate = highest_rate
+        self.highest_rate, self.draws = highest_rate, RowDraws(seed)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.draws.set_epoch(epoch)
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = {}
         if self.highest_rate and "target" not in features[0]:
-            features = [item_dropout(feature, self.highest_rate) for feature in features]
+            features = [item_dropout(f, self.highest_rate, self.draws.of(f["number"])) for f in features]
         batch["input_ids"], batch["attention_mask"] = self._pad([f["input_ids"] for f in features])
         if "target" in features[0]:
             batch["seen"], _ = self._pad([f["seen"] for f in features])
@@ -335,6 +339,7 @@ class Recommendation(Task):
                 after = side.of_contexts(given, known, len(history))
                 features["context_features"] += [after[window] for window in windows]
         features["length"] = [len(window) - is_training for window in features["input_ids"]]
+        features["number"] = list(range(len(features["length"])))  # by which a row's draws are its own
         if unknown:
             self._note(f"left out {unknown:,} items of histories that are not in the model's catalogue")
         self._note(*side.notes_on_unknown())
@@ -345,7 +350,7 @@ class Recommendation(Task):
         return Dataset.from_dict(features)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> RecommendationCollator:
-        return RecommendationCollator(PADDING, self.arguments.item_dropout)
+        return RecommendationCollator(PADDING, self.arguments.item_dropout, self.seed)
 
     def loss_function(self, label_smoothing: float) -> Callable[..., torch.Tensor] | None:
         if label_smoothing:
