@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .words import has_spaces
+from .languages import has_spaces
 
 OPERATIONS = ("synonym", "insert", "delete", "swap")
 

@@ -10,7 +10,8 @@ from typing import Any
 from datasets import Dataset
 
 from .fault_report import Pair, Report, finding
-from .scripts import foreign_script, looks_mojibake
+from .languages import foreign_script
+from .scripts import looks_mojibake
 
 
 def repeated(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair], list[Pair]]:
@@ -45,7 +46,7 @@ def check_pairs(splits: dict[str, Any], source_lang: str, target_lang: str) -> R
 
     Args:
         splits: rows with `source` and `target`. A stream isn't checked, and neither is an overlap with it.
-        source_lang: language code, such as en or zh-CN; the part before the hyphen tells the script.
+        source_lang: name of a language (see languages.py), which tells the script.
         target_lang: the same.
     """
     pairs_by_split: dict[str, list[Pair]] = {

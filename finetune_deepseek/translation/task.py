@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.arguments import SPLITS
 from ..data.augmentation import Augmenter
 from ..data.fault_report import Report, merged
+from ..data.languages import hub_codes
 from ..data.moses import signature
 from ..data.pair_checks import check_pairs, count_empty_sides, count_long_rows
 from ..data.sources import Part, Rows, joined, named, open_splits, progress, read_file, split_files, utf8_text
@@ -411,7 +412,7 @@ class Translation(Prompts, Task):
             }
             metrics = {name: (metric, f"{label}, mean") for name, (metric, label) in metrics.items()} | of_pairs
         return {
-            "language": arguments.languages,
+            "language": hub_codes(arguments.languages),
             "pipeline_tag": "translation",
             "datasets": [arguments.dataset_name] if arguments.dataset_name else [],
             "metrics": metrics,
