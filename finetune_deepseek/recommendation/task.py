@@ -50,7 +50,7 @@ from .items.interactions import (
     split_file_rows,
 )
 from .items.svd import add_item_svd
-from .report import CARD_CODE, FEATURE_CARD_CODE, TEXT_CARD_CODE, read_ranks, scores_table
+from .report import CARD_CODE, FEATURE_CARD_CODE, TEXT_CARD_CODE, read_ranks, run_names, scores_table
 from .sasrec import register_sasrec, sasrec_config
 from .scores import bootstrap_interval, comparison, per_user, ranking_scores
 
@@ -126,8 +126,8 @@ class Recommendation(Task):
         if arguments.items_file:
             self.tokenizer_class = None  # the model's own, of words
         self.others: dict[str, pd.Series] = {}
-        for folder in arguments.compare_with or []:
-            self.others[Path(folder).name] = read_ranks(folder)
+        for folder, name in run_names(arguments.compare_with or []).items():
+            self.others[name] = read_ranks(folder)
 
     def _note(self, *lines: str) -> None:
         self.notes += lines
