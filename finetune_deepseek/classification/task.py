@@ -7,14 +7,13 @@ already keeps them.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
 import torch
 from datasets import Dataset
 from sklearn.feature_extraction.text import TfidfVectorizer
-from torch.utils.data import Sampler
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from tokenization_deepseek import encode_text
@@ -38,26 +37,6 @@ def as_number(text: str) -> float | None:
     except ValueError:
         return None
     return found if math.isfinite(found) else None
-
-
-class BalancedSampler(Sampler[int]):
-    """As many rows as there are, drawn with replacement so that each class is equally likely."""
-
-    def __init__(self, labels: Iterable[int], seed: int) -> None:
-        ids = np.array(list(labels))
-        self.weights = torch.tensor(1 / np.bincount(ids)[ids], dtype=torch.float32)
-        self.seed, self.epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Another draw in each epoch, the same one when a run is resumed in it."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.weights)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        yield from torch.multinomial(self.weights, len(self), replacement=True, generator=generator).tolist()
 
 
 class ClassificationCollator(CausalCollator):
@@ -264,8 +243,12 @@ class Classification(Task):
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> ClassificationCollator:
         return ClassificationCollator(cast(int, tokenizer.pad_token_id), self.problem.dtype)
 
-    def sampler(self, features: Dataset) -> Sampler[int] | None:
-        return BalancedSampler(features["labels"], self.seed) if self.arguments.balance == "sampler" else None
+    def row_weights(self, features: Dataset) -> torch.Tensor | None:
+        """As many rows as there are, so that each class is equally likely, for --balance sampler."""
+        if self.arguments.balance != "sampler":
+            return None
+        labels = np.array(features["labels"])
+        return torch.tensor(1 / np.bincount(labels)[labels], dtype=torch.float32)
 
     def loss_function(self, label_smoothing: float) -> Callable[..., torch.Tensor]:
         """The mean loss of the rows, for several labels of rows and labels.

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .files import json_of, read_text
-from .words import has_spaces
+from .languages import has_spaces
 
 OPERATIONS = ("synonym", "insert", "delete", "swap")
 

@@ -21,6 +21,7 @@ CHECKS = {
     "long_rows": "more tokens than the length limits",
     "pairs_in_train": "pair is in the training split",
     "sources_in_train": "source is in the training split, another target",
+    "targets_in_train": "target is in the training split, another source",
 }
 
 EXAMPLES_KEPT = 3

@@ -10,7 +10,8 @@ from typing import Any
 from datasets import Dataset
 
 from .fault_report import Pair, Report, finding
-from .scripts import foreign_script, looks_mojibake
+from .languages import foreign_script
+from .scripts import looks_mojibake
 
 
 def repeated(pairs: Sequence[Pair]) -> tuple[list[Pair], list[Pair], list[Pair]]:
@@ -45,7 +46,7 @@ def check_pairs(splits: dict[str, Any], source_lang: str, target_lang: str) -> R
 
     Args:
         splits: rows with `source` and `target`. A stream isn't checked, and neither is an overlap with it.
-        source_lang: language code, such as en or zh-CN; the part before the hyphen tells the script.
+        source_lang: name of a language (see languages.py), which tells the script.
         target_lang: the same.
     """
     pairs_by_split: dict[str, list[Pair]] = {
@@ -54,7 +55,7 @@ def check_pairs(splits: dict[str, Any], source_lang: str, target_lang: str) -> R
         if isinstance(rows, Dataset)
     }
     train = set(pairs_by_split.get("train", []))
-    train_sources = {source for source, _ in train}
+    train_sources, train_targets = {source for source, _ in train}, {target for _, target in train}
     report: Report = {}
     for split, pairs in pairs_by_split.items():
         same_pair, same_source, is_reversed = repeated(pairs)
@@ -72,6 +73,9 @@ def check_pairs(splits: dict[str, Any], source_lang: str, target_lang: str) -> R
             elsewhere = [pair for pair in pairs if pair not in train and pair[0] in train_sources]
             report[split]["pairs_in_train"] = finding(pair for pair in pairs if pair in train)
             report[split]["sources_in_train"] = finding(elsewhere)
+            # As back-translation of a text brings them that the split was taken from.
+            known = [pair for pair in pairs if pair not in train and pair[1] in train_targets]
+            report[split]["targets_in_train"] = finding(known)
     return report
 
 

@@ -1,15 +1,7 @@
-"""Words and texts: the known word that is nearest, whether a language has spaces, two texts as one."""
+"""Words and texts: the known word that is nearest, two texts as one."""
 
 import difflib
-import re
 from collections.abc import Iterable
-
-LANGUAGES_WITHOUT_SPACES = ("zh", "ja", "th", "lo", "km", "my")
-
-
-def has_spaces(language: str) -> bool:
-    """Whether a language, given by a code such as en or zh-CN, has spaces between words."""
-    return re.split("[-_]", language)[0].lower() not in LANGUAGES_WITHOUT_SPACES
 
 
 def nearest_match(word: str, known: Iterable[str]) -> str:

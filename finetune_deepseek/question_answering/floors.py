@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from ..data.scripts import HAN
+from ..data.languages import HAN
 
 # A sentence ends with a stop, or a line does.
 SENTENCE = re.compile(r"[^\n]+?(?:[.!?](?=\s|$)|[。！？]|(?=\n)|$)")

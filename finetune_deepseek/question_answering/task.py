@@ -22,7 +22,8 @@ from configuration_deepseek.official import SOURCES
 from ..data.arguments import SPLITS
 from ..data.fault_report import Report, finding
 from ..data.files import json_text
-from ..data.scripts import HAN, looks_mojibake
+from ..data.languages import HAN
+from ..data.scripts import looks_mojibake
 from ..data.sources import DatasetColumns, Part, Rows, joined, named, read_splits
 from ..training.eval_loss import Predicted
 from ..training.task import Scores, Task, prefixed

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tokenization_deepseek import encode_text
 
-from ..data.scripts import HAN
+from ..data.languages import HAN
 
 Offset = tuple[int, int]
 # With characters apart a token never holds two Chinese characters or signs, between which an answer may begin.

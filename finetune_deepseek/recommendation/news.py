@@ -6,7 +6,6 @@ ranked like any other (item_texts.py). The model learns to tell one click from o
 use. Scores are MIND's: AUC, MRR and nDCG of each impression, mean over impressions.
 """
 
-import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -21,6 +20,7 @@ from modeling_deepseek import AutoModelForRecommendation
 
 from ..data.arguments import SPLITS
 from ..data.sources import Rows
+from ..training.batches import RowDraws
 from ..training.eval_loss import Predicted
 from ..training.task import CausalCollator, Scores, Task
 from .arguments import PREDICTION_FILE, NewsArguments
@@ -44,7 +44,10 @@ class NewsCollator(CausalCollator):
     def __init__(self, num_non_clicks: int, seed: int) -> None:
         super().__init__(PADDING)
         self.num_non_clicks = num_non_clicks
-        self.random = random.Random(seed)
+        self.draws = RowDraws(seed)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.draws.set_epoch(epoch)
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = {}
@@ -52,8 +55,8 @@ class NewsCollator(CausalCollator):
         if "click" in features[0]:
             drawn = []
             for one in features:
-                others = one["candidates"]
-                drawn.append([one["click"], *self.random.sample(others, min(len(others), self.num_non_clicks))])
+                others, draw = one["candidates"], self.draws.of(one["number"])
+                drawn.append([one["click"], *draw.sample(others, min(len(others), self.num_non_clicks))])
             batch["candidates"], _ = self._pad(drawn)
             batch["labels"] = torch.zeros(len(features), dtype=torch.long)
         else:
@@ -170,6 +173,8 @@ class NewsRecommendation(Task):
             self._note(f"left out {useless:,} training impressions without both clicks and news not clicked")
         if not features["input_ids"]:
             raise ValueError("No impression has both a click and news that weren't clicked; nothing to learn from.")
+        if is_training:
+            features["number"] = list(range(len(features["click"])))  # by which its draws are its own
         return Dataset.from_dict(features)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> NewsCollator:

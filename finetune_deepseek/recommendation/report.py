@@ -9,7 +9,11 @@ import pandas as pd
 from ..data.cells import Column, typed
 from ..data.table import read_columns
 from .arguments import RANKS_FILE
+from .baselines import BASELINES
 from .scores import per_user
+
+# Names of a table's rows, of `RANKS_FILE`'s columns, and of what results begin with.
+TAKEN = {*BASELINES, "model", "user", "target", "rank", "train", "eval", "test", "baseline"}
 
 CARD_CODE = """from modeling_deepseek import AutoModelForRecommendation
 from transformers import PreTrainedTokenizerFast
@@ -31,6 +35,28 @@ FEATURE_CARD_CODE = """from finetune_deepseek.recommend import load
 
 history = ["5", "3", "8"]  # ids of items, oldest first
 print(load("{name}").recommend(history, k=10, """
+
+
+def run_names(folders: list[str]) -> dict[str, str]:
+    """What to call each of some runs: its folder, with as many of those above as tell it from the other runs, the
+    baselines and the columns of `RANKS_FILE`.
+
+    Raises:
+        ValueError: if a run is named twice.
+    """
+    parts = {folder: Path(folder).resolve().parts[1:] for folder in folders}
+    if len(set(parts.values())) < len(folders):
+        raise ValueError(f"--compare_with {' '.join(folders)}: a run is named twice; name each once.")
+    names: dict[str, str] = {}
+    for folder, mine in parts.items():
+        others = {tail for theirs in parts.values() if theirs != mine for tail in tails(theirs)} | TAKEN
+        names[folder] = next((tail for tail in tails(mine) if tail not in others), folder)
+    return names
+
+
+def tails(parts: tuple[str, ...]) -> list[str]:
+    """The ends of a path, shortest first."""
+    return ["/".join(parts[-count:]) for count in range(1, len(parts) + 1)]
 
 
 def read_ranks(folder: str) -> pd.Series:

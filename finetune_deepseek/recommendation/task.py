@@ -23,6 +23,7 @@ from ..data.hub import check_named
 from ..data.sources import DatasetColumns, Rows
 from ..data.table import Columns, read_columns
 from ..training.arguments import ModelArguments
+from ..training.batches import RowDraws
 from ..training.eval_loss import Predicted
 from ..training.optimization import IGNORED_LABEL
 from ..training.ranks import highest, ranks
@@ -49,7 +50,7 @@ from .items.interactions import (
     split_file_rows,
 )
 from .items.svd import add_item_svd
-from .report import CARD_CODE, FEATURE_CARD_CODE, TEXT_CARD_CODE, read_ranks, scores_table
+from .report import CARD_CODE, FEATURE_CARD_CODE, TEXT_CARD_CODE, read_ranks, run_names, scores_table
 from .sasrec import register_sasrec, sasrec_config
 from .scores import bootstrap_interval, comparison, per_user, ranking_scores
 
@@ -62,14 +63,17 @@ class RecommendationCollator(CausalCollator):
     """Pads histories on the right; for evaluation also the items that were seen. Training histories lose items first,
     at a rate of up to `highest_rate`."""
 
-    def __init__(self, pad_token_id: int, highest_rate: float = 0.0) -> None:
+    def __init__(self, pad_token_id: int, highest_rate: float = 0.0, seed: int = 0) -> None:
         super().__init__(pad_token_id)
-        self.highest_rate = highest_rate
+        self.highest_rate, self.draws = highest_rate, RowDraws(seed)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.draws.set_epoch(epoch)
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = {}
         if self.highest_rate and "target" not in features[0]:
-            features = [item_dropout(feature, self.highest_rate) for feature in features]
+            features = [item_dropout(f, self.highest_rate, self.draws.of(f["number"])) for f in features]
         batch["input_ids"], batch["attention_mask"] = self._pad([f["input_ids"] for f in features])
         if "target" in features[0]:
             batch["seen"], _ = self._pad([f["seen"] for f in features])
@@ -123,8 +127,8 @@ class Recommendation(Task):
         if arguments.items_file:
             self.tokenizer_class = None  # the model's own, of words
         self.others: dict[str, pd.Series] = {}
-        for folder in arguments.compare_with or []:
-            self.others[Path(folder).name] = read_ranks(folder)
+        for folder, name in run_names(arguments.compare_with or []).items():
+            self.others[name] = read_ranks(folder)
 
     def _note(self, *lines: str) -> None:
         self.notes += lines
@@ -340,6 +344,7 @@ class Recommendation(Task):
                 after = side.of_contexts(given, known, len(history))
                 features["context_features"] += [after[window] for window in windows]
         features["length"] = [len(window) - is_training for window in features["input_ids"]]
+        features["number"] = list(range(len(features["length"])))  # by which a row's draws are its own
         if unknown:
             self._note(f"left out {unknown:,} items of histories that are not in the model's catalogue")
         self._note(*side.notes_on_unknown())
@@ -350,7 +355,7 @@ class Recommendation(Task):
         return Dataset.from_dict(features)
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> RecommendationCollator:
-        return RecommendationCollator(PADDING, self.arguments.item_dropout)
+        return RecommendationCollator(PADDING, self.arguments.item_dropout, self.seed)
 
     def loss_function(self, label_smoothing: float) -> Callable[..., torch.Tensor] | None:
         if label_smoothing:

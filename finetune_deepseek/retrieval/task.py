@@ -162,8 +162,14 @@ class Embedding(Task):
             "length": [max(map(len, pair)) for pair in zip(queries, passages, strict=True)],
         }
         if is_training:
+            others = [[ids[text] for text in texts] for texts in rows["negatives"]]
             if arguments.negatives_column:
-                features["negative_ids"] = [[ids[text] for text in others] for others in rows["negatives"]]
+                features["negative_ids"] = others
+            # At most: passages that several rows share stand in a batch once.
+            features["sizes"] = [
+                [[1, len(query)], [1 + len(more), max(map(len, [passage, *more]))]]
+                for query, passage, more in zip(queries, passages, others, strict=True)
+            ]
         else:
             numbers = {text: len(self.passages) + n for n, text in enumerate(dict.fromkeys(rows["target"]))}
             features["query_number"] = list(range(len(self.queries), len(self.queries) + len(queries)))

@@ -23,6 +23,18 @@ class PlotCallback(TrainerCallback):
             plot_metrics(state.log_history, folder / "metric_plot.png")
 
 
+class EpochCallback(TrainerCallback):
+    """Says to all that draw rows which epoch begins; a resumed one too, whose loader is another by then."""
+
+    def __init__(self, *parts: Any) -> None:
+        self.parts = list(parts)
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        for part in self.parts:
+            if hasattr(part, "set_epoch"):
+                part.set_epoch(int(state.epoch or 0))
+
+
 class TimeLimitCallback(TrainerCallback, ExportableState):
     """Ends training after so many minutes of it, evaluations and saving included; a resumed run goes on counting.
 

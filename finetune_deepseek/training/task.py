@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from datasets import Dataset
-from torch.utils.data import Sampler
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
 from tokenization_deepseek import train_tokenizer
@@ -108,14 +107,17 @@ class Task(ABC):
 
     @abstractmethod
     def features(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, is_training: bool) -> Rows:
-        """Model inputs with a `length` in tokens; for evaluation one per row in the rows' order."""
+        """Model inputs with a `length` in tokens; for evaluation one per row in the rows' order.
+
+        Where a training row is padded in several parts, their `sizes` say how (see `TokenBatchSampler`).
+        """
 
     @abstractmethod
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
         """What makes a batch of features."""
 
-    def sampler(self, features: Dataset) -> Sampler[int] | None:
-        """The order of the training features, None for that of --train_sampling_strategy."""
+    def row_weights(self, features: Dataset) -> torch.Tensor | None:
+        """How often each training feature is drawn beside the others, None for each once in an epoch."""
         return None
 
     def loss_function(self, label_smoothing: float) -> Callable[..., torch.Tensor] | None:

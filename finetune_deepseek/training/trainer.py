@@ -18,7 +18,6 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Sampler
 from transformers import GenerationConfig, Seq2SeqTrainer
 from transformers.trainer_utils import SchedulerType, get_last_checkpoint
 from transformers.training_args import ParallelMode
@@ -28,8 +27,8 @@ from modeling_deepseek import DeepSeekForCausalLM, DeepSeekForRecommendation
 from ..data.files import finite, replaced_folder
 from ..data.words import nearest_match
 from .arguments import MUON
-from .batches import TokenBatchSampler
-from .callbacks import TimeLimitCallback
+from .batches import RowSampler, TokenBatchSampler
+from .callbacks import EpochCallback, TimeLimitCallback
 from .eval_loss import LossOfSplit
 from .optimization import (
     MULTI_STEP,
@@ -57,7 +56,6 @@ class FinetuneTrainer(Seq2SeqTrainer):
         self,
         *,
         generation_config: GenerationConfig | None,
-        sampler: Sampler[int] | None,
         save_beside: Callable[[Path], None],
         is_language_model: bool,
         task: Task,
@@ -86,7 +84,8 @@ class FinetuneTrainer(Seq2SeqTrainer):
         self.greedy = copy.deepcopy(generation_config)
         if self.greedy is not None:
             self.greedy.num_beams, self.greedy.length_penalty = 1, 1.0
-        self.sampler = sampler
+        self.epochs = EpochCallback(None, self.data_collator)
+        self.add_callback(self.epochs)
         self.save_beside = save_beside
         self.card: Callable[[Path], None] = lambda folder: None  # writes README.md; set when there is what it says
 
@@ -130,7 +129,9 @@ class FinetuneTrainer(Seq2SeqTrainer):
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self.loss_of_split = LossOfSplit()
-        output: Any = super().evaluation_loop(*args, **kwargs)
+        # Each reading of data takes a seed; a run that is resumed after an evaluation must find training's as it was.
+        with torch.random.fork_rng(devices=[]):
+            output: Any = super().evaluation_loop(*args, **kwargs)
         scores = self.loss_of_split.scores()
         if output.predictions is not None and (loss := self.task.split_loss(output.predictions)) is not None:
             scores["loss"] = loss
@@ -231,15 +232,22 @@ class FinetuneTrainer(Seq2SeqTrainer):
         return math.isfinite(metrics[f"eval_{name}"]) and super()._determine_best_metric(metrics, trial)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if self.args.tokens_per_batch:
-            return TokenBatchSampler(
-                cast(Dataset, train_dataset or self.train_dataset)["length"],
-                self.args.tokens_per_batch,
-                seed=self.args.data_seed or self.args.seed,
-                rank=self.args.process_index,
-                world_size=self.args.world_size,
+        rows = train_dataset or self.train_dataset
+        if not isinstance(rows, Dataset) or self.args.train_sampling_strategy == "sequential":
+            return super()._get_train_sampler(train_dataset)
+        args, weights = self.args, self.task.row_weights(rows)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        if args.tokens_per_batch:
+            sizes = rows["sizes"] if "sizes" in rows.column_names else [[(1, length)] for length in rows["length"]]
+            found: Any = TokenBatchSampler(
+                sizes, args.tokens_per_batch, seed, args.process_index, args.world_size, weights
             )
-        return self.sampler or super()._get_train_sampler(train_dataset)
+        else:
+            lengths = rows["length"] if args.train_sampling_strategy == "group_by_length" else None
+            group = args.train_batch_size * args.gradient_accumulation_steps
+            found = RowSampler(len(rows), seed, lengths, group, weights)
+        self.epochs.parts[0] = found
+        return found
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         # Evaluation rows are sorted by length already; Trainer's own choice would shuffle them.

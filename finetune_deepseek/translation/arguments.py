@@ -5,9 +5,9 @@ from string import Formatter
 from typing import Literal, TypeAlias
 
 from ..data.arguments import DataArguments
-from ..data.augmentation import AugmentationArguments
 from ..data.ranges import check_ranges
 from ..training.arguments import ModelArguments
+from .augmentation import AugmentationArguments
 from .moses import moses_lower
 
 LanguagePair: TypeAlias = tuple[str, str]  # source and target language

@@ -6,12 +6,14 @@ in its own right: lines of `{"translation": {...}}`.
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from huggingface_hub import hf_hub_download
 from tqdm import tqdm
 
 from ..data.files import json_line, read_lines, write_text
@@ -75,14 +77,27 @@ def back_translate(arguments: TranslationArguments) -> tuple[str, list[tuple[str
 
 
 def fingerprint(text_file: Path, folder: Path, prompts: Prompts, how: TranslateArguments) -> str:
-    """Eight digits that change with the text, the model's files and the way of translating."""
-    names = ("config.json", "adapter_config.json", "tokenizer.json")
-    model = sorted(path for path in folder.iterdir() if path.suffix == ".safetensors" or path.name in names)
+    """Eight digits that change with the text, the model's files, an adapter's base and the way of translating."""
     digest = hashlib.sha256(repr((prompts.arguments, how)).encode())
-    for path in (text_file, *model):
+    for path in (text_file, *model_files(folder)):
+        digest.update(path.parent.name.encode() if path.parent.parent.name == "snapshots" else b"")  # a commit
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:8]
+
+
+def model_files(folder: Path) -> list[Path]:
+    """Those that decide what a model writes, with its base's where it is an adapter; of a base on the Hub its config,
+    in the folder of its commit."""
+    names = ("config.json", "adapter_config.json", "tokenizer.json")
+    found = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin") or path.name in names)
+    if not (folder / "adapter_config.json").is_file():
+        return found
+    adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    base = adapter["base_model_name_or_path"]
+    if Path(base).is_dir():
+        return found + model_files(Path(base))
+    return [*found, Path(hf_hub_download(base, "config.json", revision=adapter.get("revision")))]
 
 
 def generate(lines: Sequence[str], folder: Path, prompts: Prompts, how: TranslateArguments, kept: Path) -> list[str]:

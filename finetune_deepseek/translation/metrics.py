@@ -7,17 +7,9 @@ import evaluate
 import sacrebleu
 from datasets import Features, Value
 
+from ..data.languages import bleu_tokenizer
 from ..training.metrics import InMemoryMetric
 from .moses import moses_lower, signature
-
-# Languages written without spaces, or whose words sacrebleu cuts by an extra package (MeCab for Japanese and Korean):
-# they are scored by character, so that a score doesn't depend on what is installed. The signature names the tokenizer.
-BLEU_TOKENIZERS = {"zh": "zh", "ja": "char", "ko": "char", "th": "char", "lo": "char", "km": "char", "my": "char"}
-
-
-def bleu_tokenizer(target_lang: str) -> str:
-    """sacrebleu's tokenizer for a language code such as `zh`, `zh-CN` or `pt_BR`; `13a` for all not in the table."""
-    return BLEU_TOKENIZERS.get(target_lang.replace("_", "-").split("-")[0].lower(), "13a")
 
 
 class _TextMetric(InMemoryMetric):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from importlib.metadata import version
 
-from ..data.words import has_spaces
+from ..data.languages import code, has_spaces
 
 
 @lru_cache
@@ -25,10 +25,9 @@ def moses_lower(language: str) -> Callable[[str], str]:
         raise ValueError("Moses tokenization needs sacremoses: pip install 'deepseek-hf[moses]'.") from error
     if not has_spaces(language):
         raise ValueError(f"Moses tokenization is for languages with spaces between words, not {language!r}.")
-    code = language.replace("_", "-").split("-")[0].lower()
-    normalizer, tokenizer = MosesPunctNormalizer(lang=code), MosesTokenizer(lang=code)
+    normalizer, tokenizer = MosesPunctNormalizer(lang=code(language)), MosesTokenizer(lang=code(language))
     return lambda text: tokenizer.tokenize(normalizer.normalize(text.lower()), return_str=True)
 
 
 def signature(language: str) -> str:
-    return f"lowercase, normalize-punctuation, tokenizer -l {language} by sacremoses {version('sacremoses')}"
+    return f"lowercase, normalize-punctuation, tokenizer -l {code(language)} by sacremoses {version('sacremoses')}"

@@ -14,8 +14,8 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..data.arguments import SPLITS
-from ..data.augmentation import Augmenter
 from ..data.fault_report import Report, merged
+from ..data.languages import hub_codes
 from ..data.mapped import NESTED, text_rows
 from ..data.pair_checks import check_pairs, count_empty_sides, count_long_rows
 from ..data.sources import Part, Rows, joined, named, open_splits, progress, split_files
@@ -23,6 +23,7 @@ from ..data.words import nearest_match
 from ..training.optimization import IGNORED_LABEL
 from ..training.task import Task
 from .arguments import MODEL_SETTINGS, LanguagePair, TranslationArguments
+from .augmentation import Augmenter
 from .back_translation import back_translate
 from .metrics import translation_metrics
 from .moses import signature
@@ -412,7 +413,7 @@ class Translation(Prompts, Task):
             }
             metrics = {name: (metric, f"{label}, mean") for name, (metric, label) in metrics.items()} | of_pairs
         return {
-            "language": arguments.languages,
+            "language": hub_codes(arguments.languages),
             "pipeline_tag": "translation",
             "datasets": [arguments.dataset_name] if arguments.dataset_name else [],
             "metrics": metrics,

@@ -20,10 +20,11 @@ import finetune_deepseek
 from finetune_deepseek.classification.arguments import ClassificationArguments
 from finetune_deepseek.classification.metrics import LabelSetF1, RegressionErrors
 from finetune_deepseek.classification.problems import PROBLEMS, MultiLabel, Regression, SingleLabel
-from finetune_deepseek.classification.task import BalancedSampler, Classification
+from finetune_deepseek.classification.task import Classification, ClassificationCollator
 from finetune_deepseek.data.sources import DatasetColumns
 from finetune_deepseek.data.words import pair_text
 from finetune_deepseek.training.arguments import ModelArguments
+from finetune_deepseek.training.batches import RowSampler, TokenBatchSampler
 from finetune_deepseek.training.loading import load_model
 from finetune_deepseek.training.parsing import parse_command
 from finetune_deepseek.training.run import run_stages
@@ -224,28 +225,42 @@ def test_a_number_of_minus_100_counts_like_others(tmp_path):
     assert result["train_loss"] == pytest.approx(mean, rel=0.01) == result["eval_loss"]
 
 
-def test_balanced_sampler_draws_each_class_equally_often():
+@pytest.mark.parametrize("tokens", [None, 60])
+def test_balanced_classes_are_drawn_equally_often(tokens):
     labels = [0] * 900 + [1] * 90 + [2] * 10
-    sampler = BalancedSampler(labels, seed=3)
-    drawn = Counter(labels[index] for index in sampler)
-    assert sum(drawn.values()) == len(sampler) == 1000
-    assert all(280 < drawn[label] < 390 for label in (0, 1, 2))
-    first = list(sampler)
-    assert first == list(sampler)  # a resumed epoch is the same
-    sampler.set_epoch(1)
-    assert first != list(sampler)
+    made = Classification(ClassificationArguments(train_file="unread", balance="sampler"), seed=0)
+    features = Dataset.from_dict({"labels": labels, "length": [number % 30 + 1 for number in range(1000)]})
+    weights = made.row_weights(features)
+    assert Classification(ClassificationArguments(train_file="unread"), 0).row_weights(features) is None
+    if tokens:
+        sampler = TokenBatchSampler([[(1, length)] for length in features["length"]], tokens, 3, weights=weights)
+    else:
+        sampler = RowSampler(1000, 3, weights=weights)
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        drawn = list(sampler)
+        assert len(drawn) == len(sampler) and drawn == list(sampler)  # a resumed epoch is the same
+        rows = [row for batch in drawn for row in batch] if tokens else drawn
+        assert all(0.28 < count / len(rows) < 0.39 for count in Counter(labels[row] for row in rows).values())
+        assert not tokens or all(len(batch) * max(features["length"][r] for r in batch) <= tokens for batch in drawn)
+    sampler.set_epoch(0)
+    assert list(sampler) != drawn
 
 
-def test_trainer_uses_the_sampler(tmp_path, monkeypatch):
-    drawn = []
+@pytest.mark.parametrize("by_tokens", [False, True])
+def test_trainer_draws_the_rare_class_as_often(by_tokens, tmp_path, monkeypatch):
+    """One row of "rare" among twenty: every second label of training is its."""
+    seen, collate = [], ClassificationCollator.__call__
 
-    def watch(self):
-        drawn.append(self.epoch)
-        return iter([0, 0, 0, 0])
+    def watch(self, features):
+        seen.extend(feature["labels"] for feature in features if "row" not in feature)
+        return collate(self, features)
 
-    monkeypatch.setattr(BalancedSampler, "__iter__", watch)
-    learn(tmp_path, SINGLE[:4], balance="sampler", max_steps=-1, num_train_epochs=2, per_device_train_batch_size=4)
-    assert drawn == [0, 1]
+    monkeypatch.setattr(ClassificationCollator, "__call__", watch)
+    rows = [(f"text number {number}", "common" if number else "rare") for number in range(20)]
+    size = {"tokens_per_batch": 40} if by_tokens else {"per_device_train_batch_size": 4}
+    learn(tmp_path, rows, balance="sampler", max_steps=-1, num_train_epochs=6, do_train=True, **size)
+    assert 0.35 < seen.count(1) / len(seen) < 0.65
 
 
 def test_label_smoothing():

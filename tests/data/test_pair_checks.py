@@ -93,6 +93,14 @@ def test_files_are_checked_together(check, tmp_path):
     assert counts(report["test"]) == {"pairs_in_train": 1}
 
 
+def test_a_scored_target_in_training_is_seen():
+    """As back-translation of the test split's own text brings it, beside another source."""
+    splits = pairs_of([("one", "eins"), ("to", "zwei")], [("two", "zwei"), ("one", "eins"), ("three", "drei")])
+    report = check_pairs(splits, "en", "de")
+    assert counts(report["test"]) == {"pairs_in_train": 1, "targets_in_train": 1}
+    assert "target is in the training split, another source (1)" in fault_list(report)
+
+
 def test_refuse_ends_with_one_line_before_training(check):
     code, report, printed, folder = check("refuse", train=[*CLEAN, CLEAN[0]], test=[CLEAN[1]])
     assert code == 2

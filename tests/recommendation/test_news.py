@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from finetune_deepseek.__main__ import guarded
 from finetune_deepseek.checkpoints.export import export_bundle
@@ -191,17 +192,39 @@ def test_impressions_are_scored_as_by_the_plain_way():
 def test_a_click_is_learned_against_others_of_its_impression():
     collate = NewsCollator(2, seed=0)
     features = [
-        {"input_ids": [3, 4], "candidates": [5, 6, 7, 8], "click": 9},
-        {"input_ids": [0], "candidates": [5], "click": 2},
+        {"input_ids": [3, 4], "candidates": [5, 6, 7, 8], "click": 9, "number": 0},
+        {"input_ids": [0], "candidates": [5], "click": 2, "number": 1},
     ]
     drawn = set()
-    for _ in range(40):
+    for epoch in range(40):
+        collate.set_epoch(epoch)
         batch = collate(features)
         assert batch["candidates"][:, 0].tolist() == [9, 2] and batch["labels"].tolist() == [0, 0]
         assert batch["attention_mask"].tolist() == [[1, 1], [1, 0]]  # no history is one padding that is read
         assert batch["candidates"][1].tolist() == [2, 5, 0]
         drawn.add(tuple(sorted(batch["candidates"][0, 1:].tolist())))
     assert len(drawn) == 6  # every pair of the four
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_news_not_clicked_are_drawn_anew_in_each_epoch_and_alike_in_each_worker(workers):
+    """Thirty equal impressions: each row has draws of its own, whichever worker reads it, also when resumed."""
+    rows = [{"input_ids": [1], "candidates": list(range(5, 40)), "click": 9, "number": n} for n in range(30)]
+
+    def epochs(first):
+        collate = NewsCollator(3, seed=7)
+        loader = DataLoader(
+            rows, batch_size=5, collate_fn=collate, num_workers=workers, persistent_workers=workers > 0
+        )
+        for epoch in range(first, 3):
+            collate.set_epoch(epoch)
+            yield torch.cat([batch["candidates"] for batch in loader]).tolist()
+
+    found, alone = list(epochs(0)), NewsCollator(3, seed=7)
+    alone.set_epoch(2)
+    assert found[0] != found[1] != found[2] and found[1:] == list(epochs(1))
+    assert found[2] == [alone([row])["candidates"][0].tolist() for row in rows]
+    assert len({tuple(row) for row in found[0]}) > 25
 
 
 # -- the format --

@@ -17,7 +17,7 @@ from finetune_deepseek.recommendation.baselines import baseline_ranks
 from finetune_deepseek.recommendation.items.catalogue import item_tokenizer
 from finetune_deepseek.recommendation.items.interactions import as_dataset
 from finetune_deepseek.recommendation.recommender import Recommender
-from finetune_deepseek.recommendation.report import read_ranks
+from finetune_deepseek.recommendation.report import read_ranks, run_names
 from finetune_deepseek.recommendation.sasrec import SASRecForRecommendation
 from finetune_deepseek.recommendation.serving import load
 from finetune_deepseek.recommendation.task import Recommendation
@@ -152,6 +152,32 @@ def test_sasrec_is_trained_on_the_same_path_and_compared(learned, tmp_path):
     )  # fmt: skip
     assert compared["sasrec_ndcg@10"] == pytest.approx(other["test_ndcg@10"])
     assert compared["above_sasrec_ndcg@10"] == pytest.approx(results["test_ndcg@10"] - other["test_ndcg@10"])
+
+
+def test_each_run_that_is_compared_keeps_its_name(tmp_path):
+    folders = [tmp_path / name for name in ("a/model", "b/model", "popularity", "test", "c/other")]
+    found = list(run_names(list(map(str, folders))).values())
+    root = tmp_path.name
+    assert found == ["a/model", "b/model", f"{root}/popularity", f"{root}/test", "other"]
+    with pytest.raises(ValueError, match="a run is named twice"):
+        run_names([str(folders[0]), f"{folders[0]}/"])
+
+
+def test_runs_of_one_name_are_both_compared(learned, tmp_path):
+    """Two of the name of a baseline, which keeps its own; the second with every target last."""
+    folder, results = learned
+    ranks = pd.read_csv(folder / "out" / "user_ranks.csv", dtype={"user": str})
+    for name, column in (("a", ranks["rank"]), ("b", 999)):
+        (tmp_path / name / "popularity").mkdir(parents=True)
+        ranks.assign(rank=column).to_csv(tmp_path / name / "popularity" / "user_ranks.csv", index=False)
+    compared = recommendation(
+        model_name_or_path=folder / "out", interactions_file=folder / "ring.csv", do_predict=True, do_train=False,
+        compare_with=[tmp_path / "a" / "popularity", tmp_path / "b" / "popularity"],
+        output_dir=tmp_path / "out", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    assert compared["a/popularity_ndcg@10"] == pytest.approx(results["test_ndcg@10"])
+    assert compared["b/popularity_ndcg@10"] == 0
+    assert compared["popularity_ndcg@10"] == results["popularity_ndcg@10"] == compared["baseline_ndcg@10"]
 
 
 def test_sasrec_equals_a_plain_one():

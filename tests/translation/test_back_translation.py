@@ -111,3 +111,25 @@ def test_a_broken_file_of_pairs_is_not_used(settings, tmp_path):
     (tmp_path / "mono.de").write_text(" \n")
     with pytest.raises(ValueError, match="mono.de: no text"):
         load(**settings)
+
+
+def test_another_base_of_the_adapter_is_another_model(settings, reverse, finetune, tmp_path):
+    """The same adapter and text: what is kept is that of the base too."""
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    base = tmp_path / "base"
+    shutil.copytree(reverse, base, ignore=shutil.ignore_patterns("checkpoint-*"))
+    adapter = {"model_name_or_path": base, "preset": None, "vocab_size": None, "use_peft": True, "max_steps": 1}
+    pairs = {"train_file": settings["train_file"], "source_lang": "de", "target_lang": "en"}
+    finetune(**pairs, **adapter, output_dir=tmp_path / "adapter")
+    settings |= {"back_translation_model": str(tmp_path / "adapter")}
+    load(**settings)
+    load(**settings)
+    assert len(list(tmp_path.glob("mono.de.adapter-*.jsonl"))) == 1
+    weights = load_file(base / "model.safetensors")
+    save_file({name: torch.zeros_like(w) for name, w in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    load(**settings)
+    assert len(list(tmp_path.glob("mono.de.adapter-*.jsonl"))) == 2

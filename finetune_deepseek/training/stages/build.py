@@ -194,7 +194,6 @@ def make_trainer(
         compute_metrics=scorer if args.predict_with_generate else None,
         callbacks=callbacks,
         generation_config=generation_config(prepared, tokenizer),
-        sampler=task.sampler(train) if isinstance(train, Dataset) else None,
         save_beside=task.save_beside,
         is_language_model=task.auto_class is AutoModelForCausalLM,
         task=task,

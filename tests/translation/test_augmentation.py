@@ -6,8 +6,7 @@ from collections import Counter
 
 import pytest
 from datasets import Dataset, IterableDataset
-
-from finetune_deepseek.data.augmentation import (
+from finetune_deepseek.translation.augmentation import (
     OPERATIONS,
     AugmentationArguments,
     Augmenter,
@@ -15,6 +14,7 @@ from finetune_deepseek.data.augmentation import (
     augment,
     read_synonyms,
 )
+
 from finetune_deepseek.translation.arguments import TranslationArguments
 from finetune_deepseek.translation.task import Translation
 from tokenization_deepseek import train_tokenizer
