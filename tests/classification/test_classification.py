@@ -21,10 +21,10 @@ from finetune_deepseek.classification.arguments import ClassificationArguments
 from finetune_deepseek.classification.metrics import LabelSetF1, RegressionErrors
 from finetune_deepseek.classification.problems import PROBLEMS, MultiLabel, Regression, SingleLabel
 from finetune_deepseek.classification.task import BalancedSampler, Classification
+from finetune_deepseek.commands.parsing import parse_command
 from finetune_deepseek.data.words import pair_text
 from finetune_deepseek.training.arguments import ModelArguments
 from finetune_deepseek.training.loading import load_model
-from finetune_deepseek.training.parsing import parse_command
 from finetune_deepseek.training.run import run_stages
 from modeling_deepseek import DeepSeekForCausalLM
 from tests.small_runs import TINY, flags
