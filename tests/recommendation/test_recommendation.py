@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 import finetune_deepseek
 from finetune_deepseek.__main__ import guarded
+from finetune_deepseek.commands.parsing import parse_command
 from finetune_deepseek.recommendation.arguments import RecommendationArguments
 from finetune_deepseek.recommendation.baselines import baseline_ranks
 from finetune_deepseek.recommendation.items.catalogue import item_tokenizer
@@ -21,7 +22,6 @@ from finetune_deepseek.recommendation.report import read_ranks, run_names
 from finetune_deepseek.recommendation.sasrec import SASRecForRecommendation
 from finetune_deepseek.recommendation.serving import load
 from finetune_deepseek.recommendation.task import Recommendation
-from finetune_deepseek.training.parsing import parse_command
 from finetune_deepseek.training.ranks import ranks
 from finetune_deepseek.training.run import run_stages
 from modeling_deepseek import AutoModelForRecommendation, DeepSeekForRecommendation
@@ -352,7 +352,7 @@ def test_recommend_by_faiss_prints_the_same(learned, tmp_path, capsys):
 def test_a_large_catalogue_is_scored_for_few_users_at_once(learned, tmp_path, capsys, monkeypatch):
     arguments = (learned[0] / "out", "--history", learned[0] / "ring.csv", "--k", 2)
     whole = run_verb(capsys, *arguments)[1]
-    monkeypatch.setattr("finetune_deepseek.commands.recommend.SCORES_AT_ONCE", 3 * RING)
+    monkeypatch.setattr("finetune_deepseek.recommendation.requests.SCORES_AT_ONCE", 3 * RING)
     lines = run_verb(capsys, *arguments)[1].splitlines()
     for ours, theirs in zip(map(json.loads, lines), map(json.loads, whole.splitlines()), strict=True):
         assert ours["items"] == theirs["items"] and ours["scores"] == pytest.approx(theirs["scores"], rel=1e-5)
@@ -401,12 +401,12 @@ def test_explanations(learned, tmp_path, capsys):
         ('["x"]', [], "No history holds an item that the model knows"),
         ('["item 1"]', ["--k", "0"], "--k 0: it must be 1 or more"),
         ('["item 1"]', ["--kk", "3"], "unexpected argument '--kk' (did you mean '--k'?)"),
-        ('["item 1"]', ["--filter", "{folder}/none"], "can't be read"),
+        ('["item 1"]', ["--filter", "{folder}/none"], "no such file"),
         ('["item 1"]', ["--filter", "{folder}/empty.txt"], "names no item"),
         ('["item 1"]', ["--filter", "{folder}/other.txt"], "the filter leaves nothing: none of its 1 items"),
         ('["item 1"', [], "broken JSON"),
         ('["item 1"]', ["--output", "{folder}/none/out.parquet"], "no such folder to write to"),
-        (None, [], "can't be read"),
+        (None, [], "no such file"),
     ],
 )
 def test_bad_requests_are_one_line(learned, tmp_path, capsys, content, more, message):

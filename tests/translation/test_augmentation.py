@@ -6,6 +6,8 @@ from collections import Counter
 
 import pytest
 from datasets import Dataset, IterableDataset
+
+from finetune_deepseek.translation.arguments import TranslationArguments
 from finetune_deepseek.translation.augmentation import (
     OPERATIONS,
     AugmentationArguments,
@@ -14,8 +16,6 @@ from finetune_deepseek.translation.augmentation import (
     augment,
     read_synonyms,
 )
-
-from finetune_deepseek.translation.arguments import TranslationArguments
 from finetune_deepseek.translation.task import Translation
 from tokenization_deepseek import train_tokenizer
 

@@ -11,8 +11,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .files import json_of, read_text
-from .languages import has_spaces
+from ..data.files import json_of, read_text
+from ..data.languages import has_spaces
 
 OPERATIONS = ("synonym", "insert", "delete", "swap")
 
