@@ -1,12 +1,14 @@
 """Named sizes as data: tiny ones for tests, and those of the published checkpoints.
 
-Every row is a set of `DeepSeekConfig` fields; `preset(name)` makes a fresh config of it.
+Every row is a set of `DeepSeekConfig` fields; `preset(name)` makes a fresh config of it. A name is `tiny_` or nothing,
+the generation as it was published, and what tells its models apart: `tiny_v3.2`, `v2_lite`.
 """
 
 import difflib
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .configuration_deepseek import DeepSeekConfig
+if TYPE_CHECKING:
+    from .configuration_deepseek import DeepSeekConfig
 
 _SOFTMAX_GREEDY = {"scoring_func": "softmax", "topk_method": "greedy"}
 _SOFTMAX_GROUPS = {"scoring_func": "softmax", "topk_method": "group_limited_greedy"}
@@ -158,21 +160,54 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 PRESETS["r1"] = PRESETS["v3"]
-PRESETS["tiny_v32"] = {**PRESETS["tiny_v3"], "index_n_heads": 6, "index_head_dim": 14, "index_topk": 5}
+PRESETS["tiny_v3.2"] = {**PRESETS["tiny_v3"], "index_n_heads": 6, "index_head_dim": 14, "index_topk": 5}
 PRESETS["v3.2_exp"] = {**PRESETS["v3"], "index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}
 PRESETS["v3.2"] = PRESETS["v3.2_exp"]
+OLD_NAMES = {"tiny_v32": "tiny_v3.2"}
 
 
-def preset(name: str, **overrides: Any) -> DeepSeekConfig:
+class About(NamedTuple):
+    """What a preset is, for people; parameters as a language model, without prediction layers."""
+
+    generation: str
+    total: str
+    active: str  # that one token uses
+    use: str
+
+
+ABOUT = {
+    "tiny_llm": About("LLM", "29.5 k", "29.5 k", "small models from scratch by --config_overrides, tests"),
+    "tiny_moe": About("MoE-16B", "62.2 k", "43.0 k", "the same, with experts"),
+    "tiny_v2_lite": About("V2-Lite", "68.0 k", "48.8 k", "the same, with latent attention"),
+    "tiny_v2": About("V2", "68.5 k", "49.3 k", "the same, with groups of experts"),
+    "tiny_v3": About("V3", "64.7 k", "45.5 k", "the same, with the router of V3; what most recipes begin with"),
+    "tiny_v3_mtp": About("V3", "64.7 k", "45.5 k", "the same, with two prediction layers and no groups"),
+    "tiny_v3.2": About("V3.2", "72.7 k", "53.5 k", "the same, with sparse attention"),
+    "llm_7b": About("LLM", "6.9 B", "6.9 B", "the shape of DeepSeek-LLM-7B"),
+    "moe_16b": About("MoE-16B", "16.4 B", "2.8 B", "the shape of DeepSeekMoE-16B"),
+    "v2_lite": About("V2-Lite", "15.7 B", "2.7 B", "the shape of DeepSeek-V2-Lite"),
+    "v2": About("V2", "235.7 B", "21.4 B", "the shape of DeepSeek-V2"),
+    "v2.5": About("V2", "235.7 B", "21.4 B", "the shape of DeepSeek-V2.5"),
+    "v3": About("V3", "671.0 B", "37.6 B", "the shape of DeepSeek-V3 and V3.1"),
+    "r1": About("V3", "671.0 B", "37.6 B", "the shape of DeepSeek-R1"),
+    "v3.2_exp": About("V3.2", "671.9 B", "38.4 B", "the shape of DeepSeek-V3.2-Exp"),
+    "v3.2": About("V3.2", "671.9 B", "38.4 B", "the shape of DeepSeek-V3.2"),
+}
+
+
+def preset(name: str, **overrides: Any) -> "DeepSeekConfig":
     """Make the config of a named size.
 
     Args:
-        name: a key of `PRESETS`.
+        name: a key of `PRESETS`, or of `OLD_NAMES`.
         overrides: fields that replace the preset's own.
 
     Raises:
         ValueError: for an unknown name, with the nearest known one.
     """
+    from .configuration_deepseek import DeepSeekConfig  # brings torch, which the table does without
+
+    name = OLD_NAMES.get(name, name)
     if name not in PRESETS:
         nearest = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f"did you mean {nearest[0]!r}?" if nearest else "known: " + ", ".join(PRESETS)

@@ -1,15 +1,31 @@
 """Fine-tuning: one training path on Trainer and PEFT (training/run.py) and the tasks that it serves.
 
-A task is a room with a subclass of `training.task.Task`, and one line here.
+A task is a room with a subclass of `training.task.Task`, the dataclass of its flags, and one line here.
 """
 
+from typing import NamedTuple
+
+
+class Entry(NamedTuple):
+    """Where a task's class is, and the dataclass of its flags, in a file that imports nothing heavy."""
+
+    task: str
+    flags: str
+
+
+def _entry(room: str, name: str, flags: str, file: str = "task") -> Entry:
+    return Entry(f"{__name__}.{room}.{file}:{name}", f"{__name__}.{room}.arguments:{flags}")
+
+
 TASKS = {
-    "translation": "finetune_deepseek.translation.task:Translation",
-    "classification": "finetune_deepseek.classification.task:Classification",
-    "question_answering": "finetune_deepseek.question_answering.task:QuestionAnswering",
-    "embedding": "finetune_deepseek.retrieval.task:Embedding",
-    "recommendation": "finetune_deepseek.recommendation.task:Recommendation",
-    "news_recommendation": "finetune_deepseek.recommendation.news:NewsRecommendation",
-    "generative_recommendation": "finetune_deepseek.recommendation.generative:GenerativeRecommendation",
-    "prompt_ranking": "finetune_deepseek.recommendation.prompt_ranking:PromptRanking",
+    "translation": _entry("translation", "Translation", "TranslationArguments"),
+    "classification": _entry("classification", "Classification", "ClassificationArguments"),
+    "question_answering": _entry("question_answering", "QuestionAnswering", "QuestionAnsweringArguments"),
+    "embedding": _entry("retrieval", "Embedding", "EmbeddingArguments"),
+    "recommendation": _entry("recommendation", "Recommendation", "RecommendationArguments"),
+    "news_recommendation": _entry("recommendation", "NewsRecommendation", "NewsArguments", "news"),
+    "generative_recommendation": _entry(
+        "recommendation", "GenerativeRecommendation", "GenerativeRecommendationArguments", "generative"
+    ),
+    "prompt_ranking": _entry("recommendation", "PromptRanking", "PromptRankingArguments", "prompt_ranking"),
 }

@@ -12,38 +12,9 @@ from collections.abc import Sequence
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from . import TASKS
+from .commands.help import OWN_HELP, USAGE, VERBS, versions
 from .data.hub import home_advice
-
-USAGE = f"""usage: deepseek-hf finetune TASK [config.yaml] [--flag value ...]
-       deepseek-hf evaluate TASK MODEL [config.yaml] [--flag value ...]
-       deepseek-hf predict TASK MODEL [config.yaml] [--flag value ...]
-       deepseek-hf translate MODEL [--input FILE] [--output FILE] [--flag value ...]
-       deepseek-hf answer [MODEL] --knowledge PATH [--flag value ...] "QUESTION" ...
-       deepseek-hf recommend MODEL --history FILE [--output FILE] [--flag value ...]
-       deepseek-hf export SRC DST --to native|bundle|gguf [--merge-adapter DIR] [--flag value ...]
-       deepseek-hf inspect SRC
-
-tasks: {", ".join(TASKS)}
-
-  finetune    train a model or an adapter, then evaluate and predict
-  evaluate    score a saved model on the validation split; its languages and prompt come from its card
-  predict     the same on the test split, and write every prediction
-  translate   translate the lines of a file or of standard input
-  answer      answer questions from a folder or file of texts
-  recommend   the best next items for the histories in a file
-  export      write a checkpoint in the form that others read; deepseek-hf export --help
-  inspect     say what a checkpoint is, from its headers alone
-
-  deepseek-hf finetune translation                                 the quickstart, into runs/translation
-  deepseek-hf finetune translation --help                          flags, with examples; those of evaluate and predict
-  deepseek-hf predict translation runs/translation                 writes to runs/predict-translation
-  echo "2 May 1987" | deepseek-hf translate runs/translation       deepseek-hf translate --help shows its flags
-"""
-
-
-VERBS = ("finetune", "evaluate", "predict", "translate", "answer", "recommend", "export", "inspect")
-OWN_HELP = ("translate", "answer", "recommend", "export", "inspect")  # verbs that say themselves what they take
+from .data.words import nearest_match
 
 
 def guarded(argv: Sequence[str], verb: str = "finetune") -> int:
@@ -77,9 +48,13 @@ def main() -> int:
         return guarded(argv, verb)
     if verb in ("-h", "--help"):
         return guarded([])
-    print(f"deepseek-hf: error: unknown verb {verb!r}; there is {', '.join(VERBS)}.", file=sys.stderr)
+    if verb == "--version":
+        print(versions())
+        return 0
+    near = nearest_match(verb, VERBS)
+    print(f"deepseek-hf: error: unknown verb {verb!r}{near}; there is {', '.join(VERBS)}.", file=sys.stderr)
     return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main() if sys.argv[1:2] and sys.argv[1] in VERBS else guarded(sys.argv[1:]))
+    sys.exit(main() if sys.argv[1:2] and sys.argv[1] in (*VERBS, "--version") else guarded(sys.argv[1:]))

@@ -71,7 +71,7 @@ def test_served_models_are_those_of_the_tasks():
 
 
 def test_recipes_lie_where_their_tasks_look():
-    recipes = {name: task_class(name).recipe for name in TASKS}
+    recipes = {name: task_class(name).arguments_class.RECIPE for name in TASKS}
     assert all(path is None or Path(path).is_file() for path in recipes.values())
     assert [name for name, path in recipes.items() if path is None] == [
         "classification",

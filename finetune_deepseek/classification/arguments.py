@@ -12,6 +12,15 @@ MULTI_LABEL = "multi_label_classification"  # transformers' word
 class ClassificationArguments(DataArguments):
     """Which texts, and what to predict for them."""
 
+    FIRST = (*DataArguments.FIRST, "text_column", "label_column", "problem_type", "max_length")
+    EXAMPLES = """examples:
+  deepseek-hf finetune classification --preset tiny_v3 --data_dir song_ci_zh --label_column author \\
+      --most_frequent_labels 20 --output_dir runs/authors
+      who wrote the poem: a small model from scratch on your files
+  deepseek-hf finetune classification --model_name_or_path deepseek-ai/DeepSeek-V2-Lite --use_peft \\
+      --dataset_name fancyzhx/ag_news --balance weights --output_dir runs/news
+      LoRA on a pretrained model and a data set of the Hub"""
+
     text_column: str = field(default="text", metadata={"help": "Column of the text."})
     text_pair_column: str | None = field(
         default=None,

@@ -62,13 +62,6 @@ class Classification(Task):
     arguments_class = ClassificationArguments
     auto_class = AutoModelForSequenceClassification
     peft_task_type = "SEQ_CLS"  # PEFT trains the head in full beside the adapters, and saves it with them
-    examples = """examples:
-  deepseek-hf finetune classification --preset tiny_v3 --data_dir song_ci_zh --label_column author \\
-      --most_frequent_labels 20 --output_dir runs/authors
-      who wrote the poem: a small model from scratch on your files
-  deepseek-hf finetune classification --model_name_or_path deepseek-ai/DeepSeek-V2-Lite --use_peft \\
-      --dataset_name fancyzhx/ag_news --balance weights --output_dir runs/news
-      LoRA on a pretrained model and a data set of the Hub"""
 
     def __init__(self, arguments: ClassificationArguments, seed: int) -> None:
         self.arguments = arguments

@@ -4,16 +4,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-from transformers.utils.logging import disable_progress_bar
-
+from ..data.arguments import check_path
 from ..data.files import json_line, read_lines, write_text
-from ..question_answering.answering import Answer, Reader, SentenceReader, answer_questions
+from ..data.hub import check_named, check_source
 from ..question_answering.arguments import AnswerArguments
-from ..retrieval.passage_index import PassageIndex, Retriever
-from ..retrieval.reranker import Reranker
 from .flags import parse_verb
+
+if TYPE_CHECKING:
+    from ..question_answering.answering import Answer
 
 EXAMPLES = """examples:
   deepseek-hf answer runs/question_answering --knowledge notes "Where does Ann live?"
@@ -32,7 +32,7 @@ NONE = "no answer"
 AROUND = 60  # characters shown on each side of an answer
 
 
-def shown(answer: Answer) -> str:
+def shown(answer: "Answer") -> str:
     """An answer as lines for people."""
     lines = [f"{answer.answer or NONE}   (score {answer.score:.2f})"]
     if answer.start is not None and answer.answer:
@@ -75,6 +75,20 @@ def answer(argv: Sequence[str]) -> None:
     questions = arguments.questions or [line for line in read_lines(arguments.input) if line.strip()]
     if not questions:
         raise ValueError("There is no question; write it at the end, in quotes, or name a file by --input.")
+    check_path("knowledge", arguments.knowledge, "file or folder")
+    if name:
+        check_source(name)
+    for flag in ("retriever", "reranker"):
+        if getattr(arguments, flag):
+            check_named(flag, getattr(arguments, flag))
+    # Imported here, since torch and transformers take seconds and bad input needs neither.
+    from tqdm import tqdm
+    from transformers.utils.logging import disable_progress_bar
+
+    from ..question_answering.answering import Reader, SentenceReader, answer_questions
+    from ..retrieval.passage_index import PassageIndex, Retriever
+    from ..retrieval.reranker import Reranker
+
     disable_progress_bar()  # the bar of loading weights; ours counts questions
     retriever = Retriever.load(arguments.retriever) if arguments.retriever else None
     reader = Reader.load(name, arguments.model_revision, arguments.dtype, arguments.batch_size) if name else None

@@ -4,11 +4,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from tqdm import tqdm
-
-from ..checkpoints.checkpoint import DTYPES
-from ..checkpoints.export import FORMS, export_adapter
+from ..data.hub import check_named, check_source
 from .flags import Parser
+
+FORMS, DTYPES = ("native", "bundle", "gguf"), ("bf16", "fp32", "fp8")  # those of checkpoints/, which imports torch
 
 EXAMPLES = """examples:
   deepseek-hf export runs/translation exported --to native                 for transformers, vLLM, SGLang
@@ -41,7 +40,7 @@ def parser() -> Parser:
     )
     flags.add_argument(
         "--dtype",
-        choices=[*DTYPES],
+        choices=DTYPES,
         help="type of the weights; without it, the one they are stored in. fp8: e4m3 in blocks of 128 x 128, as V3's",
     )
     flags.add_argument("--max-shard-size", "--max_shard_size", metavar="SIZE", help="of a weight file; 5GB without it")
@@ -65,10 +64,19 @@ def export(argv: Sequence[str]) -> None:
     if arguments.adapter_format:
         if arguments.to or arguments.merge_adapter or arguments.dtype:
             raise ValueError("--adapter-format rewrites an adapter and nothing else; leave out the other flags.")
-        export_adapter(arguments.source, arguments.destination)
-        return
-    if arguments.to is None:
+    elif arguments.to is None:
         raise ValueError(f"--to is missing; choose from {', '.join(FORMS)}.")
+    check_source(arguments.source)
+    if arguments.merge_adapter:
+        check_named("merge-adapter", arguments.merge_adapter)
+    # Imported here, since torch and transformers take seconds and bad input needs neither.
+    from tqdm import tqdm
+
+    from ..checkpoints import export as forms
+
+    if arguments.adapter_format:
+        forms.export_adapter(arguments.source, arguments.destination)
+        return
     size = {} if arguments.max_shard_size is None else {"max_shard_size": arguments.max_shard_size}
     unit = "tensor" if arguments.to == "gguf" else "shard"
     with tqdm(desc=f"export to {arguments.to}", unit=unit, file=sys.stderr) as bar:
@@ -77,7 +85,7 @@ def export(argv: Sequence[str]) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        FORMS[arguments.to](
+        forms.FORMS[arguments.to](
             arguments.source,
             arguments.destination,
             adapter=arguments.merge_adapter,

@@ -1,4 +1,7 @@
-"""`deepseek-hf finetune`, `evaluate` and `predict`: the runs of a task, whole or only its scores."""
+"""`deepseek-hf finetune`, `evaluate` and `predict`: the runs of a task, whole or only its scores.
+
+Flags and paths are checked before the task is imported, since torch and transformers take seconds.
+"""
 
 import argparse
 import importlib
@@ -7,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import TASKS
+from ..data.hub import check_named, check_source
 from ..data.words import nearest_match
 
 
@@ -16,10 +20,38 @@ def task_class(name: str) -> Any:
     Raises:
         ValueError: if there is none.
     """
+    return _named(name, "task")
+
+
+def task_flags(name: str) -> Any:
+    """The dataclass of a task's flags; it imports nothing heavy.
+
+    Raises:
+        ValueError: if there is no such task.
+    """
+    return _named(name, "flags")
+
+
+def _named(name: str, which: str) -> Any:
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}{nearest_match(name, TASKS)}; there is {', '.join(TASKS)}.")
-    module, _, class_name = TASKS[name].partition(":")
+    module, _, class_name = getattr(TASKS[name], which).partition(":")
     return getattr(importlib.import_module(module), class_name)
+
+
+def run(name: str, drafts: Sequence[Any]) -> None:
+    """Do the runs that were asked for, once what they read is known to be there.
+
+    Raises:
+        ValueError: with one line, for bad input.
+    """
+    for draft in drafts:
+        draft.data.check_paths()
+    if model := drafts[0].model.model_name_or_path:  # what later runs begin with, those before may make
+        check_named("model_name_or_path", model)
+    from ..training.run import run_stages
+
+    run_stages(task_class(name), [draft.stage() for draft in drafts])
 
 
 def finetune(argv: Sequence[str]) -> None:
@@ -28,12 +60,10 @@ def finetune(argv: Sequence[str]) -> None:
     Raises:
         ValueError: with one line, for bad input.
     """
-    task = task_class(argv[0])
-    # Imported here, since torch and transformers take seconds and a wrong name needs neither.
-    from ..training.parsing import parse_command
-    from ..training.run import run_stages
+    name, flags = argv[0], task_flags(argv[0])
+    from ..training.parsing import draft_command
 
-    run_stages(task, parse_command(task.name, task.arguments_class, argv[1:], task.recipe, task.examples))
+    run(name, draft_command(name, flags, argv[1:], flags.RECIPE))
 
 
 def score(verb: str, flag: str, argv: Sequence[str]) -> None:
@@ -48,17 +78,19 @@ def score(verb: str, flag: str, argv: Sequence[str]) -> None:
     """
     if set(argv) & {"-h", "--help", "--help_all"}:
         return finetune(argv)
-    task = task_class(argv[0])
-    from ..training.model_card import run_settings
-    from ..training.parsing import parse_command
-    from ..training.run import run_stages
+    name, flags = argv[0], task_flags(argv[0])
+    from ..training.parsing import ArgumentParser, draft_command
 
     if len(argv) < 2 or argv[1].startswith("-"):
-        raise ValueError(f"{verb} {task.name}: name the model next: a folder or a Hub id.")
+        raise ValueError(f"{verb} {name}: name the model next: a folder or a Hub id.")
     model, rest = argv[1], list(argv[2:])
+    ArgumentParser(name, flags).given_names(rest)  # refuses an unknown flag before anything is opened
+    check_source(model)
+    from ..training.model_card import run_settings
+
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model_revision", default="main")
     revision = parser.parse_known_args(rest)[0].model_revision
-    defaults = {"output_dir": f"runs/{verb}-{Path(model).name}"} | run_settings(model, revision, task.name)
+    defaults = {"output_dir": f"runs/{verb}-{Path(model).name}"} | run_settings(model, revision, name)
     rest += [f"--model_name_or_path={model}", "--do_train=False", f"--{flag}=True"]
-    run_stages(task, parse_command(task.name, task.arguments_class, rest, defaults=defaults))
+    run(name, draft_command(name, flags, rest, defaults=defaults))

@@ -49,13 +49,12 @@ def parse_verb(
         raise SystemExit(0)
     if argv[0].startswith("-"):
         raise ValueError(f"{verb}: the model comes first (a folder or a Hub id), found {argv[0]}.")
-    arguments, rest = parser.parse_args_into_dataclasses(
-        list(argv[1:]), return_remaining_strings=True, look_for_args_file=False
-    )
+    namespace, rest = parser.parse_known_args(list(argv[1:]))
     unknown = [word for word in rest if words is None or word.startswith("--")]
     if unknown:
         near = nearest_match(unknown[0].partition("=")[0], parser._option_string_actions)
         raise ValueError(f"unexpected argument {unknown[0]!r}{near}; see {parser.prog} --help.")
+    arguments = arguments_class(**vars(namespace))
     if words:
         setattr(arguments, words, rest)
     return argv[0], arguments

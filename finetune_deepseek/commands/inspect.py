@@ -5,18 +5,22 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
-from ..checkpoints.inspection import PREDICTION, Inspection, describe_adapter, inspect_checkpoint, is_adapter
+from ..data.hub import check_source
 from .flags import Parser
+
+if TYPE_CHECKING:
+    from ..checkpoints.inspection import Inspection
 
 EXAMPLES = """examples:
   deepseek-hf inspect runs/translation
   deepseek-hf inspect deepseek-ai/DeepSeek-V2-Lite --json"""
 
 
-def in_words(found: Inspection) -> str:
+def in_words(found: "Inspection") -> str:
     """The report as text."""
-    total, mtp = found.total, found.parameters.get(PREDICTION, 0)
+    total, mtp = found.total, found.parameters.get("mtp", 0)
     lines = [
         f"{found.source}: {found.generation} ({found.model_type}), {found.head}",
         *(f"  layers {key:<11}{value}" for key, value in found.layers.items()),
@@ -60,6 +64,10 @@ def inspect(argv: Sequence[str]) -> None:
     parser.add_argument("--revision", default="main", help="branch, tag or commit on the Hub")
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     arguments = parser.parse(list(argv) or ["--help"])
+    check_source(arguments.source)
+    # Imported here, since torch and transformers take seconds and bad input needs neither.
+    from ..checkpoints.inspection import describe_adapter, inspect_checkpoint, is_adapter
+
     adapter = is_adapter(arguments.source, arguments.revision)
     if adapter is not None:
         print(describe_adapter(adapter))

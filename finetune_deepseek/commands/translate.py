@@ -4,12 +4,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-from transformers.utils.logging import disable_progress_bar
-
 from ..data.files import read_lines, write_text
+from ..data.hub import check_source
 from ..translation.arguments import TranslateArguments
-from ..translation.translator import open_translator, prompts_of, translate_lines
 from .flags import parse_verb
 
 EXAMPLES = """examples:
@@ -35,8 +32,15 @@ def translate(argv: Sequence[str]) -> None:
     name, arguments = parse(argv)
     if arguments.output and not Path(arguments.output).parent.is_dir():
         raise ValueError(f"--output {arguments.output}: there is no such folder to write to.")
-    prompts = prompts_of(name, arguments)
+    check_source(name)
     lines = read_lines(arguments.input)
+    # Imported here, since torch and transformers take seconds and bad input needs neither.
+    from tqdm import tqdm
+    from transformers.utils.logging import disable_progress_bar
+
+    from ..translation.translator import open_translator, prompts_of, translate_lines
+
+    prompts = prompts_of(name, arguments)
     disable_progress_bar()  # the bar of loading weights; ours counts texts
     model, tokenizer = open_translator(name, arguments)
     generation_config = prompts.generation_config(tokenizer, arguments.num_beams)

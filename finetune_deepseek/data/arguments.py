@@ -1,9 +1,11 @@
 """The flags that name a task's data: a data set of the Hub, folders or files, and how many rows of them."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import ClassVar
 
 from .ranges import check_ranges
+from .words import nearest_match
 
 SPLITS = ("train", "validation", "test")
 FORMATS = (
@@ -12,12 +14,53 @@ FORMATS = (
 )
 
 
-@dataclass
-class DataArguments:
-    """Where rows come from, and how many of them are used."""
+class TaskFlags:
+    """What the command line asks of a task's dataclass beside its flags, before the task itself is imported.
+
+    Of the flags, those that end in `_file` and `_dir` name what is read.
+    """
 
     _argument_group_name = "data"
+    SOURCES: ClassVar[tuple[str, ...]] = ()  # the flags that name data
+    FIRST: ClassVar[tuple[str, ...]] = ()  # the flags that people use first, for --help
+    RECIPE: ClassVar[Path | None] = None  # YAML file to run when neither a model nor data is named
+    EXAMPLES: ClassVar[str] = ""  # commands, each with a line that says what it does; --help shows the first
+
+    def check_paths(self) -> None:
+        """Refuse files and folders that aren't there.
+
+        Raises:
+            ValueError: for the first, with the flag.
+        """
+        for flag in (flag.name for flag in fields(self)):  # type: ignore[arg-type]  # subclasses are dataclasses
+            if kind := {"dir": "folder", "file": "file"}.get(flag.rpartition("_")[2]):
+                value = getattr(self, flag)
+                for path in [value] if isinstance(value, str) else value or ():
+                    check_path(flag, path, kind)
+
+
+def check_path(flag: str, path: str | None, kind: str = "file") -> None:
+    """Refuse a path that isn't there; None is none.
+
+    Args:
+        kind: "file", "folder", or "file or folder".
+
+    Raises:
+        ValueError: with the flag, and what lies beside it and may have been meant.
+    """
+    there = {"file": Path.is_file, "folder": Path.is_dir}.get(kind, Path.exists)
+    if path is not None and not there(Path(path)):
+        beside = Path(path).parent
+        known = [entry.name for entry in beside.iterdir()] if beside.is_dir() else []
+        raise ValueError(f"--{flag} {path}: no such {kind}{nearest_match(Path(path).name, known)}.")
+
+
+@dataclass
+class DataArguments(TaskFlags):
+    """Where rows come from, and how many of them are used."""
+
     SOURCES = ("dataset_name", "data_dir", "train_file", "validation_file", "test_file")
+    FIRST = ("data_dir", "train_file", "validation_file", "test_file", "dataset_name")
 
     dataset_name: str | None = field(default=None, metadata={"help": "Data set id on the Hub."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration, such as de-en."})

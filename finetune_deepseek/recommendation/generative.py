@@ -7,7 +7,6 @@ writes only items that there are and that the user hasn't seen. Data, baselines 
 outside of the beam rank behind those in it.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,13 +55,6 @@ class GenerativeRecommendation(Recommendation):
     auto_class: Any = AutoModelForCausalLM
     tokenizer_class = SemanticIdTokenizer
     peft_task_type = "CAUSAL_LM"
-    recipe = Path(__file__).parents[1] / "examples" / "generative_recommendation.yaml"
-    examples = """examples:
-  deepseek-hf finetune generative_recommendation
-      the built-in recipe on simulated users, with prediction of two digits ahead
-  deepseek-hf finetune generative_recommendation --preset tiny_llm --interactions_file ratings.csv \\
-      --item_vectors runs/movies --num_levels 3 --codebook_size 64 --output_dir runs/semantic
-      codes of the vectors that `finetune recommendation` has left in runs/movies"""
 
     trie: CodeTrie
     tokenizer: SemanticIdTokenizer

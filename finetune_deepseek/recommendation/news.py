@@ -74,12 +74,6 @@ class NewsRecommendation(Task):
     arguments_class = NewsArguments
     auto_class = AutoModelForRecommendation
     peft_task_type = "FEATURE_EXTRACTION"
-    examples = """examples:
-  deepseek-hf finetune news_recommendation --preset tiny_llm --vocab_size 8000 --train_dir MINDsmall_train \\
-      --test_dir MINDsmall_dev --num_train_epochs 3 --output_dir runs/news
-      a small model on MIND's folders as they are
-  deepseek-hf predict news_recommendation runs/news --test_dir MINDsmall_dev
-      score it again; news that it has not seen are encoded first"""
 
     def __init__(self, arguments: NewsArguments, seed: int) -> None:
         self.arguments = arguments

@@ -9,7 +9,6 @@ import copy
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -230,14 +229,6 @@ class PromptRanking(Recommendation):
     auto_class: Any = AutoModelForCausalLM
     tokenizer_class = None  # type: ignore[assignment]
     peft_task_type = "CAUSAL_LM"
-    recipe = Path(__file__).parents[1] / "examples" / "prompt_ranking.yaml"
-    examples = """examples:
-  deepseek-hf finetune prompt_ranking --model_name_or_path deepseek-ai/deepseek-llm-7b-base --use_peft \\
-      --interactions_file ratings.csv --titles_file movies.csv --max_train_samples 64 --output_dir runs/few-shot
-      LoRA on 64 users
-  deepseek-hf predict prompt_ranking deepseek-ai/deepseek-llm-7b-base --interactions_file ratings.csv \\
-      --titles_file movies.csv --scoring likelihood
-      the model as it is"""
 
     def __init__(self, arguments: PromptRankingArguments, seed: int) -> None:
         super().__init__(arguments, seed)

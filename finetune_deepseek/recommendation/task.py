@@ -101,15 +101,6 @@ class Recommendation(Task):
     tokenizer_class: Any = PreTrainedTokenizerFast
     peft_task_type = "FEATURE_EXTRACTION"
     candidates_column = ""  # of the scored files, where only some items are ranked
-    recipe = Path(__file__).parents[1] / "examples" / "recommendation.yaml"
-    examples = """examples:
-  deepseek-hf finetune recommendation
-      the built-in recipe on simulated users: SASRec first, then a small model that is compared with it
-  deepseek-hf finetune recommendation --preset tiny_llm --interactions_file ratings.csv --user_column userId \\
-      --item_column movieId --k_core 5 --output_dir runs/movies
-      a small model on your interactions
-  deepseek-hf finetune recommendation --preset tiny_llm --dataset_name ml-100k --tie_rule random --output_dir runs/ml
-      MovieLens-100K, once `pip download recbole==1.2.1 --no-deps` has brought it here"""
 
     def __init__(self, arguments: RecommendationArguments, seed: int) -> None:
         register_sasrec()

@@ -14,6 +14,15 @@ FUSED = ("bm25", "parts", "dense")
 class EmbeddingArguments(DataArguments):
     """Which queries and passages, and how the model makes vectors of them."""
 
+    FIRST = (*DataArguments.FIRST, "query_column", "passage_column", "negatives_column", "pooling")
+    EXAMPLES = """examples:
+  deepseek-hf finetune embedding --preset tiny_v3 --data_dir questions --query_column question \\
+      --passage_column context --output_dir runs/retriever
+      a small model from scratch on your questions and passages
+  deepseek-hf finetune embedding --model_name_or_path deepseek-ai/DeepSeek-V2-Lite --use_peft --pooling last_token \\
+      --data_dir questions --output_dir runs/retriever
+      LoRA on a pretrained model"""
+
     query_column: str = field(default="query", metadata={"help": "Column of the query."})
     passage_column: str = field(default="passage", metadata={"help": "Column of the passage that answers it."})
     negatives_column: str | None = field(

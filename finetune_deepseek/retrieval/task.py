@@ -66,13 +66,6 @@ class Embedding(Task):
     arguments_class = EmbeddingArguments
     auto_class = AutoModelForEmbedding
     peft_task_type = "FEATURE_EXTRACTION"
-    examples = """examples:
-  deepseek-hf finetune embedding --preset tiny_v3 --data_dir questions --query_column question \\
-      --passage_column context --output_dir runs/retriever
-      a small model from scratch on your questions and passages
-  deepseek-hf finetune embedding --model_name_or_path deepseek-ai/DeepSeek-V2-Lite --use_peft --pooling last_token \\
-      --data_dir questions --output_dir runs/retriever
-      LoRA on a pretrained model"""
 
     def __init__(self, arguments: EmbeddingArguments, seed: int) -> None:
         self.arguments = arguments

@@ -5,10 +5,11 @@ trainer_arguments.py has the `TrainingFlags` among those of transformers.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from ..data.ranges import check_ranges
 
+STEPS_WITHOUT_END = 1_000_000  # what Trainer is told where time says when to stop
 MUON = "muon"  # our optimizer beside those of transformers; see weights/muon.py
 MULTI_STEP = "multi_step"  # our schedule beside those of transformers; see optimization.py
 # The last words of the scores of which less is better; of all others more is.
@@ -131,8 +132,14 @@ class LoraArguments:
 class TrainingFlags:
     """Our defaults for flags of transformers' Seq2SeqTrainingArguments, and flags of ours beside them."""
 
-    _argument_group_name = "training and output (transformers' TrainingArguments; --help_all lists every one)"
+    _argument_group_name = "training and output"
 
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for the model and its results."})
+    do_train: bool = field(default=False, metadata={"help": "Train."})
+    do_eval: bool = field(default=False, metadata={"help": "Score the validation split."})
+    do_predict: bool = field(default=False, metadata={"help": "Score the test split, and write every prediction."})
+    bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16 and keep the weights in float32."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Send the result to the Hub; see --hub_model_id."})
     # Both are shown to the model at evaluation: the text that it generates and its loss on the reference.
     predict_with_generate: bool = field(default=True, metadata={"help": "Evaluate by generation, not by loss alone."})
     # The lengths and row numbers beside the model's inputs are ours to use; the collator leaves them out.
@@ -141,6 +148,8 @@ class TrainingFlags:
     train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = field(
         default="group_by_length", metadata={"help": "Order of the training rows."}
     )
+    # Pinning only helps copies to a GPU: trainer_arguments.py has it true where there is one.
+    dataloader_pin_memory: bool = False
     learning_rate: float = field(
         default=0.0,
         metadata={"help": "Peak learning rate; 0 takes 2e-4 for LoRA, 2e-5 for a pretrained model, else 1e-3."},
@@ -207,3 +216,37 @@ class TrainingFlags:
     resume_from_checkpoint: str | None = field(
         default=None, metadata={"help": "A checkpoint folder; true takes the last one in --output_dir, if any."}
     )
+
+    def __post_init__(self: Any) -> None:  # it reads flags of transformers too
+        if not self.output_dir:
+            raise ValueError("--output_dir is missing: name the folder for the model and its results.")
+        is_timed = self.max_steps > 0 or self.train_minutes is not None
+        check_ranges(self, but=("num_train_epochs",) if is_timed else ())
+        if self.early_stopping_patience is not None:
+            self.load_best_model_at_end = True
+        self._choose_direction()
+        if self.load_best_model_at_end and self.eval_strategy == "no":
+            raise ValueError(
+                "Keeping the best model and early stopping need evaluations: "
+                "add --eval_strategy epoch --save_strategy epoch (or steps)."
+            )
+        if self.train_minutes is not None:
+            if self.max_steps > 0:
+                raise ValueError("--train_minutes and --max_steps both say when to stop; keep one of them.")
+            self.max_steps = STEPS_WITHOUT_END
+        if self.average_checkpoints:
+            if self.load_best_model_at_end:
+                raise ValueError("--average_checkpoints takes the last ones, not the best; drop one of the two.")
+            self.save_total_limit = max(self.save_total_limit or 0, self.average_checkpoints)
+        if self.freeze is not None:
+            self.freeze = [word for words in self.freeze for word in words.split(",") if word]
+        if self.generation_length_penalty != 1 and (self.generation_num_beams or 1) == 1:
+            raise ValueError("--generation_length_penalty has no effect without beams; add --generation_num_beams 5.")
+
+    def _choose_direction(self: Any) -> None:
+        """What is better follows from the score's name: transformers takes all but losses for better when higher."""
+        score = self.metric_for_best_model or "loss"
+        if self.greater_is_better is None and self.metric_for_best_model:
+            self.greater_is_better = is_more_better(score)
+        elif self.greater_is_better and not is_more_better(score):
+            raise ValueError(f"--greater_is_better true: of {score} less is better; leave the flag out.")

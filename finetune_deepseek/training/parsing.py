@@ -16,36 +16,28 @@ several runs, one after the other:
 import argparse
 import json
 import os
+import re
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from transformers import HfArgumentParser
 
+from ..data.arguments import TaskFlags
 from ..data.words import nearest_match
 from .arguments import MULTI_STEP, LoraArguments, ModelArguments
-from .trainer_arguments import Stage, TrainingArguments
+from .transformers_flags import training_flags
 
-# What --help shows of TrainingArguments; the others stay usable, and --help_all lists them.
-COMMON_TRAINING_FLAGS = (
-    *("output_dir", "do_train", "do_eval", "do_predict", "num_train_epochs", "max_steps", "seed"),
-    *("train_minutes", "tokens_per_batch", "average_checkpoints"),
-    *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
-    *("optim", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "lr_milestones", "lr_factor"),
-    *("warmup_steps", "weight_decay", "l1", "label_smoothing_factor", "freeze", "train_last_n_layers", "bf16"),
-    *("eval_strategy", "eval_steps", "save_strategy", "save_steps", "save_total_limit", "logging_steps", "report_to"),
-    *("load_best_model_at_end", "metric_for_best_model", "early_stopping_patience"),
-    *("generation_num_beams", "generation_length_penalty"),
-    *(
-        "data_checks",
-        "resume_from_checkpoint",
-        "overwrite_output_dir",
-        "push_to_hub",
-        "hub_model_id",
-        "hub_private_repo",
-    ),
+if TYPE_CHECKING:
+    from .trainer_arguments import Stage
+
+# What --help shows beside the task's own first flags; --help_all shows every one.
+FIRST = (
+    *("model_name_or_path", "preset", "config_overrides", "use_peft", "lora_target"),
+    *("output_dir", "num_train_epochs", "learning_rate", "per_device_train_batch_size", "bf16", "eval_strategy"),
+    *("do_train", "do_eval", "do_predict", "resume_from_checkpoint", "overwrite_output_dir", "push_to_hub"),
 )
 
 
@@ -63,32 +55,36 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default in (None, False, "", argparse.SUPPRESS):
             return action.help
-        return super()._get_help_string(action)
+        values = action.default if isinstance(action.default, list) else [action.default]
+        shown = " ".join(str(value) for value in values).replace("\n", "\\n").replace("%", "%%")
+        return f"{action.help or ''} (default: {shown})".lstrip()
 
     def _format_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any) -> str:
         return f"usage: {usage or f'{self._prog} [config.yaml] [--flag value ...]'}\n\n"
 
 
 class ArgumentParser(HfArgumentParser):
-    """HfArgumentParser that raises ValueError, names the nearest flag, and hides the rare ones in --help."""
+    """HfArgumentParser that raises ValueError, names the nearest flag, and shows the first flags only in --help."""
 
-    def __init__(self, task: str, data_arguments: type, epilog: str, show_all: bool = False) -> None:
-        self.classes = (ModelArguments, LoraArguments, data_arguments, TrainingArguments)
+    def __init__(self, task: str, data_arguments: type[TaskFlags], show_all: bool = False) -> None:
+        self.classes = (ModelArguments, LoraArguments, data_arguments, training_flags())
+        first, *others = examples(data_arguments)
+        more = "\n".join(["more examples:", *others]) if others else ""
         super().__init__(
             self.classes,  # type: ignore[arg-type]
             prog=f"deepseek-hf finetune {task}",
-            description="The YAML file holds flags by name, without the dashes; the command line wins over it.\n"
+            description=f"example:\n{first}\n\n"
+            "The YAML file holds flags by name, without the dashes; the command line wins over it.\n"
             "Without --do_train, --do_eval and --do_predict, everything is done that the data has a split for.",
-            epilog=epilog,
+            epilog=more if show_all else "--help_all lists every flag and more examples.",
             formatter_class=HelpFormatter,
             allow_abbrev=False,
         )
-        self.add_argument("--help_all", action="help", help="Show every flag of transformers' TrainingArguments too.")
-        training_flags = set(TrainingArguments.__dataclass_fields__) - set(COMMON_TRAINING_FLAGS)
+        self.add_argument("--help_all", action="help", help="Show every flag, those of transformers' Trainer too.")
+        shown = {"help", "help_all", *FIRST, *data_arguments.FIRST}
         for action in self._actions:
-            is_rare = action.dest in training_flags
             is_complement = action.option_strings[0].startswith("--no_")
-            if not show_all and (is_rare or is_complement):
+            if not show_all and (action.dest not in shown or is_complement):
                 action.help = argparse.SUPPRESS
 
     def error(self, message: str) -> None:  # type: ignore[override]
@@ -112,31 +108,74 @@ class ArgumentParser(HfArgumentParser):
             given.add(action.dest)
         return given
 
-    def parse_stage(self, name: str | None, argv: Sequence[str]) -> Stage:
-        """Parse one run's flags into its dataclasses."""
+    def parse_draft(self, name: str | None, argv: Sequence[str]) -> "Draft":
+        """Parse one run's flags."""
         given = self.given_names(argv)
-        *parsed, rest = self.parse_args_into_dataclasses(
-            list(argv), return_remaining_strings=True, look_for_args_file=False
-        )
+        namespace, rest = self.parse_known_args(list(argv))
         if rest:
             raise ValueError(f"unexpected argument {rest[0]!r}; a YAML file comes first, everything else is a --flag.")
-        model, lora, data, training = parsed
-        for flag in ("lr_milestones", "lr_factor"):
-            if flag in given and training.lr_scheduler_type != MULTI_STEP:
-                raise ValueError(f"--{flag} has no effect without --lr_scheduler_type {MULTI_STEP}; add it.")
-        if lora.use_peft and training.average_checkpoints:
-            raise ValueError("--average_checkpoints can't be used with --use_peft: the mean of two products of "
-                             "matrices isn't the product of the means.")  # fmt: skip
-        for flag in ("freeze", "train_last_n_layers"):
-            if lora.use_peft and getattr(training, flag) is not None:
-                raise ValueError(
-                    f"--{flag} can't be used with --use_peft: LoRA trains its adapters only; drop one of the two, or "
-                    "choose groups by --lora_target."
-                )
-        if not training.learning_rate:
+        values = vars(namespace)
+        model, lora, data = (
+            kind(**{field.name: values[field.name] for field in fields(kind) if field.init})
+            for kind in self.classes[:3]
+        )
+        check_together(given, lora, values)
+        known = {field.name: values[field.name] for field in fields(self.classes[3])}
+        self.classes[3](**known)  # refuses what doesn't fit
+        training = {name: value for name, value in known.items() if name in given}
+        if not values["learning_rate"]:
             pretrained = 2e-5 if model.model_name_or_path else 1e-3
-            training.learning_rate = 2e-4 if lora.use_peft else pretrained
-        return Stage(name, model, lora, data, training, given)
+            training["learning_rate"] = 2e-4 if lora.use_peft else pretrained
+        return Draft(name, model, lora, data, training, given)
+
+
+@dataclass
+class Draft:
+    """One run as it was asked for, before torch and transformers are imported to make a `Stage` of it."""
+
+    name: str | None
+    model: ModelArguments
+    lora: LoraArguments
+    data: Any
+    training: dict[str, Any]  # those of TrainingArguments that were given, and the learning rate
+    given: set[str]  # names that were set by the YAML file or the command line
+
+    def stage(self) -> "Stage":
+        """The run's arguments, all of them checked.
+
+        Raises:
+            ValueError: with one line, for what doesn't fit.
+        """
+        from .trainer_arguments import Stage, TrainingArguments
+
+        return Stage(self.name, self.model, self.lora, self.data, TrainingArguments(**self.training), self.given)
+
+
+def examples(data_arguments: type[TaskFlags]) -> list[str]:
+    """The example commands of a task, each with the line that says what it does."""
+    return re.split(r"\n(?=  deepseek-hf )", data_arguments.EXAMPLES)[1:] or [""]
+
+
+def check_together(given: set[str], lora: LoraArguments, values: dict[str, Any]) -> None:
+    """Refuse flags that have no effect beside others.
+
+    Raises:
+        ValueError: for the first of them.
+    """
+    for flag in ("lr_milestones", "lr_factor"):
+        if flag in given and values["lr_scheduler_type"] != MULTI_STEP:
+            raise ValueError(f"--{flag} has no effect without --lr_scheduler_type {MULTI_STEP}; add it.")
+    if not lora.use_peft:
+        return
+    if values["average_checkpoints"]:
+        raise ValueError("--average_checkpoints can't be used with --use_peft: the mean of two products of "
+                         "matrices isn't the product of the means.")  # fmt: skip
+    for flag in ("freeze", "train_last_n_layers"):
+        if values[flag] is not None:
+            raise ValueError(
+                f"--{flag} can't be used with --use_peft: LoRA trains its adapters only; drop one of the two, or "
+                "choose groups by --lora_target."
+            )
 
 
 def as_flags(settings: dict[str, Any], known: Sequence[str], where: str) -> list[str]:
@@ -193,28 +232,26 @@ def _fill_output_dir(value: Any, output_dir: str) -> Any:
     return value.replace("{output_dir}", output_dir) if isinstance(value, str) else value
 
 
-def parse_command(
+def draft_command(
     task: str,
-    data_arguments: type,
+    data_arguments: type[TaskFlags],
     argv: Sequence[str],
     recipe: Path | None = None,
-    epilog: str = "",
     defaults: dict[str, Any] | None = None,
-) -> list[Stage]:
-    """Parse what follows `deepseek-hf finetune TASK` into the runs that it asks for.
+) -> list[Draft]:
+    """Parse what follows `deepseek-hf finetune TASK` into the runs that it asks for, without torch or transformers.
 
     Args:
         task: the task's name, for --help.
-        data_arguments: the task's dataclass. Its `SOURCES` are the names of the flags that name data.
+        data_arguments: the task's dataclass.
         argv: an optional YAML file, then flags.
         recipe: the YAML file to take when neither a YAML file nor a model nor data is named.
-        epilog: the end of --help.
         defaults: values by flag name that the YAML file and the flags win over.
 
     Raises:
         ValueError: with one line, for everything that doesn't fit.
     """
-    parser = ArgumentParser(task, data_arguments, epilog, show_all="--help_all" in argv)
+    parser = ArgumentParser(task, data_arguments, show_all="--help_all" in argv)
     path: str | Path | None = None
     if argv and not argv[0].startswith("-"):
         path, argv = argv[0], argv[1:]
@@ -222,11 +259,10 @@ def parse_command(
     if given & {"help", "help_all"}:
         parser.print_help()
         raise SystemExit(0)
-    sources = {"model_name_or_path", "preset", "config_name", *getattr(data_arguments, "SOURCES", ())}
-    if path is None and recipe is not None and not given & sources:
+    if path is None and not given & {"model_name_or_path", "preset", "config_name", *data_arguments.SOURCES}:
         path = recipe
 
-    stages = []
+    drafts = []
     for name, settings in stage_settings(read_yaml(path) if path else {}, path or ""):
         flags = [
             *as_flags(defaults or {}, parser.names(), "the model's card"),
@@ -236,10 +272,25 @@ def parse_command(
         if not output_dir:
             raise ValueError("--output_dir is missing: name the folder for the model and its results.")
         flags = [_fill_output_dir(flag, output_dir) for flag in flags]
-        stage = parser.parse_stage(name, [*flags, *argv])
+        draft = parser.parse_draft(name, [*flags, *argv])
         if name is not None:
-            stage.training.output_dir = os.path.join(output_dir, name)
-            if stage.training.hub_model_id:
-                stage.training.hub_model_id += f"-{name}"
-        stages.append(stage)
-    return stages
+            draft.training["output_dir"] = os.path.join(output_dir, name)
+            if draft.training.get("hub_model_id"):
+                draft.training["hub_model_id"] += f"-{name}"
+        drafts.append(draft)
+    return drafts
+
+
+def parse_command(
+    task: str,
+    data_arguments: type[TaskFlags],
+    argv: Sequence[str],
+    recipe: Path | None = None,
+    defaults: dict[str, Any] | None = None,
+) -> list["Stage"]:
+    """The runs of `draft_command`, ready to run.
+
+    Raises:
+        ValueError: with one line, for everything that doesn't fit.
+    """
+    return [draft.stage() for draft in draft_command(task, data_arguments, argv, recipe, defaults)]

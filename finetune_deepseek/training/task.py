@@ -53,9 +53,7 @@ class Task(ABC):
     """What a task supplies, by the hooks in `HOOKS`. A subclass sets the class variables and is entered in `TASKS`."""
 
     name: ClassVar[str]
-    arguments_class: ClassVar[type]  # the dataclass of its data flags
-    recipe: ClassVar[Path | None] = None  # YAML file to run when neither a model nor data is named
-    examples: ClassVar[str] = ""  # the end of --help
+    arguments_class: ClassVar[type]  # the dataclass of its flags, a `TaskFlags`, in a file that imports nothing heavy
     auto_class: Any = AutoModelForCausalLM
     tokenizer_class: Any = None  # that of its saved models, None for the model's own
     peft_task_type: str = "CAUSAL_LM"

@@ -1,6 +1,7 @@
 """What translation is told: pairs, languages and prompt of a run; how a trained model is asked."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from string import Formatter
 from typing import Literal, TypeAlias
 
@@ -22,6 +23,22 @@ MODEL_SETTINGS = (
 @dataclass
 class TranslationArguments(AugmentationArguments, DataArguments):
     """Which pairs, in which languages, in which prompt."""
+
+    FIRST = (*DataArguments.FIRST, "source_lang", "target_lang", "prompt_template")
+    RECIPE = Path(__file__).with_name("recipe.yaml")
+    EXAMPLES = """examples:
+  deepseek-hf finetune translation --output_dir runs/quickstart
+      both stages of the built-in recipe: English-Chinese from scratch, then a German LoRA adapter
+  deepseek-hf finetune translation --preset tiny_v3 --data_dir data/multi30k_en_de --target_lang de \\
+      --output_dir runs/de
+      a small model from scratch on your files
+  deepseek-hf finetune translation --preset tiny_v3 --data_dir data/multi30k_en_de data/tatoeba_en_zh \\
+      --target_lang de zh --output_dir runs/de-zh
+      one model for two languages, scored by pair
+  deepseek-hf finetune translation --model_name_or_path deepseek-ai/DeepSeek-V2-Lite --use_peft \\
+      --lora_target attention shared --dataset_name wmt16 --dataset_config_name de-en \\
+      --source_lang en --target_lang de --output_dir runs/lora
+      LoRA on a pretrained model and a data set of the Hub"""
 
     source_lang: str = field(default="en", metadata={"help": "Key of the source text in the data."})
     target_lang: list[str] = field(

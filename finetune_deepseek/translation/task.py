@@ -52,20 +52,6 @@ class Translation(Prompts, Task):
     """See the module. `prompt` is what the model is given, `target` what it has to write."""
 
     arguments_class = TranslationArguments
-    recipe = Path(__file__).with_name("recipe.yaml")
-    examples = """examples:
-  deepseek-hf finetune translation --output_dir runs/quickstart
-      both stages of the built-in recipe: English-Chinese from scratch, then a German LoRA adapter
-  deepseek-hf finetune translation --preset tiny_v3 --data_dir data/multi30k_en_de --target_lang de \\
-      --output_dir runs/de
-      a small model from scratch on your files
-  deepseek-hf finetune translation --preset tiny_v3 --data_dir data/multi30k_en_de data/tatoeba_en_zh \\
-      --target_lang de zh --output_dir runs/de-zh
-      one model for two languages, scored by pair
-  deepseek-hf finetune translation --model_name_or_path deepseek-ai/DeepSeek-V2-Lite --use_peft \\
-      --lora_target attention shared --dataset_name wmt16 --dataset_config_name de-en \\
-      --source_lang en --target_lang de --output_dir runs/lora
-      LoRA on a pretrained model and a data set of the Hub"""
 
     def __init__(self, arguments: TranslationArguments, seed: int) -> None:
         super().__init__(arguments)

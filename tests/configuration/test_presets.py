@@ -1,9 +1,12 @@
 """Named sizes: the published ones have the published numbers of parameters, and each call gives a fresh config."""
 
+import re
+
 import pytest
 import torch
 
 from configuration_deepseek import PRESETS, DeepSeekConfig, preset
+from configuration_deepseek.presets import ABOUT, OLD_NAMES
 from modeling_deepseek import DeepSeekForCausalLM
 
 # In billions, as the papers and model cards give them (V3 and R1 without the prediction layer).
@@ -96,3 +99,31 @@ def test_layers_of_the_releases(name, attention, feed_forward):
     ):
         assert {word: words.count(word) for word in set(words)} == expected
     assert specs[0].feed_forward == "dense"
+
+
+def in_words(count):
+    """29472 -> 29.5 k."""
+    return f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e3:.1f} k"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_table_of_presets_has_their_parameters(name):
+    config, total, active = preset(name), 0, 0
+    for key, parameter in meta_model(name).named_parameters():
+        layer = re.search(r"\.layers\.(\d+)\.", key)
+        if layer is None or int(layer[1]) < config.num_hidden_layers:
+            total += parameter.numel()
+            share = config.num_experts_per_tok / config.n_routed_experts if ".mlp.experts." in key else 1
+            active += parameter.numel() * share
+    assert ABOUT[name][1:3] == (in_words(total), in_words(active))
+
+
+def test_names_follow_one_pattern_and_old_ones_still_work():
+    assert set(ABOUT) == set(PRESETS)
+    generations = {about.generation.lower().replace("-", "_") for about in ABOUT.values()}
+    for name, about in ABOUT.items():
+        begins = name.removeprefix("tiny_")
+        assert re.fullmatch(r"(tiny_)?(v\d(\.\d)?|llm|moe|r1)(_\w+)?", name)
+        assert any(begins.startswith(word) or word.startswith(begins) for word in generations) or begins == "r1", about
+    assert OLD_NAMES == {"tiny_v32": "tiny_v3.2"}
+    assert preset("tiny_v32", vocab_size=99).to_dict() == preset("tiny_v3.2", vocab_size=99).to_dict()

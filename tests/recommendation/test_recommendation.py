@@ -401,12 +401,12 @@ def test_explanations(learned, tmp_path, capsys):
         ('["x"]', [], "No history holds an item that the model knows"),
         ('["item 1"]', ["--k", "0"], "--k 0: it must be 1 or more"),
         ('["item 1"]', ["--kk", "3"], "unexpected argument '--kk' (did you mean '--k'?)"),
-        ('["item 1"]', ["--filter", "{folder}/none"], "can't be read"),
+        ('["item 1"]', ["--filter", "{folder}/none"], "no such file"),
         ('["item 1"]', ["--filter", "{folder}/empty.txt"], "names no item"),
         ('["item 1"]', ["--filter", "{folder}/other.txt"], "the filter leaves nothing: none of its 1 items"),
         ('["item 1"', [], "broken JSON"),
         ('["item 1"]', ["--output", "{folder}/none/out.parquet"], "no such folder to write to"),
-        (None, [], "can't be read"),
+        (None, [], "no such file"),
     ],
 )
 def test_bad_requests_are_one_line(learned, tmp_path, capsys, content, more, message):

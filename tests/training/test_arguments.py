@@ -119,9 +119,9 @@ def test_stages_share_keys_and_know_the_output_dir(yaml_file):
 
 
 def test_recipe_is_taken_only_without_model_and_data():
-    assert len(parse("--output_dir=x", "--seed=1", recipe=Translation.recipe)) == 2
-    assert len(parse("--output_dir=x", "--preset=tiny_v3", recipe=Translation.recipe)) == 1
-    assert len(parse("--output_dir=x", "--train_file=x.json", recipe=Translation.recipe)) == 1
+    assert len(parse("--output_dir=x", "--seed=1", recipe=Translation.arguments_class.RECIPE)) == 2
+    assert len(parse("--output_dir=x", "--preset=tiny_v3", recipe=Translation.arguments_class.RECIPE)) == 1
+    assert len(parse("--output_dir=x", "--train_file=x.json", recipe=Translation.arguments_class.RECIPE)) == 1
 
 
 def test_learning_rate_default_follows_the_kind_of_run():

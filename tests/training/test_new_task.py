@@ -10,7 +10,9 @@ from datasets import Dataset
 from transformers import GenerationConfig
 
 import finetune_deepseek
+from finetune_deepseek import Entry
 from finetune_deepseek.commands.finetune import finetune
+from finetune_deepseek.data.arguments import TaskFlags
 from finetune_deepseek.training.optimization import IGNORED_LABEL
 from finetune_deepseek.training.parsing import parse_command
 from finetune_deepseek.training.run import run_stages
@@ -19,7 +21,7 @@ from tests.small_runs import TINY, flags
 
 
 @dataclass
-class UppercaseArguments:
+class UppercaseArguments(TaskFlags):
     """Which words."""
 
     words: list[str] = field(default_factory=list, metadata={"help": "The words."})
@@ -72,7 +74,8 @@ class Uppercase(Task):
 
 
 def test_a_task_is_one_file_and_one_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(finetune_deepseek.TASKS, "uppercase", f"{__name__}:Uppercase")
+    entry = Entry(f"{__name__}:Uppercase", f"{__name__}:UppercaseArguments")
+    monkeypatch.setitem(finetune_deepseek.TASKS, "uppercase", entry)
     settings = {name: value for name, value in TINY.items() if name not in ("target_lang", "max_target_length")}
     finetune(["uppercase", *flags(settings | {"output_dir": tmp_path, "max_steps": 40, "words": ["ab", "cat", "go"]})])
     results = json.loads((tmp_path / "all_results.json").read_text())

@@ -25,7 +25,7 @@ ATTACHED = {
     "tiny_moe": {"attention": 12, "dense": 3, "shared": 6, "experts": 4, "router": 2, "embeddings": 1, "head": 1},
     "tiny_v2_lite": {"attention": 12, "dense": 3, "shared": 6, "experts": 4, "router": 2, "embeddings": 1, "head": 1},
     "tiny_v3": {"attention": 15, "dense": 3, "shared": 6, "experts": 4, "router": 2, "embeddings": 1, "head": 1},
-    "tiny_v32": {
+    "tiny_v3.2": {
         **{"attention": 15, "dense": 3, "shared": 6, "experts": 4, "router": 2, "indexer": 9},
         **{"embeddings": 1, "head": 1},
     },
@@ -69,7 +69,7 @@ def test_all_means_every_group_that_the_model_has(name):
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_a_group_attaches_to_its_weights_only(group):
-    name = "tiny_v32" if group == "indexer" else "tiny_v3_mtp"
+    name = "tiny_v3.2" if group == "indexer" else "tiny_v3_mtp"
     model = apply_lora(make_model(name), lora(lora_target=[group]))
     assert counts(model) == {group: ATTACHED[name][group]}
 
@@ -81,7 +81,7 @@ def test_default_is_attention_and_feed_forward():
 
 @pytest.mark.parametrize("group", [*(word for word in GROUPS if word != "mtp"), "all"])
 def test_adapter_reloads_merges_and_switches_off(group, tmp_path):
-    name = "tiny_v32" if group == "indexer" else "tiny_v3"
+    name = "tiny_v3.2" if group == "indexer" else "tiny_v3"
     base = logits(make_model(name))
     model = randomize(apply_lora(make_model(name), lora(lora_target=[group])))
     adapted = logits(model)
