@@ -352,7 +352,7 @@ def test_recommend_by_faiss_prints_the_same(learned, tmp_path, capsys):
 def test_a_large_catalogue_is_scored_for_few_users_at_once(learned, tmp_path, capsys, monkeypatch):
     arguments = (learned[0] / "out", "--history", learned[0] / "ring.csv", "--k", 2)
     whole = run_verb(capsys, *arguments)[1]
-    monkeypatch.setattr("finetune_deepseek.commands.recommend.SCORES_AT_ONCE", 3 * RING)
+    monkeypatch.setattr("finetune_deepseek.recommendation.requests.SCORES_AT_ONCE", 3 * RING)
     lines = run_verb(capsys, *arguments)[1].splitlines()
     for ours, theirs in zip(map(json.loads, lines), map(json.loads, whole.splitlines()), strict=True):
         assert ours["items"] == theirs["items"] and ours["scores"] == pytest.approx(theirs["scores"], rel=1e-5)

@@ -87,7 +87,7 @@ def test_beam_options_reach_the_search(models, main, monkeypatch):
         seen.append(generation_config)
         return list(lines)
 
-    monkeypatch.setattr("finetune_deepseek.commands.translate.translate_lines", look)
+    monkeypatch.setattr("finetune_deepseek.translation.translator.translate_lines", look)
     argv = ("--num_beams", 4, "--length_penalty", 0.6, "--max_target_length", 9)
     assert main("translate", models / "model", *argv, stdin=b"one\n")[0] == 0
     (found,) = seen
@@ -217,7 +217,7 @@ def test_verbs_say_what_is_missing(main):
     code, out, _ = main("--help")
     assert code == 0
     assert all(f"  {verb} " in out for verb in command.VERBS)
-    assert main("tranlsate")[2].startswith("deepseek-hf: error: unknown verb 'tranlsate'; there is finetune, evaluate")
+    assert main("tranlsate")[2].startswith("deepseek-hf: error: unknown verb 'tranlsate' (did you mean 'translate'?); there is")
     assert "evaluate translation: name the model next" in main("evaluate", "translation")[2]
     assert "evaluate translation: name the model next" in main("evaluate", "translation", "--max_steps", "1")[2]
     assert "the model comes first (a folder or a Hub id), found --input." in main("translate", "--input", "x")[2]
