@@ -7,7 +7,7 @@ from typing import NoReturn, TypeVar
 from transformers import HfArgumentParser
 
 from ..data.words import nearest_match
-from ..training.parsing import HelpFormatter
+from .parsing import HelpFormatter
 
 Arguments = TypeVar("Arguments")
 

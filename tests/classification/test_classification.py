@@ -21,12 +21,12 @@ from finetune_deepseek.classification.arguments import ClassificationArguments
 from finetune_deepseek.classification.metrics import LabelSetF1, RegressionErrors
 from finetune_deepseek.classification.problems import PROBLEMS, MultiLabel, Regression, SingleLabel
 from finetune_deepseek.classification.task import Classification, ClassificationCollator
+from finetune_deepseek.commands.parsing import parse_command
 from finetune_deepseek.data.sources import DatasetColumns
 from finetune_deepseek.data.words import pair_text
 from finetune_deepseek.training.arguments import ModelArguments
 from finetune_deepseek.training.batches import RowSampler, TokenBatchSampler
 from finetune_deepseek.training.loading import load_model
-from finetune_deepseek.training.parsing import parse_command
 from finetune_deepseek.training.run import run_stages
 from modeling_deepseek import DeepSeekForCausalLM
 from tests.small_runs import TINY, flags

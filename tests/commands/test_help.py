@@ -17,9 +17,9 @@ from finetune_deepseek.checkpoints import export as checkpoint_export
 from finetune_deepseek.commands import export
 from finetune_deepseek.commands.finetune import task_class, task_flags
 from finetune_deepseek.commands.help import OWN_HELP, VERBS
-from finetune_deepseek.training.parsing import FIRST, ArgumentParser, draft_command, examples, parse_command
+from finetune_deepseek.commands.parsing import FIRST, ArgumentParser, draft_command, examples, parse_command
+from finetune_deepseek.commands.transformers_flags import training_flags
 from finetune_deepseek.training.trainer_arguments import TrainingArguments
-from finetune_deepseek.training.transformers_flags import training_flags
 
 HEAVY = ("torch", "datasets", "peft", "pandas", "scipy", "sklearn", "accelerate", "pyarrow", "transformers.trainer")
 # Runs commands one after the other in a process of its own; prints code, standard error and heavy imports of each.

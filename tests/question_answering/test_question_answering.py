@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from finetune_deepseek import __main__ as command
+from finetune_deepseek.commands.parsing import parse_command
 from finetune_deepseek.question_answering.answering import Reader
 from finetune_deepseek.question_answering.arguments import QuestionAnsweringArguments
 from finetune_deepseek.question_answering.extractive import NOWHERE, best_spans
@@ -24,7 +25,6 @@ from finetune_deepseek.question_answering.task import QuestionAnswering
 from finetune_deepseek.question_answering.territories import PATTERNS, territory_rows
 from finetune_deepseek.question_answering.windows import Encoder, Layout
 from finetune_deepseek.training.model_card import run_settings
-from finetune_deepseek.training.parsing import parse_command
 from finetune_deepseek.training.run import run_stages
 from tests.small_runs import TINY, flags
 from tokenization_deepseek import train_tokenizer

@@ -6,8 +6,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from finetune_deepseek.commands.parsing import parse_command
 from finetune_deepseek.recommendation.arguments import RecommendationArguments
-from finetune_deepseek.training.parsing import parse_command
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 

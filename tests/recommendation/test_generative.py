@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import finetune_deepseek
 from configuration_deepseek import preset
 from finetune_deepseek.__main__ import guarded
+from finetune_deepseek.commands.parsing import parse_command
 from finetune_deepseek.recommendation.arguments import GenerativeRecommendationArguments, RecommendationArguments
 from finetune_deepseek.recommendation.generative import GenerativeRecommendation
 from finetune_deepseek.recommendation.item_vectors import neighbour_vectors, read_item_vectors
@@ -19,7 +20,6 @@ from finetune_deepseek.recommendation.items.interactions import as_dataset
 from finetune_deepseek.recommendation.items.semantic_ids import SemanticIdTokenizer
 from finetune_deepseek.recommendation.serving import GenerativeRecommender, load
 from finetune_deepseek.recommendation.task import Recommendation
-from finetune_deepseek.training.parsing import parse_command
 from finetune_deepseek.training.run import run_stages
 from modeling_deepseek import DeepSeekForCausalLM, DeepSeekForEmbedding
 from tests.small_runs import flags

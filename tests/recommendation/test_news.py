@@ -11,12 +11,12 @@ from torch.utils.data import DataLoader
 
 from finetune_deepseek.__main__ import guarded
 from finetune_deepseek.checkpoints.export import export_bundle
+from finetune_deepseek.commands.parsing import parse_command
 from finetune_deepseek.recommendation.arguments import NewsArguments
 from finetune_deepseek.recommendation.items.mind import prediction_text, read_behaviors, read_news
 from finetune_deepseek.recommendation.news import NewsCollator, NewsRecommendation
 from finetune_deepseek.recommendation.scores import impression_scores
 from finetune_deepseek.recommendation.serving import load
-from finetune_deepseek.training.parsing import parse_command
 from finetune_deepseek.training.run import run_stages
 from modeling_deepseek import DeepSeekForRecommendation
 from tests.small_runs import flags

@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import finetune_deepseek
 from configuration_deepseek import preset
+from finetune_deepseek.commands.parsing import parse_command
 from finetune_deepseek.recommendation import prompt_ranking
 from finetune_deepseek.recommendation.items.titles import read_titles, with_titles
 from finetune_deepseek.recommendation.prompt_ranking import (
@@ -21,7 +22,6 @@ from finetune_deepseek.recommendation.prompt_ranking import (
     candidate_scores,
     rank,
 )
-from finetune_deepseek.training.parsing import parse_command
 from finetune_deepseek.training.run import run_stages
 from modeling_deepseek import DeepSeekForCausalLM
 from tests.small_runs import flags

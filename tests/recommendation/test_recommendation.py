@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 import finetune_deepseek
 from finetune_deepseek.__main__ import guarded
+from finetune_deepseek.commands.parsing import parse_command
 from finetune_deepseek.recommendation.arguments import RecommendationArguments
 from finetune_deepseek.recommendation.baselines import baseline_ranks
 from finetune_deepseek.recommendation.items.catalogue import item_tokenizer
@@ -21,7 +22,6 @@ from finetune_deepseek.recommendation.report import read_ranks, run_names
 from finetune_deepseek.recommendation.sasrec import SASRecForRecommendation
 from finetune_deepseek.recommendation.serving import load
 from finetune_deepseek.recommendation.task import Recommendation
-from finetune_deepseek.training.parsing import parse_command
 from finetune_deepseek.training.ranks import ranks
 from finetune_deepseek.training.run import run_stages
 from modeling_deepseek import AutoModelForRecommendation, DeepSeekForRecommendation

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from finetune_deepseek.commands.parsing import parse_command
 from finetune_deepseek.retrieval.arguments import FUSED, EmbeddingArguments
 from finetune_deepseek.retrieval.encoding import encode, token_ids
 from finetune_deepseek.retrieval.passage_index import Retriever
 from finetune_deepseek.retrieval.task import Embedding, EmbeddingCollator
 from finetune_deepseek.training.model_card import run_settings
-from finetune_deepseek.training.parsing import parse_command
 from finetune_deepseek.training.run import run_stages
 from modeling_deepseek import DeepSeekForEmbedding
 from tests.small_runs import TINY, flags

@@ -13,13 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from configuration_deepseek import preset
 from finetune_deepseek.__main__ import guarded
+from finetune_deepseek.commands.parsing import parse_command
 from finetune_deepseek.training import run as run_module
 from finetune_deepseek.training import trainer_arguments
 from finetune_deepseek.training.arguments import ModelArguments
 from finetune_deepseek.training.callbacks import plot_metrics
 from finetune_deepseek.training.loading import with_dropout
 from finetune_deepseek.training.optimization import smoothing_term, target_losses
-from finetune_deepseek.training.parsing import parse_command
 from finetune_deepseek.training.trainer_arguments import TrainingArguments
 from finetune_deepseek.training.weights.freezing import freeze_weights
 from finetune_deepseek.training.weights.lora import GROUPS, OTHER, group_of

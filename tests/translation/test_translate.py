@@ -217,7 +217,9 @@ def test_verbs_say_what_is_missing(main):
     code, out, _ = main("--help")
     assert code == 0
     assert all(f"  {verb} " in out for verb in command.VERBS)
-    assert main("tranlsate")[2].startswith("deepseek-hf: error: unknown verb 'tranlsate' (did you mean 'translate'?); there is")
+    assert main("tranlsate")[2].startswith(
+        "deepseek-hf: error: unknown verb 'tranlsate' (did you mean 'translate'?); there is"
+    )
     assert "evaluate translation: name the model next" in main("evaluate", "translation")[2]
     assert "evaluate translation: name the model next" in main("evaluate", "translation", "--max_steps", "1")[2]
     assert "the model comes first (a folder or a Hub id), found --input." in main("translate", "--input", "x")[2]

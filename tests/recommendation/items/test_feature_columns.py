@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from finetune_deepseek.__main__ import guarded
+from finetune_deepseek.commands.parsing import parse_command
 from finetune_deepseek.recommendation.arguments import GenerativeRecommendationArguments, RecommendationArguments
 from finetune_deepseek.recommendation.items.catalogue import item_tokenizer
 from finetune_deepseek.recommendation.items.feature_columns import known_values, number_values, read_users
@@ -24,7 +25,6 @@ from finetune_deepseek.recommendation.items.interactions import (
 )
 from finetune_deepseek.recommendation.serving import load
 from finetune_deepseek.recommendation.task import Recommendation
-from finetune_deepseek.training.parsing import parse_command
 from finetune_deepseek.training.run import run_stages
 from modeling_deepseek import AutoModelForRecommendation
 from tests.small_runs import flags

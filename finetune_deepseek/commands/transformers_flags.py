@@ -1,7 +1,7 @@
 """The flags of transformers' Seq2SeqTrainingArguments, read from its source: importing the class takes seconds.
 
 Only names, types, defaults and help are taken from there, for the parser. What runs is transformers' own class, made
-of the flags that were given (trainer_arguments.py); a test holds the two against each other.
+of the flags that were given (training/trainer_arguments.py); a test holds the two against each other.
 """
 
 import ast
@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from .arguments import TrainingFlags
+from ..training.arguments import TrainingFlags
 
 CLASSES = (("training_args.py", "TrainingArguments"), ("training_args_seq2seq.py", "Seq2SeqTrainingArguments"))
 FACTORIES: dict[str, Any] = {"list": list, "dict": dict}

@@ -27,11 +27,11 @@ from transformers import HfArgumentParser
 
 from ..data.arguments import TaskFlags
 from ..data.words import nearest_match
-from .arguments import MULTI_STEP, LoraArguments, ModelArguments
+from ..training.arguments import MULTI_STEP, LoraArguments, ModelArguments
 from .transformers_flags import training_flags
 
 if TYPE_CHECKING:
-    from .trainer_arguments import Stage
+    from ..training.trainer_arguments import Stage
 
 # What --help shows beside the task's own first flags; --help_all shows every one.
 FIRST = (
@@ -146,7 +146,7 @@ class Draft:
         Raises:
             ValueError: with one line, for what doesn't fit.
         """
-        from .trainer_arguments import Stage, TrainingArguments
+        from ..training.trainer_arguments import Stage, TrainingArguments
 
         return Stage(self.name, self.model, self.lora, self.data, TrainingArguments(**self.training), self.given)
 
