@@ -10,6 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from finetune_deepseek import TASKS
+from finetune_deepseek.commands.finetune import task_flags
+from finetune_deepseek.commands.help import VERBS as ALL_VERBS
+from finetune_deepseek.commands.parsing import draft_command
+
 ROOT = Path(__file__).parent.parent
 READMES = ("README.md", "README.zh-CN.md")
 PAIRS = [("one", "eins"), ("two", "zwei"), ("three", "drei")]
@@ -44,14 +49,50 @@ def test_both_languages_show_the_same_code():
 
 
 def test_files_named_in_the_map_exist_and_none_is_left_out():
-    for readme in READMES:
-        block = re.search(r"```\n(configuration_deepseek/ .*?)```", (ROOT / readme).read_text("utf-8"), re.DOTALL)
+    for page in ("docs/architecture.md", "docs/architecture.zh-CN.md"):
+        block = re.search(r"```\n(configuration_deepseek/ .*?)```", (ROOT / page).read_text("utf-8"), re.DOTALL)
         assert block is not None
         named = set(re.findall(r"[\w.]+\.(?:py|yaml)\b", block[1]))
         there = {path.name for path in ROOT.glob("*_deepseek/*.*") if path.suffix in (".py", ".yaml")}
-        assert named == there - {"__init__.py"}, readme
+        assert named == there - {"__init__.py"}, page
         rooms = {path.parent.name for path in ROOT.glob("finetune_deepseek/**/__init__.py")} - {"finetune_deepseek"}
-        assert rooms <= set(re.findall(r"(\w+)/", block[1])), readme
+        assert rooms <= set(re.findall(r"(\w+)/", block[1])), page
+
+
+def task_commands(readme: str) -> dict[str, list[str]]:
+    """The command of each task in the table, without `deepseek-hf finetune`."""
+    text = (ROOT / readme).read_text("utf-8")
+    found = re.findall(r"^\| (\w+) \| .*`deepseek-hf finetune ([^`]+)`", text, re.MULTILINE)
+    return {task: shlex.split(command) for task, command in found}
+
+
+def test_the_table_has_every_task_and_a_command_that_it_takes():
+    english, chinese = map(task_commands, READMES)
+    assert english == chinese and list(english) == list(TASKS)
+    for task, (name, *flags) in english.items():
+        (draft,) = draft_command(task, task_flags(task), flags)
+        assert name == task and {"preset", "output_dir"} < draft.given
+        assert draft.given & set(task_flags(task).SOURCES or {"train_dir"})
+
+
+def test_the_table_has_every_verb():
+    for readme in READMES:
+        verbs = re.findall(r"^\| `(\w+) \[?[A-Z]", (ROOT / readme).read_text("utf-8"), re.MULTILINE)
+        assert verbs == [verb for verb in ALL_VERBS if verb not in ("presets", "help")]
+
+
+def test_readmes_are_short():
+    assert all(len((ROOT / readme).read_text("utf-8").splitlines()) < 200 for readme in READMES)
+
+
+def test_headings_that_are_linked_to_exist():
+    for readme in READMES:
+        text = (ROOT / readme).read_text("utf-8")
+        links = [*re.findall(r"(docs/[\w.-]+)#([^)\s]+)", text)]
+        assert len(links) >= 9
+        for page, anchor in links:
+            headings = re.findall(r"^#+ (.*)$", (ROOT / page).read_text("utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w\s-]", "", line).lower().replace(" ", "-") for line in headings], anchor
 
 
 def test_make_targets_are_the_pip_commands():
