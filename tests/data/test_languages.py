@@ -8,6 +8,7 @@ import pytest
 from finetune_deepseek.translation.augmentation import Words
 from huggingface_hub import ModelCard
 
+from finetune_deepseek.commands.parsing import parse_command
 from finetune_deepseek.data.languages import (
     LETTERS,
     bleu_tokenizer,
@@ -18,7 +19,6 @@ from finetune_deepseek.data.languages import (
     letters,
 )
 from finetune_deepseek.data.pair_checks import in_other_script
-from finetune_deepseek.training.parsing import parse_command
 from finetune_deepseek.training.run import run_stages
 from finetune_deepseek.translation.task import Translation
 from tests.small_runs import TINY, flags

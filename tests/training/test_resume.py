@@ -3,10 +3,10 @@
 import pytest
 
 from finetune_deepseek.classification.task import Classification
+from finetune_deepseek.commands.parsing import parse_command
 from finetune_deepseek.recommendation.task import Recommendation
 from finetune_deepseek.training import trainer as trainer_module
 from finetune_deepseek.training.batches import RowSampler, TokenBatchSampler
-from finetune_deepseek.training.parsing import parse_command
 from finetune_deepseek.training.run import run_stages
 from finetune_deepseek.translation.task import Translation
 from tests.small_runs import TINY, flags, write_jsonl

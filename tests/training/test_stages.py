@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
+from finetune_deepseek.commands.parsing import parse_command
 from finetune_deepseek.training import run as run_module
-from finetune_deepseek.training.parsing import parse_command
 from finetune_deepseek.training.run import run_stages
 from finetune_deepseek.training.task import Scores
 from finetune_deepseek.translation.task import Translation
