@@ -8,10 +8,7 @@ from .ranges import check_ranges
 from .words import nearest_match
 
 SPLITS = ("train", "validation", "test")
-FORMATS = (
-    ".json, .jsonl, .csv, .tsv, .inter or .parquet files, also .gz or .zst; a csv without commas in its header is "
-    "separated by what it has of ; tab |."
-)
+FORMATS = ".json, .jsonl, .csv (, ; tab | between cells), .tsv, .inter or .parquet, also .gz or .zst."
 
 
 class TaskFlags:

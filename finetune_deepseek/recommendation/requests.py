@@ -28,6 +28,7 @@ from .items.interactions import (
 from .recommender import Recommender
 
 SCORES_AT_ONCE = 100_000_000  # of a batch of users with a large catalogue; 400 MB
+
 SCHEMA = pa.schema([("user", pa.string()), ("rank", pa.int32()), ("item", pa.string()), ("score", pa.float32())])
 
 
