@@ -3,7 +3,6 @@
 import argparse
 import importlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from .. import TASKS
@@ -52,6 +51,7 @@ def score(verb: str, flag: str, argv: Sequence[str]) -> None:
     from ..training.model_card import run_settings
     from ..training.parsing import parse_command
     from ..training.run import run_stages
+    from ..training.stages.folders import scored_folder
 
     if len(argv) < 2 or argv[1].startswith("-"):
         raise ValueError(f"{verb} {task.name}: name the model next: a folder or a Hub id.")
@@ -59,6 +59,6 @@ def score(verb: str, flag: str, argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model_revision", default="main")
     revision = parser.parse_known_args(rest)[0].model_revision
-    defaults = {"output_dir": f"runs/{verb}-{Path(model).name}"} | run_settings(model, revision, task.name)
+    defaults = {"output_dir": scored_folder(verb, model, revision)} | run_settings(model, revision, task.name)
     rest += [f"--model_name_or_path={model}", "--do_train=False", f"--{flag}=True"]
     run_stages(task, parse_command(task.name, task.arguments_class, rest, defaults=defaults))
