@@ -6,7 +6,6 @@ Flags and paths are checked before the task is imported, since torch and transfo
 import argparse
 import importlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from .. import TASKS
@@ -87,10 +86,11 @@ def score(verb: str, flag: str, argv: Sequence[str]) -> None:
     ArgumentParser(name, flags).given_names(rest)  # refuses an unknown flag before anything is opened
     check_source(model)
     from ..training.model_card import run_settings
+    from ..training.stages.folders import scored_folder
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model_revision", default="main")
     revision = parser.parse_known_args(rest)[0].model_revision
-    defaults = {"output_dir": f"runs/{verb}-{Path(model).name}"} | run_settings(model, revision, name)
+    defaults = {"output_dir": scored_folder(verb, model, revision)} | run_settings(model, revision, name)
     rest += [f"--model_name_or_path={model}", "--do_train=False", f"--{flag}=True"]
     run(name, draft_command(name, flags, rest, defaults=defaults))

@@ -10,11 +10,12 @@ from typing import Any
 
 from ..data.files import write_json
 from .stages.build import Built, build
-from .stages.prepare import Prepared, check_all_output_dirs, prepare
+from .stages.folders import RESULTS_FILE, check_all_output_dirs, read_results
+from .stages.prepare import Prepared, prepare
 from .stages.score import score_adapter_off, score_test, score_validation
 from .stages.show import screen, show, show_plan
 from .stages.train import train
-from .stages.write import RESULTS_FILE, Results, read_results
+from .stages.write import Results
 from .task import Scores, Task, prefixed
 from .trainer_arguments import Stage
 

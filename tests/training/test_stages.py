@@ -3,9 +3,11 @@
 import io
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
+from finetune_deepseek.__main__ import guarded
 from finetune_deepseek.commands.parsing import parse_command
 from finetune_deepseek.training import run as run_module
 from finetune_deepseek.training.run import run_stages
@@ -108,6 +110,34 @@ def test_rows_of_an_adapter_check_are_looked_at_first(rows, finetune, data, tmp_
     (tmp_path / "off.jsonl").write_text("\n".join(rows))
     with pytest.raises(ValueError, match="--adapter_off_check .*off.jsonl"):
         finetune(output_dir=tmp_path / "out", use_peft=True, adapter_off_check=tmp_path / "off.jsonl", **data)
+
+
+def test_checkpoints_of_two_runs_are_scored_apart(finetune, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = ["--validation_file", data["validation_file"], "--test_file", data["test_file"], "--target_lang", "de"]
+    models = [f"{folder}/checkpoint-1" for folder in ("a", "b", "c/b")]
+    for model in models:
+        finetune(output_dir=Path(model).parent, max_steps=1, save_steps=1, do_train=True, **data)
+    for model in [*models, models[0]]:  # the first once more, where it was
+        assert guarded(["translation", model, *files], "evaluate") == 0
+    kept = {path.parent.name: json.loads(path.read_text()) for path in Path("runs").glob("*/all_results.json")}
+    assert {"evaluate-a-checkpoint-1", "evaluate-b-checkpoint-1"} < set(kept) and len(kept) == 3
+    assert len({results["scored_model"] for results in kept.values()}) == 3
+    assert guarded(["translation", models[0], *files], "predict") == 0
+    assert "eval_loss" not in json.loads(Path("runs/predict-a-checkpoint-1/all_results.json").read_text())
+
+
+def test_scores_of_two_models_do_not_meet(finetune, data, tmp_path, capsys):
+    for name in ("one", "two"):
+        finetune(output_dir=tmp_path / name, max_steps=1, do_train=True, **data)
+    once = {"preset": None, "vocab_size": None, "do_eval": True, **data}
+    finetune(output_dir=tmp_path / "scores", model_name_or_path=tmp_path / "one", **once)
+    finetune(output_dir=tmp_path / "scores", model_name_or_path=tmp_path / "one", **once | {"do_predict": True})
+    for folder in ("scores", "one"):
+        with pytest.raises(ValueError, match="holds the results of another model"):
+            finetune(output_dir=tmp_path / folder, model_name_or_path=tmp_path / "two", **once)
+    results = json.loads((tmp_path / "scores/all_results.json").read_text())
+    assert "eval_loss" in results and "test_loss" in results
 
 
 def test_folders_of_all_stages_are_looked_at_first(data, tmp_path, never_trained):

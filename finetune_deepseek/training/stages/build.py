@@ -15,7 +15,7 @@ from ..callbacks import PlotCallback
 from ..loading import load_model, load_tokenizer, saved_config
 from ..trainer import FinetuneTrainer
 from ..weights.averaging import EnoughCheckpoints
-from ..weights.freezing import freeze_weights
+from ..weights.freezing import freeze_unreached, freeze_weights
 from ..weights.lora import GroupCensus, apply_lora, census
 from .predictions import Scorer, evaluation_features
 from .prepare import Prepared
@@ -113,6 +113,8 @@ def build_model(prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> Any:
         if lora.use_dora:
             print("DoRA adapters are opened by PeftModel or AutoPeftModel; AutoModel gives other numbers")
     freeze_weights(model, prepared.args)
+    if prepared.args.do_train:
+        freeze_unreached(model)
     return model
 
 

@@ -1,8 +1,6 @@
 """First stage: what was asked for, checked as far as that goes without a model."""
 
-import os
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from ...data.table import read_columns
 from ..loading import parse_overrides
 from ..task import Task
 from ..trainer_arguments import Stage, TrainingArguments
+from .folders import check_output_dir, check_scored, make_folder
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,7 @@ def prepare(task_class: type[Task], stage: Stage) -> Prepared:
     splits = task.load_splits()
     choose_work(stage, splits)
     check_output_dir(args)  # again, now that what is to be done is known
+    check_scored(stage)
     make_folder(Path(args.output_dir or ""))
     return Prepared(stage, task, splits, find_checkpoint(args), off_rows, started)
 
@@ -101,45 +101,6 @@ def choose_work(stage: Stage, splits: dict[str, Rows]) -> None:
         raise ValueError("--streaming: the length of a stream is unknown, so give --max_steps.")
     if isinstance(splits.get("train"), IterableDataset):
         args.train_sampling_strategy = "random"  # a stream is read in its own, buffered order
-
-
-def check_output_dir(training: TrainingArguments) -> None:
-    """Say in one line why the output folder can't be used; makes nothing.
-
-    Raises:
-        ValueError: if the path is a file or can't be written, or if it holds checkpoints of an earlier run that is
-            neither resumed nor overwritten (Trainer would mix up the two runs' checkpoints).
-    """
-    folder = Path(training.output_dir or "")
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise ValueError(f"--output_dir {folder}: can't make this folder ({there} is a file); name another.")
-    if not os.access(there, os.W_OK):
-        raise ValueError(f"--output_dir {folder}: no right to write there; name another.")
-    is_new = training.do_train and not training.resume_from_checkpoint and not training.overwrite_output_dir
-    if is_new and any(folder.glob("checkpoint-*")):
-        raise ValueError(
-            f"--output_dir {folder} holds checkpoints of an earlier run: add --resume_from_checkpoint true, or "
-            "--overwrite_output_dir to remove them, or name another folder."
-        )
-
-
-def make_folder(folder: Path) -> None:
-    """Make the output folder.
-
-    Raises:
-        ValueError: with the reason, if that fails.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--output_dir {folder}: can't make this folder ({error.strerror}); name another.") from error
-
-
-def check_all_output_dirs(stages: Sequence[Stage]) -> None:
-    """The folders of all runs of a command, before the first of them begins: see `check_output_dir`."""
-    for stage in stages:
-        check_output_dir(stage.training)
 
 
 def find_checkpoint(args: TrainingArguments) -> str | None:

@@ -11,7 +11,7 @@ from datasets import Dataset
 from ..optimization import recipe
 from ..task import numbers
 from ..trainer_arguments import TrainingArguments
-from ..weights.freezing import trained_weights
+from ..weights.freezing import trained_weights, unreached_groups
 from ..weights.lora import census_table
 from ..weights.muon import multiplies_bfloat16
 from .build import Built
@@ -19,6 +19,7 @@ from .prepare import Prepared
 from .write import Results
 
 EXAMPLES_SHOWN = 10
+WEIGHTED = "; --config_overrides mtp_loss_weight=0.1 trains it"  # of a model with random weights
 
 
 @contextmanager
@@ -56,6 +57,8 @@ def show_plan(prepared: Prepared, built: Built) -> None:
     print(f"{share}{step_size(args, built)}, {memory}{' and AdamW' * is_adamw}, without activations")
     if args.do_train:
         print(f"trained weights: {trained_weights(model, args)}")
+        for group in unreached_groups(model):
+            print(f"frozen: {group}, which no loss reaches{WEIGHTED if group == 'mtp' else ''}")
         for name, text in recipe(args, model.config).items():
             print(f"{name}: {text}")
         if args.bf16 and args.use_cpu and not multiplies_bfloat16():

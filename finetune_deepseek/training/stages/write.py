@@ -1,6 +1,5 @@
 """Fifth stage: what was measured goes into the run's folder at once, before anything more is measured or shown."""
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -10,10 +9,10 @@ from ...data.files import finite, json_line, write_json, write_text
 from .. import model_card
 from ..task import Scores
 from .build import Built
+from .folders import RESULTS_FILE, SCORED, is_in_place, model_mark, read_results
 from .prepare import Prepared
 
 PREDICTIONS_FILE = "generated_predictions.jsonl"
-RESULTS_FILE = "all_results.json"
 
 
 class Results:
@@ -24,6 +23,9 @@ class Results:
         self.is_writer = built.trainer.is_world_process_zero()
         self.old = {} if prepared.args.do_train else read_results(self.folder)
         self.numbers: dict[str, Any] = dict(built.sizes)
+        model = prepared.stage.model
+        if not prepared.args.do_train and model.model_name_or_path and not is_in_place(prepared.stage):
+            self.numbers[SCORED] = model_mark(model.model_name_or_path, model.model_revision)
         self.parts: dict[str, dict[str, Any]] = {}
         self.lines: list[dict[str, Any]] = []
         self.texts: list[str] = []
@@ -58,8 +60,3 @@ class Results:
         card = task.card_data() | {"data_checks": report_markdown(self.built.data_report, task.fault_names)}
         stage, splits = self.prepared.stage, self.prepared.splits
         model_card.write(card, stage, self.built.model, self.numbers, splits, folder, write_text)
-
-
-def read_results(folder: Path) -> dict[str, Any]:
-    path = folder / RESULTS_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

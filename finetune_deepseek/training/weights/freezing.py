@@ -8,8 +8,9 @@ from transformers import PreTrainedModel
 
 from ...data.words import nearest_match
 from ..trainer_arguments import TrainingArguments
-from .lora import GROUPS, group_of, prediction_layers
+from .lora import GROUPS, group_of, plain_name, prediction_layers
 
+INDEXER = re.compile(r"\.indexer\.")
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
@@ -63,6 +64,38 @@ def freeze_weights(model: PreTrainedModel | PeftModel, args: TrainingArguments) 
         raise ValueError("--freeze and --train_last_n_layers leave no weight to train; free a group or a layer.")
 
 
+def unreached_groups(model: PreTrainedModel | PeftModel) -> tuple[str, ...]:
+    """The groups of weights that the model has and no loss of ours reaches.
+
+    The indexer chooses keys, and a choice has no gradient; prediction layers take part in nothing but their own loss,
+    which has a weight in the config.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    found = ["indexer"] if any(map(INDEXER.search, names)) else []
+    if prediction_layers(model) and not getattr(model.config, "mtp_loss_weight", 0):
+        found.append("mtp")
+    return tuple(found)
+
+
+def freeze_unreached(model: PreTrainedModel | PeftModel) -> None:
+    """Freeze what would get no gradient, adapters on it too: several processes would wait for one.
+
+    Raises:
+        ValueError: if nothing would be left to train.
+    """
+    groups, ahead = unreached_groups(model), prediction_layers(model)
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    for name, parameter in trained:
+        is_ahead = "mtp" in groups and group_of(plain_name(name), ahead) == "mtp"
+        if is_ahead or INDEXER.search(name):
+            parameter.requires_grad_(False)
+    if trained and not any(parameter.requires_grad for _, parameter in trained):
+        raise ValueError(
+            f"No loss reaches {' and '.join(groups)}, and nothing else would be trained; name other groups after "
+            "--lora_target, or free some of --freeze."
+        )
+
+
 def trained_weights(model: Any, args: TrainingArguments) -> str:
     """What is trained in words, for the census and the model card."""
     if isinstance(model, PeftModel):
@@ -70,4 +103,5 @@ def trained_weights(model: Any, args: TrainingArguments) -> str:
         return f"LoRA adapters, r {lora.r}, alpha {lora.lora_alpha}"
     last = args.train_last_n_layers
     kept = "all" if last is None else f"the last {last} layers, final norm and head"
-    return f"{kept}, without {' '.join(args.freeze)}" if args.freeze else kept
+    frozen = dict.fromkeys((*(args.freeze or ()), *unreached_groups(model)))
+    return f"{kept}, without {' '.join(frozen)}" if frozen else kept
