@@ -140,8 +140,10 @@ def separated(file: IO[bytes], path: str, names: Sequence[str] = (), least: int 
     if "\0" in header:
         raise ValueError(f"{path}, line 1: holds zero bytes, as UTF-16 does; convert the file to UTF-8.")
     csv.field_size_limit(LONGEST_CELL)
-    quoting = csv.QUOTE_NONE if names or ending_of(path) in RECBOLE else csv.QUOTE_MINIMAL
-    reader = csv.reader(chain([header], lines), delimiter=_delimiter(header, path), quoting=quoting, strict=True)
+    dialect: Any = {"delimiter": _delimiter(header, path), "strict": True}
+    if names or ending_of(path) in RECBOLE:
+        dialect["quoting"] = csv.QUOTE_NONE
+    reader = csv.reader(chain([header], lines), **dialect)
     rows = _csv_rows(reader, path)
     names = names or _names(next(rows, []), path)
     for part in _parts(_of_width(rows, len(names), least or len(names), path)):
