@@ -26,9 +26,7 @@ ENDINGS = (".json", ".jsonl", ".csv", ".parquet", ".tsv", *RECBOLE)
 PACKED = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}  # how such files begin, whatever they are called
 DELIMITERS = (";", "\t", "|")  # of a .csv whose header has no comma
 ROWS = 10_000  # that are read at once
-LISTS = (
-    500  # rows of csv that are lists at one time; more of them wake Python's collector of garbage, at thrice the cost
-)
+LISTS = 500  # rows of csv that are lists at one time: more wake Python's garbage collector, at thrice the cost
 SPACE = re.compile(r"[ \t\n\r]*")  # of JSON
 LONGEST_CELL = 2**31 - 1  # a C long everywhere; csv's own limit is 128 KiB
 
