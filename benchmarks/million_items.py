@@ -27,6 +27,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from compare import RESULTS, flags, machine_lines, number, write_section, write_whole
 
+from finetune_deepseek.data.table import read_columns
+
 NAME = "million_items"
 CLUSTERS = 100
 STAYS = 0.9  # share of the steps that stay in the user's cluster
@@ -102,8 +104,7 @@ def train(data: Path, folder: Path, minutes: float) -> dict[str, Any]:
 
 def requests(folder: str, count: int) -> list[list[str]]:
     """Histories of the test split."""
-    lines = Path(folder, "generated_predictions.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["source"] for line in lines[:count]]
+    return read_columns(str(Path(folder, "generated_predictions.jsonl")), count)["source"]
 
 
 def serve(folder: str, index: str) -> dict[str, Any]:

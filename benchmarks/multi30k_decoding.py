@@ -9,7 +9,6 @@ against the raw references, both without case. The table goes into docs/results.
 """
 
 import argparse
-import gzip
 import json
 import os
 import subprocess
@@ -19,6 +18,8 @@ from pathlib import Path
 import sacrebleu
 from compare import number, write_section
 from sacremoses import MosesDetokenizer
+
+from finetune_deepseek.data.table import read_columns
 
 PENALTIES = (0.6, 1.0, 1.4)
 PREDICTIONS = "generated_predictions.jsonl"
@@ -41,11 +42,10 @@ def decode(verb: str, model: Path, data: str, penalty: float, threads: int) -> P
 
 def raw_scores(folder: Path, data: str) -> dict[str, str]:
     """Scores of the detokenised test output, with the interval of BLEU by bootstrap and the signatures."""
-    lines = (folder / PREDICTIONS).read_text(encoding="utf-8").splitlines()
     detokenize = MosesDetokenizer(lang="de").detokenize
-    found = [detokenize(json.loads(line)["prediction"].split()) for line in lines]
-    with gzip.open(f"{data}/multi30k_en_de/test_2016_flickr.jsonl.gz", "rt", encoding="utf-8") as file:
-        raw = [json.loads(line)["translation"]["de"] for line in file]
+    found = [detokenize(text.split()) for text in read_columns(str(folder / PREDICTIONS))["prediction"]]
+    pairs = read_columns(f"{data}/multi30k_en_de/test_2016_flickr.jsonl.gz")["translation"]
+    raw = [pair["de"] for pair in pairs]
     bleu, chrf = sacrebleu.BLEU(lowercase=True), sacrebleu.CHRF(lowercase=True)
     score = bleu.corpus_score(found, [raw], n_bootstrap=1000)
     return {

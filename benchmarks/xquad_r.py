@@ -16,6 +16,7 @@ import numpy as np
 from compare import RESULTS, fill, read_table, run, write_table, write_whole
 from reading_data import read
 
+from finetune_deepseek.data.table import read_columns
 from finetune_deepseek.retrieval.lexical import (
     BM25,
     WORDS_ALONE,
@@ -58,13 +59,14 @@ def scores(retriever: Retriever, texts: dict[str, str], queries: list[dict[str, 
 
 def best_words(validation: Path) -> tuple[float, ...]:
     """The best weights of BM25 of words and of parts on validation questions that stand with one passage only."""
-    rows = [json.loads(line) for line in validation.read_text(encoding="utf-8").splitlines()]
-    texts = list(dict.fromkeys(row["passage"] for row in rows))
-    asked = Counter(query for query, _ in {(row["query"], row["passage"]) for row in rows})
-    rows = [row for row in rows if asked[row["query"]] == 1]
-    targets = np.array([texts.index(row["passage"]) for row in rows])
+    columns = read_columns(str(validation))
+    pairs = list(zip(columns["query"], columns["passage"], strict=True))
+    texts = list(dict.fromkeys(columns["passage"]))
+    asked = Counter(query for query, _ in set(pairs))
+    pairs = [pair for pair in pairs if asked[pair[0]] == 1]
+    targets = np.array([texts.index(passage) for _, passage in pairs])
     rankings = [BM25(texts), BM25(texts, part_terms)]
-    return best_weights([np.stack([r.scores(row["query"]) for row in rows]) for r in rankings], targets)
+    return best_weights([np.stack([r.scores(query) for query, _ in pairs]) for r in rankings], targets)
 
 
 def main() -> None:

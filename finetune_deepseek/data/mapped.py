@@ -32,7 +32,7 @@ class TextConfig(BuilderConfig):
 
     path: str = ""
     texts: tuple[str, ...] = ()
-    stamp: tuple[int, ...] = ()
+    stamp: tuple[Any, ...] = ()
 
 
 class TextBuilder(ArrowBasedBuilder):
@@ -92,7 +92,7 @@ def text_rows(path: str, texts: Iterable[str], streaming: bool = False) -> tuple
         first[NESTED] = dict.fromkeys(flat)
     if not texts:
         return Dataset.from_dict({}), first
-    stamp = (Path(path).stat().st_mtime_ns, Path(path).stat().st_size)
+    stamp = (str(Path(path).resolve()), Path(path).stat().st_mtime_ns, Path(path).stat().st_size)
     builder = TextBuilder(config_name="text", path=str(path), texts=texts, stamp=stamp)
     if streaming:
         return builder.as_streaming_dataset("train"), first

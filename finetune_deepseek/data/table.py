@@ -26,6 +26,7 @@ ENDINGS = (".json", ".jsonl", ".csv", ".parquet", ".tsv", *RECBOLE)
 PACKED = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}  # how such files begin, whatever they are called
 DELIMITERS = (";", "\t", "|")  # of a .csv whose header has no comma
 ROWS = 10_000  # that are read at once
+LISTS = 500  # rows of csv that are lists at one time: more wake Python's garbage collector, at thrice the cost
 SPACE = re.compile(r"[ \t\n\r]*")  # of JSON
 LONGEST_CELL = 2**31 - 1  # a C long everywhere; csv's own limit is 128 KiB
 
@@ -55,8 +56,7 @@ def merged(parts: Iterable[Columns], limit: int | None = None) -> Columns:
     count = 0
     for part in parts:
         size = max(map(len, part.values()), default=0)
-        for name in part:
-            columns.setdefault(name, [None] * count)
+        columns |= {name: [None] * count for name in part if name not in columns}
         for name, cells in columns.items():
             cells.extend(part.get(name, [None] * size))
         count += size
@@ -140,13 +140,29 @@ def separated(file: IO[bytes], path: str, names: Sequence[str] = (), least: int 
     if "\0" in header:
         raise ValueError(f"{path}, line 1: holds zero bytes, as UTF-16 does; convert the file to UTF-8.")
     csv.field_size_limit(LONGEST_CELL)
-    quoting = csv.QUOTE_NONE if names or ending_of(path) in RECBOLE else csv.QUOTE_MINIMAL
-    reader = csv.reader(chain([header], lines), delimiter=_delimiter(header, path), quoting=quoting, strict=True)
-    rows = _csv_rows(reader, path)
-    names = names or _names(next(rows, []), path)
-    for part in _parts(_of_width(rows, len(names), least or len(names), path)):
-        cells = zip(*part, strict=True) if part else [()] * len(names)
-        yield {name: [cell or None for cell in column] for name, column in zip(names, cells, strict=True)}
+    dialect: Any = {"delimiter": _delimiter(header, path), "strict": True}
+    if names or ending_of(path) in RECBOLE:
+        dialect["quoting"] = csv.QUOTE_NONE
+    reader = csv.reader(chain([header], lines), **dialect)
+    names = names or _names(_taken(reader, 1, path, -1)[0], path)
+    parts = _csv_parts(reader, names, least or len(names), path)
+    while part := merged(islice(parts, ROWS // LISTS)):
+        yield part
+
+
+def _csv_parts(reader: Iterator[list[str]], names: Sequence[str], least: int, path: str) -> Iterator[Columns]:
+    count, rows = 0, _taken(reader, LISTS, path, 0)
+    while rows or not count:
+        if set(map(len, rows)) - {len(names)}:
+            rows = [_of_width(row, len(names), least, f"{path}, row {count + n}") for n, row in enumerate(rows, 1)]
+        cells = zip(*rows, strict=True) if rows else [()] * len(names)
+        yield {name: _filled(column) for name, column in zip(names, cells, strict=True)}
+        count += len(rows) or 1
+        rows = _taken(reader, LISTS, path, count)
+
+
+def _filled(cells: Sequence[str]) -> list[str | None]:
+    return [cell or None for cell in cells] if "" in cells else list(cells)
 
 
 def _delimiter(header: str, path: str) -> str:
@@ -157,42 +173,38 @@ def _delimiter(header: str, path: str) -> str:
     return others[0] if "," not in header and len(others) == 1 else ","
 
 
-def _csv_rows(reader: Any, path: str) -> Iterator[list[str]]:
-    """The rows that aren't blank, the header first."""
-    count = 0
+def _taken(reader: Iterator[list[str]], number: int, path: str, before: int) -> list[list[str]]:
+    """The next rows that aren't blank, after so many before."""
+    rows: list[list[str]] = []
     try:
-        for cells in reader:
-            if cells:
-                yield cells
-                count += 1
+        rows.extend(islice(filter(None, reader), number))  # keeps those before a broken one
     except csv.Error as error:
-        raise ValueError(f"{path}, row {count}: broken quotes or line ends: {error}.") from error
+        row = before + len(rows) + 1
+        raise ValueError(f"{path}, row {row}: broken quotes or line ends: {error}.") from error
+    return rows
 
 
 def _names(header: list[str], path: str) -> list[str]:
     if ending_of(path) in RECBOLE:
         parts = [name.rpartition(":") for name in header]
-        header = [name if kind in RECBOLE_TYPES else f"{name}{colon}{kind}" for name, colon, kind in parts]
+        header = [name if colon and kind in RECBOLE_TYPES else f"{name}{colon}{kind}" for name, colon, kind in parts]
     for name in header:
         if name and header.count(name) > 1:
             raise ValueError(f"{path}: two columns are named {name!r}; rename one.")
     return header
 
 
-def _of_width(rows: Iterable[list[str]], width: int, least: int, path: str) -> Iterator[list[str]]:
-    """Rows as wide as the table, without the empty cell that a delimiter at the end makes.
+def _of_width(cells: list[str], width: int, least: int, where: str) -> list[str]:
+    """A row as wide as the table, without the empty cell that a delimiter at the end makes.
 
     Raises:
         ValueError: for a row of another width; where cells belong is then unknown.
     """
-    for number, cells in enumerate(rows, start=1):
-        if len(cells) == width + 1 and not cells[-1]:
-            cells.pop()
-        if not least <= len(cells) <= width:
-            raise ValueError(
-                f"{path}, row {number}: {len(cells)} cells in a table of {width} columns; mend the row or the header."
-            )
-        yield cells + [""] * (width - len(cells))
+    if len(cells) == width + 1 and not cells[-1]:
+        cells = cells[:-1]
+    if not least <= len(cells) <= width:
+        raise ValueError(f"{where}: {len(cells)} cells in a table of {width} columns; mend the row or the header.")
+    return cells + [""] * (width - len(cells))
 
 
 # -- JSON --

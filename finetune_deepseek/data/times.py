@@ -1,5 +1,6 @@
 """A column of times, numbers or dates, read in one way for all its cells."""
 
+import math
 from collections.abc import Iterator, Sequence
 from datetime import date
 from itertools import product
@@ -63,13 +64,13 @@ def _number(value: Any) -> int | float | None:
     """A finite number, or the text of one."""
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
-    for kind in (int, float):
+    for kind in (int, float) if isinstance(value, str) else ():
         try:
-            number = kind(value) if isinstance(value, str) else value
+            value = kind(value)
+            break
         except ValueError:
             continue
-        return number if np.isfinite(float(number)) else None
-    return None
+    return None if isinstance(value, str) or not math.isfinite(value) else value
 
 
 def _ways(texts: pd.Series) -> Iterator[tuple[str, pd.Series]]:
