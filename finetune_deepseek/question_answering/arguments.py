@@ -34,12 +34,12 @@ class QuestionAnsweringArguments(DataArguments):
     max_seq_length: int = field(
         default=384, metadata={"help": "Tokens of question and passage together; a longer passage is read in windows."}
     )
-    doc_stride: int = field(
-        default=None,  # type: ignore[arg-type]
+    doc_stride: int = field(  # type: ignore[assignment]
+        default=None,
         metadata={"help": "Tokens that neighbouring windows share; a third of --max_seq_length if not given."},
     )
-    max_question_length: int = field(
-        default=None,  # type: ignore[arg-type]
+    max_question_length: int = field(  # type: ignore[assignment]
+        default=None,
         metadata={"help": "Tokens of a question. Longer ones are cut; 64, or a fourth of --max_seq_length if less."},
     )
     question_placement: Literal["first", "both"] = field(
