@@ -25,6 +25,8 @@ from typing import Any
 
 import yaml
 
+from finetune_deepseek.training.arguments import is_more_better
+
 RESULTS = Path(__file__).parents[1] / "docs" / "results.md"
 PACKAGES = ("torch", "transformers", "peft", "datasets", "sacrebleu")
 KEPT = "_by_scores.json"
@@ -107,7 +109,8 @@ def choose(
             for value in table["choose"]["values"]:
                 trial = {**settings, **table["choose"]["settings"], flag: value}
                 tried[value] = run(table["task"], trial, folder / f"{name}_{flag}_{value}", places)[metric]
-            best = (min if table["choose"]["lower_is_better"] else max)(tried, key=tried.__getitem__)
+            scores = {value: score for value, score in tried.items() if score is not None}  # None is no number
+            best = (max if is_more_better(metric) else min)(scores, key=scores.__getitem__)
             settings = {**settings, flag: best, KEPT: tried}
         chosen[name] = settings
     return chosen

@@ -22,7 +22,7 @@ from ..data.cells import Column, one, typed
 from ..data.sources import Rows, joined, named, progress, read_splits
 from ..data.words import pair_text
 from ..training.eval_loss import Predicted
-from ..training.task import CausalCollator, Task
+from ..training.task import CausalCollator, Task, lower
 from .arguments import ClassificationArguments
 from .problems import PROBLEMS, Problem, Regression, SingleLabel, sort_key
 
@@ -214,6 +214,9 @@ class Classification(Task):
         return {"problem_type": kind, "id2label": dict(enumerate(labels)), "label2id": self.problem.ids}
 
     # -- features --
+
+    def fit_lengths(self, positions: int, tokenizer: PreTrainedTokenizerBase) -> None:
+        lower(self.arguments, positions, max_length=positions)
 
     def features(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, is_training: bool) -> Rows:
         """Token ids, `labels` (see `Problem`) and `length`."""

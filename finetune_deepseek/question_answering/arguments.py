@@ -46,8 +46,14 @@ class QuestionAnsweringArguments(DataArguments):
     max_seq_length: int = field(
         default=384, metadata={"help": "Tokens of question and passage together; a longer passage is read in windows."}
     )
-    doc_stride: int = field(default=128, metadata={"help": "Tokens that neighbouring windows share."})
-    max_question_length: int = field(default=64, metadata={"help": "Tokens of a question. Longer ones are cut."})
+    doc_stride: int = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Tokens that neighbouring windows share; a third of --max_seq_length if not given."},
+    )
+    max_question_length: int = field(  # type: ignore[assignment]
+        default=None,
+        metadata={"help": "Tokens of a question. Longer ones are cut; 64, or a fourth of --max_seq_length if less."},
+    )
     question_placement: Literal["first", "both"] = field(
         default="first", metadata={"help": "The question before the passage, or before and after it."}
     )
@@ -78,6 +84,10 @@ class QuestionAnsweringArguments(DataArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.doc_stride is None:
+            self.doc_stride = self.max_seq_length // 3
+        if self.max_question_length is None:
+            self.max_question_length = max(1, min(64, self.max_seq_length // 4))
         if self.doc_stride >= self.max_seq_length:
             raise ValueError(
                 f"--doc_stride {self.doc_stride}: it must be below --max_seq_length {self.max_seq_length}."

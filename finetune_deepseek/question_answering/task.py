@@ -25,7 +25,7 @@ from ..data.languages import HAN
 from ..data.scripts import looks_mojibake
 from ..data.sources import DatasetColumns, Part, Rows, joined, named, read_splits
 from ..training.eval_loss import Predicted
-from ..training.task import Scores, Task, prefixed
+from ..training.task import Scores, Task, lower, prefixed
 from .arguments import MODEL_SETTINGS, NBEST_FILE, QuestionAnsweringArguments
 from .extractive import ExtractiveReader
 from .floors import FLOORS, NAMES, floor_answers
@@ -184,6 +184,17 @@ class QuestionAnswering(Task):
         return config
 
     # -- features --
+
+    def fit_lengths(self, positions: int, tokenizer: PreTrainedTokenizerBase) -> None:
+        """The other lengths keep their share of a window, where it has become smaller."""
+        asked = self.arguments.max_seq_length
+        lower(self.arguments, positions, max_seq_length=positions)
+        if asked > positions:
+            shares = {
+                name: getattr(self.arguments, name) * positions // asked
+                for name in ("doc_stride", "max_question_length")
+            }
+            lower(self.arguments, positions, **shares)
 
     def features(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, is_training: bool) -> Rows:
         return self.reader.features(rows, tokenizer, self._layout(tokenizer), is_training)

@@ -7,7 +7,7 @@ writes only items that there are and that the user hasn't seen. Data, baselines 
 outside of the beam rank behind those in it.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from ..training.arguments import ModelArguments
 from ..training.eval_loss import Predicted
 from ..training.optimization import IGNORED_LABEL
 from ..training.ranks import ranks
-from ..training.task import CausalCollator
+from ..training.task import CausalCollator, lower
 from .arguments import GenerativeRecommendationArguments
 from .item_vectors import neighbour_vectors, read_item_vectors
 from .items.catalogue import PADDING, PADDING_TOKEN
@@ -100,6 +100,11 @@ class GenerativeRecommendation(Recommendation):
     def config_fields(self, splits: dict[str, Rows], saved: dict[str, Any]) -> dict[str, Any]:
         longest = (self.arguments.max_length + 1) * (self.arguments.num_levels + 1) + 1
         return {} if saved else {"max_position_embeddings": longest}
+
+    def fit_lengths(self, positions: int, tokenizer: PreTrainedTokenizerBase) -> None:
+        """A start, and the digits of a history and of the item that is written."""
+        digits = cast(SemanticIdTokenizer, tokenizer).codes.shape[1]
+        lower(self.arguments, positions, max_length=(positions - 1) // digits - 1)
 
     def features(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, is_training: bool) -> Rows:
         """As `Recommendation.features`, the items written as digits; for evaluation also the target's digits."""

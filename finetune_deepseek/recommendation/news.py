@@ -22,7 +22,7 @@ from ..data.arguments import SPLITS
 from ..data.sources import Rows
 from ..training.batches import RowDraws
 from ..training.eval_loss import Predicted
-from ..training.task import CausalCollator, Scores, Task
+from ..training.task import CausalCollator, Scores, Task, lower
 from .arguments import PREDICTION_FILE, NewsArguments
 from .items.catalogue import PADDING, TextCatalogue
 from .items.mind import prediction_text, read_behaviors, read_news
@@ -136,6 +136,9 @@ class NewsRecommendation(Task):
         self.catalogue.save(folder)
 
     # -- features --
+
+    def fit_lengths(self, positions: int, tokenizer: PreTrainedTokenizerBase) -> None:
+        lower(self.arguments, positions, max_history=positions)
 
     def features(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, is_training: bool) -> Rows:
         """Numbers of the history and of the candidates; for training one row per click, with what wasn't clicked.

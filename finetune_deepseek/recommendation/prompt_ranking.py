@@ -321,6 +321,9 @@ class PromptRanking(Recommendation):
     def config_fields(self, splits: dict[str, Rows], saved: dict[str, Any]) -> dict[str, Any]:
         return {}
 
+    def fit_lengths(self, positions: int, tokenizer: PreTrainedTokenizerBase) -> None:
+        return  # --max_length counts titles
+
     def features(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, is_training: bool) -> Rows:
         """For training `input_ids` and `labels`, the loss being on the answer or on the title; for evaluation
         `prefix_ids`, `suffix_ids` of the candidates, and `target`, the place of the target among them or -1.

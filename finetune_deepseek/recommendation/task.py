@@ -27,7 +27,7 @@ from ..training.batches import RowDraws
 from ..training.eval_loss import Predicted
 from ..training.optimization import IGNORED_LABEL
 from ..training.ranks import highest, ranks
-from ..training.task import CausalCollator, Scores, Task, prefixed
+from ..training.task import CausalCollator, Scores, Task, lower, prefixed
 from .arguments import RANKS_FILE, RecommendationArguments
 from .baselines import baseline_ranks
 from .count_tables import KEPT, WEIGHTS, best_count_weights, count_items
@@ -294,6 +294,9 @@ class Recommendation(Task):
 
     def item_numbers(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
         return tokenizer.get_vocab() if self.catalogue is None else self.catalogue.numbers
+
+    def fit_lengths(self, positions: int, tokenizer: PreTrainedTokenizerBase) -> None:
+        lower(self.arguments, positions, max_length=positions)
 
     def features(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, is_training: bool) -> Rows:
         """Item numbers; training histories in windows of --max_length + 1, which overlap by one item, so that every

@@ -48,17 +48,19 @@ def encode_ids(model: Any, rows: Sequence[list[int]], pad_token_id: int, batch_s
 def encode(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
+    texts: Sequence[str] | str,
     prefix: str,
     max_length: int | None = None,
     size: int | None = None,
 ) -> torch.Tensor:
-    """Embeddings of texts, [N, D], or [N, size] for a Matryoshka model.
+    """Embeddings of texts, [N, D], or [N, size] for a Matryoshka model; of one text, given as such, [D] or [size].
 
     Args:
         prefix: `model.config.query_prefix` or `passage_prefix`.
         max_length: in tokens; None for as many as the model takes.
     """
+    if isinstance(texts, str):  # else its characters would be the texts
+        return encode(model, tokenizer, [texts], prefix, max_length, size)[0]
     limit = max_length or model.config.max_position_embeddings
     rows, _ = token_ids(tokenizer, texts, prefix, limit)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

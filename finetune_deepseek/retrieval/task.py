@@ -21,7 +21,7 @@ from ..data.sources import Rows, joined, named, read_splits
 from ..training.eval_loss import Predicted
 from ..training.model_card import table
 from ..training.ranks import ranks_of
-from ..training.task import CausalCollator, Scores, Task, prefixed
+from ..training.task import CausalCollator, Scores, Task, lower, prefixed
 from .arguments import FUSED, MODEL_SETTINGS, EmbeddingArguments
 from .encoding import token_ids
 from .lexical import (
@@ -134,6 +134,9 @@ class Embedding(Task):
         self.config = model.config
 
     # -- features --
+
+    def fit_lengths(self, positions: int, tokenizer: PreTrainedTokenizerBase) -> None:
+        lower(self.arguments, positions, max_query_length=positions, max_passage_length=positions)
 
     def features(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, is_training: bool) -> Rows:
         """Token ids of query, passage and negatives; for evaluation also the numbers of query and passage."""

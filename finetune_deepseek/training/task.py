@@ -103,6 +103,10 @@ class Task(ABC):
         """Write what a saved model needs beside its weights and tokenizer, into its folder."""
         return
 
+    def fit_lengths(self, positions: int, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Lower the length limits that a model of so many positions doesn't hold (see `lower`), before `features`."""
+        return
+
     @abstractmethod
     def features(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, is_training: bool) -> Rows:
         """Model inputs with a `length` in tokens; for evaluation one per row in the rows' order.
@@ -219,6 +223,15 @@ class CausalCollator:
             ids[index, place] = torch.tensor(row, dtype=ids.dtype)
             mask[index, place] = 1
         return ids, mask
+
+
+def lower(arguments: Any, positions: int, **limits: int) -> None:
+    """Lower flags to limits that a model of so many positions sets, with a line for each that was above."""
+    for name, limit in limits.items():
+        asked = getattr(arguments, name)
+        if asked > limit:
+            print(f"--{name} {asked} becomes {limit}: the model has {positions} positions (max_position_embeddings)")
+            setattr(arguments, name, limit)
 
 
 def numbers(results: dict[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from ..data.pair_checks import check_pairs, count_empty_sides, count_long_rows
 from ..data.sources import Part, Rows, joined, named, open_splits, progress, split_files
 from ..data.words import nearest_match
 from ..training.optimization import IGNORED_LABEL
-from ..training.task import Task
+from ..training.task import Task, lower
 from .arguments import MODEL_SETTINGS, LanguagePair, TranslationArguments
 from .augmentation import Augmenter
 from .back_translation import back_translate
@@ -307,6 +307,11 @@ class Translation(Prompts, Task):
 
     def _augmentation(self) -> str:
         return str(self.augmenters[self.arguments.source_lang])
+
+    def fit_lengths(self, positions: int, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Prompt and translation together: a translation gets half at most, the prompt the rest."""
+        lower(self.arguments, positions, max_target_length=max(1, positions // 2))
+        lower(self.arguments, positions, max_source_length=positions - self.arguments.max_target_length)
 
     def features(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, is_training: bool) -> Rows:
         """Token ids of prompt + target + end, with the loss on the target only.

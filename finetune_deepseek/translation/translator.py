@@ -4,8 +4,9 @@ The prompt, the languages and the length of a translation are those of the model
 was in training.
 """
 
+import copy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -76,10 +77,10 @@ def check_lengths(lengths: dict[int, int], prompts: Prompts, max_positions: int 
     """
     arguments = prompts.arguments
     for line, length in lengths.items():
-        if max_positions and length + arguments.max_target_length > max_positions:
+        if max_positions and length >= max_positions:
             raise ValueError(
-                f"line {line}: {length} prompt tokens and a translation of up to {arguments.max_target_length} are "
-                f"more than the model's {max_positions}; split the text, or lower --max_target_length."
+                f"line {line}: {length} prompt tokens leave no room for a translation in the model's {max_positions} "
+                "positions; split the text."
             )
     long = [line for line, length in lengths.items() if length > arguments.max_source_length]
     if long:
@@ -88,6 +89,22 @@ def check_lengths(lengths: dict[int, int], prompts: Prompts, max_positions: int 
             f"{arguments.max_source_length} prompt tokens of training; expect less of them.",
             file=sys.stderr,
         )
+
+
+def batches_with_room(
+    lengths: Sequence[int], batch_size: int, config: GenerationConfig, max_positions: int | None
+) -> Iterator[tuple[list[int], GenerationConfig]]:
+    """Batches of prompts, and how to go on with each; a prompt that leaves less than `max_new_tokens` of the model's
+    positions is a batch of its own, and goes on to their end."""
+    rooms = [(max_positions or config.max_new_tokens + length) - length for length in lengths]
+    whole = [number for number, room in enumerate(rooms) if room >= config.max_new_tokens]
+    for batch in batches_by_length([lengths[number] for number in whole], batch_size):
+        yield [whole[place] for place in batch], config
+    for number, room in enumerate(rooms):
+        if room < config.max_new_tokens:
+            shorter = copy.deepcopy(config)
+            shorter.max_new_tokens = room
+            yield [number], shorter
 
 
 def open_translator(
@@ -127,13 +144,13 @@ def translate_lines(
     limit = getattr(model.config, "max_position_embeddings", None)
     check_lengths({row + 1: len(ids) for row, ids in zip(rows, encoded, strict=True)}, prompts, limit)
     collate = prompts.collator(tokenizer)
-    for batch in batches_by_length([len(ids) for ids in encoded], batch_size):
+    for batch, room in batches_with_room([len(ids) for ids in encoded], batch_size, generation_config, limit):
         inputs = collate([{"prompt_ids": encoded[index], "row": rows[index]} for index in batch])
         prompt_ids, prompt_mask = inputs["prompt_ids"].to(model.device), inputs["prompt_mask"].to(model.device)
         output = model.generate(
             input_ids=prompt_ids,
             attention_mask=prompt_mask,
-            generation_config=generation_config,
+            generation_config=room,
             **({"tokenizer": tokenizer} if generation_config.stop_strings else {}),
         )
         texts = prompts.decode(output[:, prompt_ids.shape[1] :].cpu().numpy(), tokenizer)

@@ -11,6 +11,7 @@ from finetune_deepseek.retrieval.arguments import FUSED, EmbeddingArguments
 from finetune_deepseek.retrieval.encoding import encode, token_ids
 from finetune_deepseek.retrieval.passage_index import Retriever
 from finetune_deepseek.retrieval.task import Embedding, EmbeddingCollator
+from finetune_deepseek.training.batches import TokenBatchSampler
 from finetune_deepseek.training.model_card import run_settings
 from finetune_deepseek.training.run import run_stages
 from modeling_deepseek import DeepSeekForEmbedding
@@ -116,6 +117,22 @@ def test_hard_negatives_are_read_and_trained_on(tmp_path):
     assert results["train_samples"] == 4 and np.isfinite(results["train_loss"])
 
 
+def test_both_towers_count_among_the_tokens_of_a_batch():
+    """What a batch of up to 60 tokens holds, as the collator pads it; once 60 of the longer side alone."""
+    rows = [(f"why {'so ' * n}", f"because {'of that ' * n}") for n in range(1, 12)]
+    task = Embedding(EmbeddingArguments(train_file="unread", negatives_column="no"), seed=0)
+    tokenizer = train_tokenizer([text for row in rows for text in row], 300)
+    columns = {"source": [q for q, _ in rows], "target": [p for _, p in rows]}
+    columns["negatives"] = [["a longer text that is no answer"] * (n % 3) for n in range(11)]
+    features = task.features(Dataset.from_dict(columns), tokenizer, is_training=True)
+    collate, batches = task.collator(tokenizer), list(TokenBatchSampler(features["sizes"], 60, seed=0))
+    assert sorted(row for batch in batches for row in batch) == list(range(11)) and max(map(len, batches)) > 1
+    for batch in batches:
+        padded = collate([features[row] for row in batch])
+        tokens = padded["input_ids"].numel() + padded["passage_input_ids"].numel()
+        assert tokens <= 60 or len(batch) == 1
+
+
 def test_a_batch_holds_each_passage_once():
     rows = [
         {"query_ids": [1], "passage_ids": [5, 6], "negative_ids": [[7], [8, 9, 10]]},
@@ -176,6 +193,16 @@ def test_bad_input_is_one_line(rows, settings, message, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
         run(tmp_path, rows, **settings)
     assert "\n" not in str(error.value)
+
+
+def test_one_text_is_one_vector_and_no_text_none(learned):
+    folder = learned[0] / "out"
+    model, tokenizer = DeepSeekForEmbedding.from_pretrained(folder), DeepSeekTokenizer.from_pretrained(folder)
+    assert encode(model, tokenizer, [], "q: ").shape == (0, 32)
+    assert encode(model, tokenizer, (), "q: ", size=8).shape == (0, 8)
+    one = encode(model, tokenizer, "hello", "q: ")
+    assert one.shape == (32,) and torch.equal(one, encode(model, tokenizer, ["hello"], "q: ")[0])
+    assert encode(model, tokenizer, "hello", "q: ", size=8).shape == (8,)
 
 
 @pytest.mark.parametrize("pooling", ["last_token", "latent"])

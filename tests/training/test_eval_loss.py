@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -134,3 +135,22 @@ def test_two_processes_find_the_loss_of_one(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "two" / "eval_results.json").read_text())
     assert found["eval_loss"] == pytest.approx(alone["eval_loss"], rel=1e-5)
+
+
+def test_unknown_targets_add_nothing(tmp_path):
+    """The first batch has no item of the catalogue for a target, the second has one: once not a number."""
+    task = Recommendation(Recommendation.arguments_class(train_file="unread"), 0)
+    logits = torch.tensor([[0.0, 2.0, 1.0, -1.0]] * 2)
+
+    def model(**_):
+        return SimpleNamespace(logits=logits.clone())
+
+    split = LossOfSplit()
+    for targets in ([0, 0], [3, 0]):
+        inputs = {"input_ids": torch.tensor([[1], [1]]), "attention_mask": torch.ones(2, 1, dtype=torch.long)}
+        predicted = task.predict_batch(
+            model, inputs | {"target": torch.tensor(targets), "seen": torch.zeros(2, 1).long()}
+        )
+        split.add(predicted.sums, predicted.counts)
+    items = torch.tensor([2.0, 1.0, -1.0]).double().softmax(0).tolist()
+    assert split.scores() == {"loss": pytest.approx(log_loss([3], [items], labels=[1, 2, 3]), rel=1e-5)}

@@ -7,13 +7,15 @@ import os
 import datasets
 import pytest
 from datasets import Dataset
+from huggingface_hub import ModelCard
 
 from finetune_deepseek.__main__ import guarded
 from finetune_deepseek.commands.translate import translate
 from finetune_deepseek.data.sources import find_files
 from finetune_deepseek.training.optimization import IGNORED_LABEL
-from finetune_deepseek.translation.arguments import TranslationArguments
+from finetune_deepseek.translation.arguments import TranslateArguments, TranslationArguments
 from finetune_deepseek.translation.task import Translation
+from finetune_deepseek.translation.translator import open_translator, prompts_of, translate_lines
 from tests.small_runs import PAIRS, TINY, flags, write_jsonl
 from tokenization_deepseek import train_tokenizer
 
@@ -199,10 +201,38 @@ def test_a_split_that_is_asked_for_must_be_there(finetune, tmp_path):
         finetune(train_file=path, output_dir=tmp_path / "out", do_train=True, do_predict=True)
 
 
-def test_rows_longer_than_the_model_are_refused(finetune, tmp_path):
+def test_lengths_are_fitted_to_the_model(finetune, tmp_path, capsys):
     path = str(write_jsonl(tmp_path / "rows.jsonl", [("word " * 100, "Wort " * 100)]))
-    with pytest.raises(ValueError, match="The longest train row has .* the model takes 128; lower the length limits"):
+    with pytest.raises(ValueError, match="Every training row is over --max_source_length or --max_target_length"):
         finetune(train_file=path, output_dir=tmp_path / "o", max_source_length=400, max_target_length=400)
+    lines = capsys.readouterr().out.splitlines()
+    for flag in ("--max_source_length", "--max_target_length"):
+        assert f"{flag} 400 becomes 64: the model has 128 positions (max_position_embeddings)" in lines
+
+
+def test_a_run_with_default_lengths_can_be_asked(finetune, data, tmp_path):
+    """128 and 128 tokens on 128 positions: what is saved fits, and a longer line is translated to the model's end."""
+    folder = str(tmp_path / "out")
+    finetune(**data, output_dir=folder, do_train=True, max_steps=1, max_target_length=None)
+    settings = ModelCard.load(tmp_path / "out" / "README.md").data.deepseek_hf
+    assert settings["max_source_length"] + settings["max_target_length"] <= 128
+    prompts, how = prompts_of(folder, TranslateArguments()), TranslateArguments()
+    model, tokenizer = open_translator(folder, how, "cpu")
+    seen, generate = [], model.generate
+
+    def watched(generation_config, **inputs):
+        generation_config.eos_token_id = model.generation_config.eos_token_id = None  # it goes on as long as it may
+        output = generate(generation_config=generation_config, **inputs)
+        seen.append((*inputs["input_ids"].shape, output.shape[1]))
+        return output
+
+    model.generate = watched
+    long = "q x " * (95 // (len(tokenizer("q x " * 10)["input_ids"]) // 10))
+    translate_lines(["one", long, "two"], model, tokenizer, prompts, prompts.generation_config(tokenizer, 1))
+    (rows, width, end), (alone, prompt, last) = seen
+    assert (rows, end - width) == (2, 64) and (alone, last) == (1, 128) and prompt > 90
+    with pytest.raises(ValueError, match="line 1: .* prompt tokens leave no room for a translation"):
+        translate_lines([long * 2], model, tokenizer, prompts, prompts.generation_config(tokenizer, 1))
 
 
 def test_loss_is_on_the_target_and_its_end_only(tokenizer):

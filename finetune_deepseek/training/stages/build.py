@@ -65,8 +65,11 @@ def build(prepared: Prepared) -> Built:
     tokenizer = load_tokenizer(prepared.stage.model, prepared.task, prepared.splits, prepared.checkpoint)
     report = check_data(prepared, tokenizer)
     model = build_model(prepared, tokenizer)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions:
+        prepared.task.fit_lengths(positions, tokenizer)
     features, examples = make_features(prepared, tokenizer)
-    check_lengths(features, getattr(model.config, "max_position_embeddings", None))
+    check_lengths(features, positions)
     scorer = Scorer(prepared.task, tokenizer, examples)
     trainer = make_trainer(prepared, tokenizer, model, features, scorer)
     write_data_report(prepared, report)  # a run that can't begin leaves its folder empty
