@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 
 from finetune_deepseek.commands.parsing import parse_command
 from finetune_deepseek.retrieval.arguments import FUSED, EmbeddingArguments
