@@ -162,7 +162,7 @@ class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
             inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids}
             mtp_loss = self.mtp_loss(state, labels, attention_mask=attention_mask, **inputs, **kwargs)
             loss = loss + self.config.mtp_loss_weight * mtp_loss if self.training else loss
-        return DeepSeekCausalLMOutput(
+        return DeepSeekCausalLMOutput(  # type: ignore[call-arg]  # the word of 5.24
             loss=loss,
             mtp_loss=mtp_loss,
             logits=logits,
@@ -296,7 +296,7 @@ class DeepSeekForSequenceClassification(DeepSeekPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
-        return DeepSeekSequenceOutput(
+        return DeepSeekSequenceOutput(  # type: ignore[call-arg]  # the word of 5.24
             loss=loss,
             logits=logits,
             cache=outputs.cache,

@@ -169,7 +169,7 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
                 cache=cache,
                 **kwargs,
             )
-        return DeepSeekModelOutput(
+        return DeepSeekModelOutput(  # type: ignore[call-arg]  # the word of 5.24
             last_hidden_state=self.norm(hidden_states),
             cache=cache,
             state_before_norm=hidden_states if output_state_before_norm else None,

@@ -210,7 +210,7 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
             logits = self.score(hidden_states, picked, input_ids, attention_mask, candidates)
         if labels is not None and candidates is not None:
             loss = cross_entropy(logits.unsqueeze(0), labels.unsqueeze(0), num_items_in_batch)
-        return DeepSeekSequenceOutput(
+        return DeepSeekSequenceOutput(  # type: ignore[call-arg]  # the word of 5.24
             loss=loss,
             logits=logits,
             cache=outputs.cache,

@@ -106,12 +106,12 @@ def _finish(folder: str) -> None:
 
 def _put(beside: str, folder: str) -> None:
     names = _files(beside)
-    for head in HEADS:
-        _drop_word(os.path.join(beside, head))
+    for possible in HEADS:
+        _drop_word(os.path.join(beside, possible))
     changed = [name for name in names if not _is_same(os.path.join(beside, name), os.path.join(folder, name))]
     head = next((head for head in HEADS if head in names and os.path.isfile(os.path.join(folder, head))), None)
     waits = head is not None and len(changed) > 1
-    if waits:
+    if head is not None and waits:
         _place_word(beside, folder, head)
     _place(beside, folder, changed, head, waits)
     _remove_old_weights(folder, names)

@@ -76,7 +76,7 @@ _CONTROL: WeakKeyDictionary[Tokenizer, tuple[Any, dict[str, int]]] = WeakKeyDict
 _TWINS: WeakKeyDictionary[Tokenizer, tuple[Any, Twin]] = WeakKeyDictionary()
 
 
-def control_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Ids by control token. Raises ValueError for a tokenizer without the tokenizers library behind it."""
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{type(tokenizer).__name__} isn't a fast tokenizer; save it with a tokenizer.json")
@@ -94,7 +94,7 @@ def control_tokens(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
     return tokens
 
 
-def encode_text(tokenizer: PreTrainedTokenizerFast, text: Any, text_pair: Any = None, **options: Any) -> BatchEncoding:
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: Any, text_pair: Any = None, **options: Any) -> BatchEncoding:
     """As `tokenizer(text, text_pair, **options)`, but control tokens in the texts are text.
 
     Special tokens are put on as usual (`add_special_tokens`). Where no text holds a control token, ids are those of
@@ -108,7 +108,7 @@ def encode_text(tokenizer: PreTrainedTokenizerFast, text: Any, text_pair: Any = 
 
 
 def encode_parts(
-    tokenizer: PreTrainedTokenizerFast, rows: Sequence[str] | Sequence[Sequence[str]], **options: Any
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[str] | Sequence[Sequence[str]], **options: Any
 ) -> BatchEncoding:
     """One row of parts, or several, as `tokenizer("".join(parts), **options)`, with control tokens in `Control` alone.
 
@@ -128,7 +128,7 @@ def encode_parts(
 
 
 def encode_chat(
-    tokenizer: PreTrainedTokenizerFast, conversation: Any, tools: Any = None, documents: Any = None, **options: Any
+    tokenizer: PreTrainedTokenizerBase, conversation: Any, tools: Any = None, documents: Any = None, **options: Any
 ) -> Any:
     """As transformers' `apply_chat_template(tokenize=True)`, but control tokens in what the template is filled with
     (messages, tools, documents, variables) are text. `<think>` at the very beginning of an assistant's content is
@@ -152,7 +152,7 @@ def encode_chat(
     return _with_assistant_masks(tokenizer, encoded, given, options)
 
 
-def holds_control(tokenizer: PreTrainedTokenizerFast, texts: Any) -> bool:
+def holds_control(tokenizer: PreTrainedTokenizerBase, texts: Any) -> bool:
     """Whether a control token's letters stand in any of the nested strings."""
     pattern = _pattern(control_tokens(tokenizer))
     return any(pattern.search(text) for text in strings(texts))
@@ -172,7 +172,7 @@ def strings(value: Any) -> Iterator[str]:
 # ---- the twin
 
 
-def twin_of(tokenizer: PreTrainedTokenizerFast, texts: Any) -> Twin:
+def twin_of(tokenizer: PreTrainedTokenizerBase, texts: Any) -> Twin:
     """The twin for these nested strings: made once, and anew where they hold the characters that it spells with."""
     backend = tokenizer.backend_tokenizer
     tokens = control_tokens(tokenizer)

@@ -115,10 +115,11 @@ class ArgumentParser(HfArgumentParser):
         if rest:
             raise ValueError(f"unexpected argument {rest[0]!r}; a YAML file comes first, everything else is a --flag.")
         values = vars(namespace)
-        model, lora, data = (
-            kind(**{field.name: values[field.name] for field in fields(kind) if field.init})
+        made: list[Any] = [
+            kind(**{field.name: values[field.name] for field in fields(kind) if field.init})  # type: ignore[arg-type]
             for kind in self.classes[:3]
-        )
+        ]
+        model, lora, data = made
         check_together(given, lora, values)
         known = {field.name: values[field.name] for field in fields(self.classes[3])}
         self.classes[3](**known)  # refuses what doesn't fit

@@ -56,8 +56,8 @@ def check_path(flag: str, path: str | None, kind: str = "file") -> None:
 class DataArguments(TaskFlags):
     """Where rows come from, and how many of them are used."""
 
-    SOURCES = ("dataset_name", "data_dir", "train_file", "validation_file", "test_file")
-    FIRST = ("data_dir", "train_file", "validation_file", "test_file", "dataset_name")
+    SOURCES: ClassVar[tuple[str, ...]] = ("dataset_name", "data_dir", "train_file", "validation_file", "test_file")
+    FIRST: ClassVar[tuple[str, ...]] = ("data_dir", "train_file", "validation_file", "test_file", "dataset_name")
 
     dataset_name: str | None = field(default=None, metadata={"help": "Data set id on the Hub."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration, such as de-en."})

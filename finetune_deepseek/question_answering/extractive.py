@@ -178,14 +178,15 @@ class ExtractiveReader:
         """The losses of each row's windows, and for each row [2 + 3 N]: its example, the score of no answer, and the
         spans."""
         owner, losses, found = inputs["owner"], [], []
-        names = ("input_ids", "attention_mask", "start_positions", "end_positions", "begins", "firsts", "counts")
-        names += ("token_type_ids",) * ("token_type_ids" in inputs)
+        names = ["input_ids", "attention_mask", "start_positions", "end_positions", "begins", "firsts", "counts"]
+        names += ["token_type_ids"] * ("token_type_ids" in inputs)
         for parts in zip(*(inputs[name].split(WINDOWS_AT_ONCE) for name in names), strict=True):
             chunk = dict(zip(names, parts, strict=True))
             outputs = model(**{name: chunk[name] for name in MODEL_INPUTS if name in chunk})
             start_logits, end_logits = outputs["start_logits"].float(), outputs["end_logits"].float()
-            ends = ((start_logits, chunk["start_positions"]), (end_logits, chunk["end_positions"]))
-            losses.append(sum(window_losses(*end, chunk["attention_mask"]) for end in ends) / 2)
+            mask = chunk["attention_mask"]
+            start_losses = window_losses(start_logits, chunk["start_positions"], mask)
+            losses.append((start_losses + window_losses(end_logits, chunk["end_positions"], mask)) / 2)
             found.append(self._spans(start_logits, end_logits, chunk))
         scores, starts, ends, nulls = (torch.cat(part) for part in zip(*found, strict=True))
         rows = []

@@ -196,8 +196,9 @@ class Embedding(Task):
         """The contrastive loss of all queries over all passages of the split: within batches it would depend on their
         size, and on how many processes there are."""
         queries, passages, targets, _ = vectors(outputs)
-        parts = (torch.from_numpy(part) for part in (queries, passages, targets))
-        return float(matryoshka_loss(*parts, self.config.contrastive_temperature, self.config.matryoshka_sizes))
+        given, found, right = (torch.from_numpy(part) for part in (queries, passages, targets))
+        temperature, sizes = self.config.contrastive_temperature, self.config.matryoshka_sizes
+        return float(matryoshka_loss(given, found, right, temperature, sizes))
 
     def decode(self, outputs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
         """The passage's rank among all passages of the rows, and the best passages."""

@@ -119,7 +119,7 @@ class TokenBatchSampler(BatchRebalanceSampler):
         """The rows of an epoch in batches, longest rows first."""
         drawn = drawn_rows(len(self.sizes), self.weights, generator)
         batches: list[list[int]] = []
-        batch: list[Sequence[int]] = []  # texts and longest of each kind
+        batch: list[tuple[int, int]] = []  # texts and longest of each kind
         for row in drawn[self.row_lengths[drawn].sort(descending=True, stable=True).indices].tolist():
             size = self.sizes[row]
             larger = [(a + b, max(s, t)) for (a, s), (b, t) in zip(batch, size, strict=True)] if batch else []
@@ -127,7 +127,7 @@ class TokenBatchSampler(BatchRebalanceSampler):
                 batch = larger
                 batches[-1].append(row)
             else:
-                batch = list(size)
+                batch = [(count, length) for count, length in size]
                 batches.append([row])
         return batches
 

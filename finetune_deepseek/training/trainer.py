@@ -99,8 +99,9 @@ class FinetuneTrainer(Seq2SeqTrainer):
 
         def counted(batch: dict[str, Any]) -> dict[str, Any]:
             labels = batch.get("labels")
-            is_number = torch.is_tensor(labels) and labels.is_floating_point()
-            return batch | {"labels": torch.zeros_like(labels)} if is_number else batch
+            if isinstance(labels, torch.Tensor) and labels.is_floating_point():
+                return batch | {"labels": torch.zeros_like(labels)}
+            return batch
 
         return super()._get_num_items_in_batch([*map(counted, batch_samples)], device)
 

@@ -19,7 +19,7 @@ TRACKERS |= dict(zip(OWN_NAMES, OWN_NAMES, strict=True))
 
 
 @dataclass
-class TrainingArguments(TrainingFlags, Seq2SeqTrainingArguments):
+class TrainingArguments(TrainingFlags, Seq2SeqTrainingArguments):  # type: ignore[misc]  # narrower types
     """transformers' arguments with defaults for this package's runs, and a few of ours."""
 
     # It warns without a GPU.
