@@ -1,12 +1,17 @@
 """A run that is killed in its second epoch and resumed ends with the bytes of one that was not."""
 
+from types import SimpleNamespace
+
 import pytest
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from torch.utils.data import DataLoader
 
 from finetune_deepseek.classification.task import Classification
 from finetune_deepseek.commands.parsing import parse_command
 from finetune_deepseek.recommendation.task import Recommendation
 from finetune_deepseek.training import trainer as trainer_module
 from finetune_deepseek.training.batches import RowSampler, TokenBatchSampler
+from finetune_deepseek.training.callbacks import EpochCallback
 from finetune_deepseek.training.run import run_stages
 from finetune_deepseek.translation.task import Translation
 from tests.small_runs import TINY, flags, write_jsonl
@@ -137,3 +142,23 @@ def test_tokens_of_two_towers_are_counted():
         tokens = sum(sum(count for count, _ in part) * max(length for _, length in part) for part in parts)
         assert tokens <= 64 or len(batch) == 1
     assert [4] in batches and any(len(batch) > 1 for batch in batches)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_resumed_epoch_of_two_processes_has_its_own_order(rank):
+    """The loader that skips batches is another, and hands the epoch on to no sampler that processes share."""
+
+    def epoch_of(skipped):
+        sampler = RowSampler(24, seed=3)
+        loader = prepare_data_loader(
+            DataLoader(list(range(24)), batch_size=3, sampler=sampler),
+            num_processes=2, process_index=rank, put_on_device=False,
+        )  # fmt: skip
+        if skipped:
+            loader = skip_first_batches(loader, skipped)
+        EpochCallback(sampler, object()).on_epoch_begin(None, SimpleNamespace(epoch=1.25), None)  # type: ignore[arg-type]
+        loader.set_epoch(1)
+        return [batch.tolist() for batch in loader]
+
+    whole = epoch_of(0)
+    assert len(whole) == 4 and epoch_of(1) == whole[1:]
