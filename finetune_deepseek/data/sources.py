@@ -98,13 +98,22 @@ def _label_names(labels: ClassLabel, cell: Any) -> Any:
     return None if cell is None or cell < 0 else labels.int2str(cell)  # unlabelled test splits say -1
 
 
-def _load_hub(arguments: DataArguments, streaming: bool) -> dict[str, list[Part]]:
-    name = str(arguments.dataset_name)
+def open_hub(name: str, config: str | None, **options: Any) -> Any:
+    """What `load_dataset` gives.
+
+    Raises:
+        ValueError: with one line, if it gives nothing.
+    """
     check_named("dataset_name", name, "dataset")
     try:
-        dataset = load_dataset(name, arguments.dataset_config_name, streaming=streaming)
+        return load_dataset(name, config, **options)
     except Exception as error:  # the Hub client, datasets and pyarrow each raise classes of their own
         raise ValueError(f"--dataset_name {name}: {' '.join(str(error).split())}") from error
+
+
+def _hub_splits(arguments: DataArguments, streaming: bool) -> dict[str, list[Part]]:
+    name = str(arguments.dataset_name)
+    dataset = open_hub(name, arguments.dataset_config_name, streaming=streaming)
     known = {split: dataset[split] for split in SPLITS if split in dataset}
     if not known:
         raise ValueError(
@@ -123,7 +132,7 @@ def read_splits(arguments: DataArguments) -> dict[str, list[Part]]:
     if arguments.dataset_name:
         return {
             split: [Part(part.where, DatasetColumns(cast(Dataset, limited(part.rows, limits[split], split))))]
-            for split, (part,) in _load_hub(arguments, streaming=False).items()
+            for split, (part,) in _hub_splits(arguments, streaming=False).items()
         }
     return {
         split: [Part(path, read_columns(path, limits[split])) for path in paths]
@@ -143,7 +152,7 @@ def open_splits(arguments: DataArguments, texts: Sequence[str], streaming: bool 
         ValueError: with one line, for whatever can't be opened.
     """
     if arguments.dataset_name:
-        raw = _load_hub(arguments, streaming)
+        raw = _hub_splits(arguments, streaming)
     else:
         raw = {
             split: [Part(path, *text_rows(path, texts, streaming)) for path in paths]

@@ -95,7 +95,8 @@ def batches(path: str, names: Sequence[str] = (), least: int = 0) -> Iterator[Co
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}, {wrong_encoding(path)}.") from error
     except (OSError, EOFError) as error:  # pyarrow's are OSErrors, too
-        raise ValueError(f"{path}: can't be unpacked: {error}.") from error
+        what = "read" if isinstance(error, PermissionError) else "unpacked"
+        raise ValueError(f"{path}: can't be {what}: {error}.") from error
 
 
 def open_bytes(path: str) -> Any:

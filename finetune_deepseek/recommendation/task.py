@@ -13,14 +13,13 @@ from typing import Any, cast
 import numpy as np
 import pandas as pd
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from modeling_deepseek import AutoModelForRecommendation
 
 from ..data.arguments import SPLITS
-from ..data.hub import check_named
-from ..data.sources import DatasetColumns, Rows
+from ..data.sources import DatasetColumns, Rows, open_hub
 from ..data.table import Columns, read_columns
 from ..training.arguments import ModelArguments
 from ..training.batches import RowDraws
@@ -219,12 +218,8 @@ class Recommendation(Task):
         name = cast(str, arguments.dataset_name)
         if name == "ml-100k":
             return ml_100k(contexts=contexts)
-        check_named("dataset_name", name, "dataset")
-        try:
-            dataset = load_dataset(name, arguments.dataset_config_name, split="train")
-        except Exception as error:  # the Hub client, datasets and pyarrow each raise classes of their own
-            raise ValueError(f"--dataset_name {name}: {' '.join(str(error).split())}") from error
-        return read_interactions(DatasetColumns(dataset), names, f"{name}, split train", contexts)
+        columns = DatasetColumns(open_hub(name, arguments.dataset_config_name, split="train"))
+        return read_interactions(columns, names, f"{name}, split train", contexts)
 
     # -- catalogue and model --
 
