@@ -42,10 +42,10 @@ def in_turn() -> Iterator[None]:
     finally:
         with _turn:
             before = _loads.pop()
-            if not _loads and before is None:
-                os.environ.pop(name, None)
-            elif not _loads:
+            if not _loads and before is not None:
                 os.environ[name] = before
+            elif not _loads:
+                os.environ.pop(name, None)
 
 
 def unlisted(source: str | os.PathLike | None) -> list[str]:
