@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,19 +23,29 @@ def open_slices(files: list[str]) -> dict[str, Any]:
     return {key: file.get_slice(key) for file in opened for key in file.keys()}  # noqa: SIM118  no mapping
 
 
+_turn = threading.Lock()
+_loads: list[str | None] = []  # one for each load that is under way, the first being what the variable was before
+
+
 @contextmanager
 def in_turn() -> Iterator[None]:
-    """Let transformers read weights one after another: its reading threads run ahead and hold most of them twice."""
+    """Let transformers read weights one after another: its reading threads run ahead and hold most of them twice.
+
+    It is told by an environment variable, which stays set while any thread of the process loads.
+    """
     name = "HF_DEACTIVATE_ASYNC_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
+    with _turn:
+        _loads.append(os.environ.get(name))
+        os.environ[name] = "1"
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        with _turn:
+            before = _loads.pop()
+            if not _loads and before is not None:
+                os.environ[name] = before
+            elif not _loads:
+                os.environ.pop(name, None)
 
 
 def unlisted(source: str | os.PathLike | None) -> list[str]:

@@ -53,6 +53,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.option_strings[0] + value
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.option_strings[:1] == [f"--no_{action.dest}"]:
+            return f"Switch --{action.dest} off."  # HfArgumentParser repeats that flag's text
         if action.default in (None, False, "", argparse.SUPPRESS):
             return action.help
         values = action.default if isinstance(action.default, list) else [action.default]

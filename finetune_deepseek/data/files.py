@@ -94,7 +94,7 @@ def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all, also where several processes of a training write the same."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.saving")
     try:
-        beside.write_text(text, encoding="utf-8")
+        beside.write_text(text, encoding="utf-8", newline="\n")  # on every system the same bytes
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

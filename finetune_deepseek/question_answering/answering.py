@@ -13,8 +13,8 @@ Below `--min_score` the answer is none.
 
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -100,28 +100,28 @@ class Reader:
     @torch.no_grad()
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, float]]:
         """The answer ("" for none) to each question from its passage, and the confidence in it."""
-        with redirect_stdout(sys.stderr):  # what a task reports of its data; standard output is for answers
-            features: Any = self.task.features(Dataset.from_list(_rows(pairs)), self.tokenizer, is_training=False)
-        collate = self.task.collator(self.tokenizer)
-        read = self._point if isinstance(self.task.reader, ExtractiveReader) else self._write
+        task = self.task.afresh(partial(print, file=sys.stderr))  # standard output is for answers
+        features: Any = task.features(Dataset.from_list(_rows(pairs)), self.tokenizer, is_training=False)
+        collate = task.collator(self.tokenizer)
+        read = self._point if isinstance(task.reader, ExtractiveReader) else self._write
         found: list[tuple[str, float]] = [("", 0.0)] * len(pairs)
         for chosen in batches_by_length(features["length"], self.batch_size):
             batch = collate([features[number] | {"row": number} for number in chosen])
             batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
-            for number, result in zip(chosen, read(batch), strict=True):
+            for number, result in zip(chosen, read(task, batch), strict=True):
                 found[number] = result
         return found
 
-    def _point(self, batch: dict[str, torch.Tensor]) -> list[tuple[str, float]]:
-        outputs = self.task.reader.predict_batch(self.model, batch).outputs
-        texts = self.task.decode(outputs.cpu().numpy(), self.tokenizer)
-        ids = [self.task.reader.examples[int(number)].id for number in batch["example"]]
-        margins = np.array([self.task.reader.null_margins[name] for name in ids])
+    def _point(self, task: QuestionAnswering, batch: dict[str, torch.Tensor]) -> list[tuple[str, float]]:
+        outputs = task.reader.predict_batch(self.model, batch).outputs
+        texts = task.decode(outputs.cpu().numpy(), self.tokenizer)
+        ids = [task.reader.examples[number].id for number in batch["example"].tolist()]
+        margins = np.array([task.reader.null_margins[name] for name in ids])
         shares = 1 / (1 + np.exp(np.clip(margins, -60, 60)))
         return list(zip(texts, shares.tolist(), strict=True))
 
-    def _write(self, batch: dict[str, torch.Tensor]) -> list[tuple[str, float]]:
-        config: Any = self.task.generation_config(self.tokenizer, 1)
+    def _write(self, task: QuestionAnswering, batch: dict[str, torch.Tensor]) -> list[tuple[str, float]]:
+        config: Any = task.generation_config(self.tokenizer, 1)
         output = self.model.generate(
             input_ids=batch["prompt_ids"],
             attention_mask=batch["prompt_mask"],
@@ -135,7 +135,7 @@ class Reader:
         ended = (new == config.eos_token_id).cumsum(1)
         is_own = (ended == 0) | ((ended == 1) & (new == config.eos_token_id))  # the end is part of an answer
         means = (chosen * is_own).sum(1) / is_own.sum(1)
-        texts = self.task.decode(new.cpu().numpy(), self.tokenizer)
+        texts = task.decode(new.cpu().numpy(), self.tokenizer)
         return list(zip(texts, means.exp().tolist(), strict=True))
 
 

@@ -7,6 +7,7 @@ of at most `max_answer_length` tokens is looked at.
 Letters: B rows, W windows, T tokens of a window, L tokens of an answer, N best.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -112,6 +113,7 @@ class ExtractiveReader:
 
     def __init__(self, arguments: Any) -> None:
         self.arguments = arguments
+        self.note: Callable[[str], Any] = print
         self.examples: list[Example] = []
         self.nbest: dict[str, list[dict[str, Any]]] = {}  # by id, of the latest predictions
         self.null_margins: dict[str, float] = {}  # score of no answer above the best span
@@ -156,7 +158,7 @@ class ExtractiveReader:
         features = rows.map(encode, batched=True, remove_columns=rows.column_names, **progress(rows, "tokenize"))
         if not len(features):
             raise ValueError("No training question has its answer in its passage, so there is nothing to learn.")
-        print(f"{len(rows):,} training questions make {len(features):,} windows")
+        self.note(f"{len(rows):,} training questions make {len(features):,} windows")
         return features
 
     def _evaluation(self, rows: Rows, layout: Layout) -> Dataset:
@@ -189,18 +191,18 @@ class ExtractiveReader:
             losses.append((start_losses + window_losses(end_logits, chunk["end_positions"], mask)) / 2)
             found.append(self._spans(start_logits, end_logits, chunk))
         scores, starts, ends, nulls = (torch.cat(part) for part in zip(*found, strict=True))
-        rows = []
-        for number, example in enumerate(inputs["example"]):
-            mine = owner == number
-            top, order = highest(scores[mine].flatten(), self.arguments.n_best_size)
-            spans = torch.stack([starts[mine].flatten()[order].float(), ends[mine].flatten()[order].float(), top], 1)
-            head = torch.stack([example.float(), nulls[mine].min()])
-            rows.append(torch.cat([head, spans.flatten()]))
+        # By masks, since picking a row's windows would wait for the device to say how many there are.
+        is_mine = owner == torch.arange(len(inputs["example"]), device=owner.device)[:, None]  # [B, W]
+        mine = scores.masked_fill(~is_mine[..., None], float("-inf")).flatten(1)  # [B, W * N]
+        top, order = highest(mine, self.arguments.n_best_size)
+        spans = torch.stack([starts.flatten()[order].float(), ends.flatten()[order].float(), top], 2)
+        null = nulls.masked_fill(~is_mine, float("inf")).amin(1)
+        rows = torch.cat([torch.stack([inputs["example"].float(), null], 1), spans.flatten(1)], 1)
         is_learned = (inputs["start_positions"] < NOWHERE).float()
         sums, counts = (
             values.new_zeros(len(rows)).index_add(0, owner, values) for values in (torch.cat(losses), is_learned)
         )
-        return Predicted(sums, counts, torch.stack(rows))
+        return Predicted(sums, counts, rows)
 
     def _spans(
         self, start_logits: torch.Tensor, end_logits: torch.Tensor, chunk: dict[str, torch.Tensor]

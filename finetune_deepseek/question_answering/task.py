@@ -9,6 +9,7 @@ floors.
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -195,6 +196,14 @@ class QuestionAnswering(Task):
                 for name in ("doc_stride", "max_question_length")
             }
             lower(self.arguments, positions, **shares)
+
+    def afresh(self, note: Callable[[str], Any]) -> "QuestionAnswering":
+        """This task without anything of the rows that it has read, its notes on rows going to `note`."""
+        task = copy(self)
+        task.reader = type(self.reader)(self.arguments)
+        task.reader.note = note
+        vars(task).pop("layout", None)
+        return task
 
     def features(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, is_training: bool) -> Rows:
         return self.reader.features(rows, tokenizer, self._layout(tokenizer), is_training)

@@ -1,5 +1,6 @@
 """Generative reading: the model is given question and passage, and writes the answer, or at once its end for none."""
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -24,6 +25,7 @@ class GenerativeReader:
 
     def __init__(self, arguments: Any) -> None:
         self.arguments = arguments
+        self.note: Callable[[str], Any] = print
 
     def features(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, layout: Layout, is_training: bool) -> Dataset:
         """`input_ids` and `labels` of prompt and answer, with the loss on the answer; for evaluation `prompt_ids`.
@@ -69,7 +71,7 @@ class GenerativeReader:
         )
         if cut:
             line = f"cut {cut:,} of {len(rows):,} passages to --max_seq_length {arguments.max_seq_length}"
-            print(line + f"; left out {lost:,} training questions without an answer in the rest" * bool(lost))
+            self.note(line + f"; left out {lost:,} training questions without an answer in the rest" * bool(lost))
         if not len(features):
             raise ValueError("No training question has its answer in its passage, so there is nothing to learn.")
         return cast(Dataset, features)

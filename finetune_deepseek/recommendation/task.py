@@ -429,7 +429,7 @@ class Recommendation(Task):
             results |= prefixed("baseline", ranking_scores(others["popularity"]))  # the card's second column
         frame = pd.DataFrame({"user": users, "target": [row["target"] for row in rows], "rank": ranks} | others)
         self.table = scores_table(ranks, others, results)
-        return Scores(results, files={RANKS_FILE: frame.to_csv(index=False)}, text=self.table)
+        return Scores(results, files={RANKS_FILE: frame.to_csv(index=False, lineterminator="\n")}, text=self.table)
 
     def card_data(self) -> dict[str, Any]:
         arguments = self.arguments

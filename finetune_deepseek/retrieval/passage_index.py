@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ FORMAT = 2  # 1 had its files in a mapping, whose order said nothing of where th
 TEXT_ENDINGS = (".txt", ".md", ".rst")
 TEXT_COLUMNS = ("text", "passage", "context")  # of a table, the first that it has
 MAX_CHARACTERS = 1000
+SPACE = re.compile(r"\s*")
 SENTENCE_END = re.compile(r"(?<=[.!?])(?=\s)|(?<=[。！？])")
 # Fields of a config that say nothing about vectors.
 OTHER_FIELDS = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version")
@@ -126,12 +127,14 @@ def split_text(text: str, max_characters: int = MAX_CHARACTERS) -> Iterator[tupl
     """
     held, held_line = "", 1
     for line, paragraph in _paragraphs(text):
+        counted = 0  # up to where the paragraph's lines are in `line`
         for start, piece in _pieces(paragraph, max_characters):
             if held and len(held) + len(piece) + 1 > max_characters:
                 yield held_line, held
                 held = ""
             if not held:
-                held_line = line + paragraph[:start].count("\n")
+                line += paragraph.count("\n", counted, start)
+                held_line, counted = line, start
             held = f"{held}\n{piece}" if held else piece
     if held:
         yield held_line, held
@@ -152,7 +155,7 @@ def _pieces(paragraph: str, max_characters: int) -> Iterator[tuple[int, str]]:
         if end > start and sentence_end - start > max_characters:
             yield start, paragraph[start:end]
             start = end
-        start += len(paragraph[start:]) - len(paragraph[start:].lstrip()) if start == end else 0
+        start = cast(re.Match, SPACE.match(paragraph, start)).end() if start == end else start
         while sentence_end - start > max_characters:
             yield start, paragraph[start : start + max_characters]
             start += max_characters

@@ -81,6 +81,12 @@ def base_model(stage: Stage, model: Any) -> str | None:
     return None if not name or Path(name).exists() else name
 
 
+def shown_folder(folder: str) -> str:
+    """A folder as code on any system can name it; of an absolute one the rest is nobody else's business."""
+    path = Path(folder)
+    return path.name if path.is_absolute() else path.as_posix()
+
+
 def results_table(task_card: dict[str, Any], results: dict[str, Any]) -> str:
     """Scores on the test split beside the baseline's, else those on the validation split."""
     labels = {name: label for name, (_, label) in task_card["metrics"].items()} | {"perplexity": "perplexity"}
@@ -191,9 +197,7 @@ def write(
         splits: the text rows by split.
     """
     is_adapter = isinstance(model, PeftModel)
-    output_dir = Path(stage.training.output_dir or "")
-    # A relative folder helps who reads the card beside it; the rest of an absolute one is nobody else's business.
-    name = stage.training.hub_model_id or (output_dir.name if output_dir.is_absolute() else str(output_dir))
+    name = stage.training.hub_model_id or shown_folder(stage.training.output_dir or "")
     base = base_model(stage, model)
     scores = eval_results(task_card, results)
     card = ModelCard(TEMPLATE.read_text(encoding="utf-8"), ignore_metadata_errors=False)

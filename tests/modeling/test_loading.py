@@ -14,6 +14,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from configuration_deepseek import DeepSeekConfig
 from modeling_deepseek import DeepSeekForCausalLM, DeepSeekModel
+from modeling_deepseek.checkpoint_files import in_turn
 from tests.modeling.conftest import outputs, tiny, token_ids
 from tests.reference.compare import assert_close
 
@@ -205,3 +206,18 @@ def test_meta_models_cost_nothing_and_can_be_filled(name):
     with torch.device("meta"):
         empty = DeepSeekModel(tiny(name).config)
     assert all(p.is_meta for p in empty.parameters())
+
+
+@pytest.mark.parametrize("before", [None, "0"])
+def test_loads_that_overlap_leave_the_environment_as_it_was(before, monkeypatch):
+    monkeypatch.delenv("HF_DEACTIVATE_ASYNC_LOAD", raising=False)
+    if before is not None:
+        monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", before)
+    for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
+        loads = [in_turn() for _ in range(3)]
+        for load in loads:
+            load.__enter__()
+        for place in order:
+            assert os.environ["HF_DEACTIVATE_ASYNC_LOAD"] == "1"
+            loads[place].__exit__(None, None, None)
+        assert os.environ.get("HF_DEACTIVATE_ASYNC_LOAD") == before

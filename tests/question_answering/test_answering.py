@@ -1,5 +1,6 @@
 """`deepseek-hf answer`: what is found, read, put in order, doubted and refused."""
 
+import gc
 import io
 import json
 import math
@@ -12,6 +13,7 @@ from configuration_deepseek import preset
 from finetune_deepseek import __main__ as command
 from finetune_deepseek.data.words import pair_text
 from finetune_deepseek.question_answering.answering import Reader, SentenceReader, answer_questions
+from finetune_deepseek.question_answering.windows import Encoder, Passage
 from finetune_deepseek.retrieval.lexical import BM25
 from finetune_deepseek.retrieval.passage_index import PassageIndex, Retriever
 from finetune_deepseek.retrieval.reranker import Reranker
@@ -225,3 +227,28 @@ def test_a_reader_gives_the_same_alone_and_in_batches(readers):
         for pair, (text, confidence) in zip(pairs, together, strict=True):
             ((alone, alone_confidence),) = reader([pair])
             assert text == alone and confidence == pytest.approx(alone_confidence, rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["extractive", "generative"])
+def test_a_reader_keeps_nothing_of_what_it_has_read(readers, mode):
+    reader = Reader.load(str(readers / mode / "out"))
+    reader([(QUESTIONS[0], PASSAGES[0])])
+    gc.collect()
+    kept = sum(type(it) is Passage for it in gc.get_objects())
+    for number in range(3):
+        reader([(QUESTIONS[0], f"{PASSAGES[0]} {number}")])
+    gc.collect()
+    assert sum(type(it) is Passage for it in gc.get_objects()) == kept
+    assert not hasattr(reader.task, "layout") and not getattr(reader.task.reader, "examples", None)
+
+
+def test_a_reader_leaves_standard_output_alone_and_notes_on_standard_error(readers, monkeypatch, capsys):
+    """Two that read at the same time would each put back what the other had put there."""
+    reader, seen, encode = Reader.load(str(readers / "generative" / "out")), [], Encoder.passage
+    monkeypatch.setattr(Encoder, "passage", lambda self, text: (seen.append(sys.stdout), encode(self, text))[1])
+    capsys.readouterr()
+    here = sys.stdout
+    reader([(QUESTIONS[0], PASSAGES[0] * 200)])
+    assert seen and all(stdout is here for stdout in seen)
+    out, err = capsys.readouterr()
+    assert out == "" and "cut 1 of 1 passages to --max_seq_length" in err

@@ -5,11 +5,13 @@ import json
 import math
 import os
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
@@ -599,3 +601,32 @@ def test_wrong_answers_of_cmrc_are_found_again_or_counted(name, questions, wrong
     for row in read_rows:
         for text, start in zip(row["answers"], row["starts"], strict=True):
             assert start == -1 or row["context"].startswith(text, start)
+
+
+def test_spans_of_a_batch_are_those_of_each_row_alone(tokenizer):
+    arguments = QuestionAnsweringArguments(max_seq_length=24, doc_stride=4, max_question_length=8, n_best_size=5)
+    task = QuestionAnswering(arguments, 0)
+    texts = ["Anna met Bob in Rome. " * repeats for repeats in (1, 9, 4)]
+    rows = [{"id": str(n), "source": "Who?", "context": t, "answers": [], "starts": []} for n, t in enumerate(texts)]
+    features = task.features(Dataset.from_list(rows), tokenizer, is_training=False)
+
+    def model(input_ids, attention_mask, **positions):
+        """Of each window its own numbers, in whatever batch it comes."""
+        seeds = [
+            zlib.crc32(str(ids[:length].tolist()).encode())
+            for ids, length in zip(input_ids, attention_mask.sum(1), strict=True)
+        ]
+        rows = [torch.randn(2, 64, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        start_logits, end_logits = torch.stack(rows, 1)[..., : input_ids.shape[1]]
+        return {"start_logits": start_logits, "end_logits": end_logits}
+
+    def outputs(*numbers):
+        return task.predict_batch(model, task.collator(tokenizer)([features[n] | {"row": n} for n in numbers])).outputs
+
+    together = outputs(2, 0, 1)
+    assert len(features[1]["input_ids"]) > len(features[0]["input_ids"]) == 1
+    for row, number in enumerate((2, 0, 1)):
+        (alone,) = outputs(number)
+        known = torch.isfinite(alone[4::3])
+        assert torch.equal(together[row][:2], alone[:2]) and known.any()
+        assert torch.equal(together[row][2:].view(-1, 3)[known], alone[2:].view(-1, 3)[known])

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import pytest
 import torch
@@ -259,3 +260,14 @@ def test_a_retriever_is_loaded_from_its_folder(tmp_path, retriever):
     assert loaded.fingerprint() == retriever.fingerprint() and loaded.weights == DEFAULT_WEIGHTS
     with pytest.raises(ValueError, match="--retriever .*no such folder"):
         Retriever.load(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("text", ["word\n" * 1_500_000, "One. " * 1_500_000], ids=["lines", "sentences"])
+def test_a_long_text_without_an_empty_line_is_split_in_a_moment(text):
+    began = time.process_time()
+    found = list(split_text(text))
+    assert time.process_time() - began < 5  # over 10 where each passage is counted from the beginning
+    assert sum(piece.count("o") + piece.count("O") for _, piece in found) == 1_500_000
+    if "\n" in text:
+        lengths = [piece.count("word") for _, piece in found]
+        assert [line for line, _ in found] == [1 + sum(lengths[:place]) for place in range(len(found))]

@@ -177,3 +177,16 @@ def test_the_command_ends_with_one_line_and_code_2(capsys, monkeypatch):
     monkeypatch.setenv("DEEPSEEK_HF_TRACEBACK", "1")
     with pytest.raises(ValueError, match="unknown task"):
         guarded(["translatoin"])
+
+
+def test_the_opposite_of_a_flag_has_a_text_of_its_own(capsys):
+    with pytest.raises(SystemExit):
+        guarded(["--help"], "recommend")
+    text = " ".join(capsys.readouterr().out.split())
+    assert (
+        text.count("Leave out the items of the history.") == 1
+        and "--no_exclude_seen Switch --exclude_seen off." in text
+    )
+    with pytest.raises(SystemExit):
+        guarded(["recommendation", "--help_all"])
+    assert "--no_baselines Switch --baselines off." in " ".join(capsys.readouterr().out.split())
