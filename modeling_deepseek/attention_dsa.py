@@ -19,6 +19,7 @@ from .attention_core import attend
 from .attention_mla import DeepSeekMultiHeadLatentAttention
 from .cache import takes_cache
 from .indexer import DeepSeekIndexer, select_keys
+from .layers import is_traced
 
 CHUNK_ELEMENTS = 2**26  # at most about so many numbers in the scores and gathered rows of one chunk of queries
 
@@ -103,6 +104,8 @@ class DeepSeekSparseAttention(DeepSeekMultiHeadLatentAttention):
         """
         if self.training or torch.is_grad_enabled():
             return False  # as in absorbing_is_cheaper; and autograd would keep the gathered rows of all queries
+        if is_traced() and queries > 1:
+            return False  # a graph that leaves Python would hold for lengths of the same answer alone
         if self.config._attn_implementation not in ("eager", "sdpa"):
             return False  # other kernels have no room for heads as wide as the latent
         per_head = self.nope + self.config.v_head_dim
@@ -138,6 +141,9 @@ class Selection:
         """Consecutive ranges of queries, short enough for `CHUNK_ELEMENTS`."""
         (batch, queries, _), keys = self.hidden_states.shape, self.index_keys.shape[2]
         rows = self.indexer.topk * (self.attention.latent + self.attention.rope)
+        if is_traced():
+            yield slice(0, queries)
+            return
         step = max(CHUNK_ELEMENTS // (batch * (self.indexer.num_heads * keys + rows)), 1)
         for start in range(0, queries, step):
             yield slice(start, min(start + step, queries))
@@ -191,8 +197,7 @@ class Selection:
         for chunk in self.chunks():
             positions, mask = self.select(chunk)
             shape = *positions.shape[:2], self.index_keys.shape[2]
-            selected = torch.zeros(shape, dtype=torch.bool, device=positions.device).scatter(-1, positions, True)
-            selected = selected.unsqueeze(1)
+            selected = torch.zeros(shape, device=positions.device).scatter(-1, positions, 1.0).bool().unsqueeze(1)
             if mask is not None and mask.dtype != torch.bool:
                 parts.append(torch.where(selected, mask, torch.finfo(mask.dtype).min))
             else:

@@ -87,6 +87,9 @@ def select_keys(scores: torch.Tensor, count: int) -> torch.Tensor:
     would change the choice. So the position is made part of the key: the upper half of an integer is the score's bits
     in an order that integers have too, the lower half is the position.
     """
+    if torch.jit.is_tracing():  # a saved trace loses the view of bits
+        latest = scores.flip(-1).argsort(dim=-1, descending=True, stable=True)[..., :count]
+        return scores.shape[-1] - 1 - latest
     bits = (scores + 0.0).view(torch.int32)  # the sum makes -0.0 the same as 0.0
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # negative floats grow with their bits: turn them round
     positions = torch.arange(scores.shape[-1], device=scores.device)

@@ -1,8 +1,14 @@
-"""The small parts of a block: RMSNorm, the SwiGLU feed-forward, and buffers that stay float32."""
+"""The small parts of a block: RMSNorm, the SwiGLU feed-forward, buffers that stay float32."""
 
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
+
+
+def is_traced() -> bool:
+    """Whether this call makes a graph that is to run without Python: by torch.export, or torch.jit.trace."""
+    is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.6 hasn't the first
+    return torch.jit.is_tracing() or is_exporting()
 
 
 class DeepSeekRMSNorm(nn.Module):

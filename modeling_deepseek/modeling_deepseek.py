@@ -24,6 +24,7 @@ from .cache import takes_cache
 from .configuration_deepseek import HEADS_BY_OWN_AUTO_CLASS, DeepSeekConfig
 from .indexer import DeepSeekIndexer
 from .layers import DeepSeekMLP, DeepSeekRMSNorm
+from .masks import after_cached, with_documents
 from .moe import DeepSeekMoE
 from .mtp import MultiTokenPrediction, shift_left
 from .outputs import DeepSeekModelOutput
@@ -232,19 +233,17 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
                     f"{self.config._attn_implementation} has no mask for attention in both directions; "
                     "set attn_implementation to sdpa, eager or flex_attention"
                 )
-            seen = cache.get_seq_length() if cache is not None else 0
-            block_sequence_ids = nn.functional.pad(block_sequence_ids, (int(seen), 0), value=-1)
+            block_sequence_ids = after_cached(block_sequence_ids, cache)
+        documents = {}
         if position_ids is not None and inputs_embeds.shape[1] > 1:
             # transformers looks for packed documents only without a mask and a cache: let those that say nothing
-            # count as absent, and tell padding by positions, else documents leak into each other.
+            # count as absent.
             if cache is not None and not cache.is_compileable:
                 cache = cache if cache.get_seq_length() else None
             if attention_mask is not None and attention_mask.ndim == 2 and cache is None:
-                visible = attention_mask.bool()
-                positions = torch.where(visible, position_ids, -2)  # each pad becomes a document of its own
-                restarts = visible[:, 1:] & (positions[:, 1:] <= positions.cummax(-1).values[:, :-1])
-                if visible.all() or restarts.any():
-                    attention_mask, position_ids = None, positions
+                attention_mask, position_ids, documents = with_documents(
+                    attention_mask, position_ids, str(self.config._attn_implementation)
+                )
         return create_causal_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
@@ -252,4 +251,5 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
             cache=cache,
             position_ids=position_ids,
             block_sequence_ids=block_sequence_ids,
+            **documents,
         )

@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
 from .checkpoint_keys import fuse_expert_keys
-from .layers import DeepSeekMLP
+from .layers import DeepSeekMLP, is_traced
 from .routers import DeepSeekTopKRouter
 
 
@@ -31,7 +31,7 @@ class DeepSeekExperts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        """Eager form: a loop over the experts that some token chose.
+        """Eager form: a loop over the experts that some token chose; in a graph that is to leave Python, over none.
 
         Args:
             hidden_states: [N, D].
@@ -41,6 +41,8 @@ class DeepSeekExperts(nn.Module):
         Returns:
             [N, D], the weighted sum over each token's experts.
         """
+        if is_traced():
+            return self.forward_of_all(hidden_states, top_k_index, top_k_weights)
         expert_of_pair, order = top_k_index.flatten().sort(stable=True)  # [N K], pairs of one expert side by side
         counts = torch.bincount(expert_of_pair, minlength=self.num_experts)[: self.num_experts].tolist()
         order = order[: sum(counts)]
@@ -49,6 +51,17 @@ class DeepSeekExperts(nn.Module):
         chosen = [expert for expert, count in enumerate(counts) if count]
         outputs = torch.cat([self.one_expert(x, expert) for x, expert in zip(chunks, chosen, strict=True)])
         return torch.zeros_like(hidden_states).index_add(0, tokens, (outputs * weights).to(hidden_states.dtype))
+
+    def forward_of_all(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """As `forward`, with every token through every expert: no shape hangs on who chose whom."""
+        elsewhere = self.num_experts
+        weights = top_k_weights.new_zeros(hidden_states.shape[0], elsewhere + 1)
+        weights = weights.scatter_add(1, top_k_index, top_k_weights)[:, :elsewhere]  # [N, E]
+        gate, up = (hidden_states @ self.gate_up_proj.transpose(1, 2)).chunk(2, dim=-1)  # [E, N, I]
+        outputs = (self.act_fn(gate) * up) @ self.down_proj.transpose(1, 2)  # [E, N, D]
+        return (outputs * weights.T.unsqueeze(-1)).sum(0).to(hidden_states.dtype)
 
     def one_expert(self, hidden_states: torch.Tensor, expert: int) -> torch.Tensor:
         """[n, D] -> [n, D] through one expert."""

@@ -35,9 +35,10 @@ def keep_best_groups(choice: torch.Tensor, num_groups: int, top_groups: int, bes
     """
     grouped = choice.unflatten(-1, (num_groups, -1))  # [N, G, E / G]
     group_scores = grouped.topk(best, dim=-1).values.sum(-1)  # [N, G]
-    kept = torch.zeros_like(group_scores, dtype=torch.bool)
-    kept.scatter_(-1, group_scores.topk(top_groups, dim=-1, sorted=False).indices, True)
-    return grouped.masked_fill(~kept.unsqueeze(-1), fill).flatten(-2)
+    best_groups = group_scores.topk(top_groups, dim=-1, sorted=False).indices
+    # Of numbers, for a saved trace of torch.jit can't be read where a boolean is scattered.
+    is_left_out = torch.ones_like(group_scores).scatter(-1, best_groups, 0.0).bool()
+    return grouped.masked_fill(is_left_out.unsqueeze(-1), fill).flatten(-2)
 
 
 def choose_greedy(router: nn.Module, scores: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ from modeling_deepseek.attention_dsa import DeepSeekSparseAttention
 from modeling_deepseek.indexer import DeepSeekIndexer, select_keys
 from modeling_deepseek.rope import DeepSeekRotaryEmbedding
 from tests.modeling.conftest import outputs, tiny, token_ids
-from tests.modeling.test_attention import REPLACEMENTS, YARN, NewTensors, causal_mask, decode, lora
+from tests.modeling.test_attention import DECODES, REPLACEMENTS, YARN, NewTensors, causal_mask, decode, lora
 from tests.reference.attention import dsa
 from tests.reference.compare import assert_close, assert_same_gradients, relative_error, twin
 from tests.reference.indexer import chosen_keys, index_scores
@@ -426,8 +426,10 @@ def test_scores_of_decoded_tokens():
 # What stands around --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("way", DECODES)
 @pytest.mark.parametrize("name", ["rounded", "biased", "hooked", "hooked before", "offloaded model"])
-def test_decode_honours_what_stands_for_kv_b_proj(name: str):
+def test_decode_honours_what_stands_for_kv_b_proj(name: str, way: str):
+    """By hand, rows gather only if they are more than the latent is wide (16), as the last piece's."""
     change, absorbs, tolerance = REPLACEMENTS[name]
     model, lengths = tiny("tiny_v32"), [13, 1, 1, 3]
     ids = token_ids(2, sum(lengths))
@@ -436,8 +438,8 @@ def test_decode_honours_what_stands_for_kv_b_proj(name: str):
     with mock.patch.object(
         DeepSeekSparseAttention, "attend_gathered", autospec=True, side_effect=DeepSeekSparseAttention.attend_gathered
     ) as gathered:
-        ours = decode(model, ids, lengths)
-    assert gathered.call_count == (12 if absorbs else 0)
+        ours = DECODES[way](model, ids, lengths)
+    assert gathered.call_count == (0 if not absorbs else 12 if way == "in generate" else 3)
     with form("masked"):
         expected = outputs(model, ids)
     if name != "offloaded model":
