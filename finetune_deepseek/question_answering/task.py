@@ -50,6 +50,7 @@ class QuestionAnswering(Task):
     """See the module. Rows are `source`, the question, `target`, an answer or nothing, and `COLUMNS` of squad.py."""
 
     name = "question_answering"
+    next_command = 'deepseek-hf answer {folder} --knowledge PATH "QUESTION"'
     fault_names = FAULTS
     arguments_class = QuestionAnsweringArguments
 

@@ -71,6 +71,7 @@ class NewsRecommendation(Task):
     """See the module. Rows are those of `mind.read_behaviors`."""
 
     name = "news_recommendation"
+    next_command = "deepseek-hf recommend {folder} --history FILE"
     arguments_class = NewsArguments
     auto_class = AutoModelForRecommendation
     peft_task_type = "FEATURE_EXTRACTION"

@@ -95,6 +95,7 @@ class Recommendation(Task):
     """See the module. Rows are `user`, `source` (the history as item ids), `target`, and `contexts` if there are."""
 
     name = "recommendation"
+    next_command = "deepseek-hf recommend {folder} --history FILE"
     arguments_class = RecommendationArguments
     auto_class = AutoModelForRecommendation
     tokenizer_class: Any = PreTrainedTokenizerFast

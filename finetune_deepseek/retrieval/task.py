@@ -63,6 +63,7 @@ class Embedding(Task):
     """See the module. Rows are `source` (the query), `target` (its passage), and `negatives` where there are any."""
 
     name = "embedding"
+    next_command = 'deepseek-hf answer --retriever {folder} --knowledge PATH "QUESTION"'
     arguments_class = EmbeddingArguments
     auto_class = AutoModelForEmbedding
     peft_task_type = "FEATURE_EXTRACTION"

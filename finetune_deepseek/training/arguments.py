@@ -196,7 +196,10 @@ class TrainingFlags:
         default=1.0, metadata={"help": "Above 1 beam search prefers longer texts, below 1 shorter ones."}
     )
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps, or below 1 the share of all steps."})
-    logging_steps: float = field(default=50, metadata={"help": "Steps between two loss lines."})
+    logging_steps: float = field(
+        default=50, metadata={"help": "Steps between two losses of the log; the screen shows ten of them."}
+    )
+    examples_shown: int = field(default=3, metadata={"help": "Predictions that are shown; a file has them all."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints that are kept."})
     early_stopping_patience: int | None = field(
         default=None,

@@ -2,12 +2,18 @@
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.utils import logging
+
+BAR = "{desc} {percentage:3.0f}% |{bar:30}| {n_fmt} of {total_fmt} {unit} [{elapsed}<{remaining}{postfix}]"
 
 
 class PlotCallback(TrainerCallback):
@@ -33,6 +39,78 @@ class EpochCallback(TrainerCallback):
         for part in self.parts:
             if hasattr(part, "set_epoch"):
                 part.set_epoch(int(state.epoch or 0))
+
+
+class Progress(TrainerCallback):
+    """One bar for training, by steps or by time, and one for each split that is scored; in lines, up to ten losses and
+    every evaluation. All losses are in trainer_state.json and in the plot."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.seconds = None if minutes is None else 60 * minutes
+        self.training: Any = None
+        self.scoring: Any = None
+        self.begun = 0.0
+        self.next_line = 0.0  # of 1
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.begun, total = time.monotonic(), self.seconds or state.max_steps
+        unit = "steps" if self.seconds is None else "seconds"
+        self.training = self._bar(args, state, total=round(total) or 1, desc="training", unit=unit)
+
+    def _bar(self, args: Any, state: TrainerState, **settings: Any) -> Any:
+        is_hidden = args.disable_tqdm or not state.is_world_process_zero
+        return tqdm(disable=is_hidden, dynamic_ncols=True, bar_format=BAR, **settings)
+
+    def _share(self, state: TrainerState) -> float:
+        """Of training, how much is done: from 0 to 1."""
+        if self.seconds is None:
+            return state.global_step / state.max_steps
+        return min(1.0, (time.monotonic() - self.begun) / self.seconds)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self.training.disable:
+            self.training.update(round(self._share(state) * self.training.total) - self.training.n)
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.training.close()
+        self.training = None
+
+    def on_prediction_step(
+        self, args: Any, state: TrainerState, control: TrainerControl, eval_dataloader: Any = None, **kwargs: Any
+    ) -> None:
+        if self.scoring is None:
+            is_last = self.training is None
+            self.scoring = self._bar(
+                args, state, total=len(eval_dataloader), desc="scoring", unit="batches", leave=is_last
+            )
+        self.scoring.update()
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.scoring is not None:
+            self.scoring.close()
+        self.scoring = None
+
+    def on_predict(self, args: Any, state: TrainerState, control: TrainerControl, *rest: Any, **kwargs: Any) -> None:
+        self.on_evaluate(args, state, control)
+
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or self.training is None or "train_runtime" in logs:
+            return
+        if "loss" in logs:
+            self.training.set_postfix_str(f"loss {logs['loss']:.4g}", refresh=False)
+            if self._share(state) < self.next_line:
+                return
+            self.next_line = self._share(state) + 0.1
+        tqdm.write(f"step {state.global_step:,}: {in_words(logs)}")
+
+
+def in_words(logs: dict[str, Any]) -> str:
+    """The numbers of a log entry but those on its speed."""
+    shown = {name: value for name, value in logs.items() if isinstance(value, (int, float))}
+    hidden = ("epoch", "_runtime", "_per_second", "_preparation_time", "total_flos")
+    return ", ".join(
+        f"{name.replace('_', ' ')} {value:.4g}" for name, value in shown.items() if not name.endswith(hidden)
+    )
 
 
 class TimeLimitCallback(TrainerCallback, ExportableState):
@@ -69,6 +147,18 @@ class TimeLimitCallback(TrainerCallback, ExportableState):
             self.elapsed = elapsed.item()
         if self.share >= 1:
             control.should_training_stop = True
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """transformers' bars switched off: each save would draw one."""
+    were_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if were_shown:
+            logging.enable_progress_bar()
 
 
 def plot_losses(log_history: list[dict[str, float]], path: Path) -> None:

@@ -13,7 +13,8 @@ from .stages.build import Built, build
 from .stages.folders import RESULTS_FILE, check_all_output_dirs, read_results
 from .stages.prepare import Prepared, prepare
 from .stages.score import score_adapter_off, score_test, score_validation
-from .stages.show import screen, show, show_plan
+from .stages.screen import screen
+from .stages.show import show, show_plan
 from .stages.train import train
 from .stages.write import Results
 from .task import Scores, Task, prefixed

@@ -22,9 +22,9 @@ from .optimization import IGNORED_LABEL, target_losses
 # In the order in which a run first calls them: each may rely on what those before it have set.
 HOOKS = (
     *("load_splits", "new_tokenizer", "tokenizer_texts", "check_splits"),  # data and tokenizer
-    *("config_fields", "check_native", "model_config", "prepare_model"),  # the model
-    *("features", "collator", "loss_function", "generation_config", "sampler"),  # the trainer
-    *("save_beside", "card_data"),  # training; the card is written anew whenever something more is known
+    *("config_fields", "check_native", "model_config", "prepare_model", "fit_lengths"),  # the model
+    *("features", "collator", "loss_function", "generation_config"),  # the trainer
+    *("row_weights", "save_beside", "card_data"),  # training; the card is written anew whenever something more is known
     *("predict_batch", "decode", "score", "split_loss", "after_evaluation"),  # the validation split
     *("baseline", "report"),  # the test split
 )
@@ -54,6 +54,7 @@ class Task(ABC):
 
     name: ClassVar[str]
     arguments_class: ClassVar[type]  # the dataclass of its flags, a `TaskFlags`, in a file that imports nothing heavy
+    next_command: ClassVar[str] = "deepseek-hf predict {task} {folder} --test_file FILE"  # said when a run has ended
     auto_class: Any = AutoModelForCausalLM
     tokenizer_class: Any = None  # that of its saved models, None for the model's own
     peft_task_type: str = "CAUSAL_LM"

@@ -18,7 +18,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import GenerationConfig, Seq2SeqTrainer
+from transformers import GenerationConfig, PrinterCallback, ProgressCallback, Seq2SeqTrainer
 from transformers.trainer_utils import SchedulerType, get_last_checkpoint
 from transformers.training_args import ParallelMode
 
@@ -28,7 +28,7 @@ from ..data.files import finite, replaced_folder
 from ..data.words import nearest_match
 from .arguments import MUON
 from .batches import RowSampler, TokenBatchSampler
-from .callbacks import EpochCallback, TimeLimitCallback
+from .callbacks import EpochCallback, Progress, TimeLimitCallback, without_bars
 from .eval_loss import LossOfSplit
 from .optimization import (
     MULTI_STEP,
@@ -69,6 +69,8 @@ class FinetuneTrainer(Seq2SeqTrainer):
         self.can_skip_prompts = is_language_model and isinstance(bare, DeepSeekForCausalLM)
         if isinstance(bare, DeepSeekForRecommendation):
             self.model_accepts_loss_kwargs = True  # our batches have no label for a history's first item
+        if self.pop_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback):  # not a notebook's own
+            self.add_callback(Progress(self.args.train_minutes))
         self.clock = TimeLimitCallback(self.args.train_minutes) if self.args.train_minutes else None
         if self.clock:
             self.add_callback(self.clock)
@@ -261,7 +263,7 @@ class FinetuneTrainer(Seq2SeqTrainer):
         config: Any = self.model.config
         use_cache, config.use_cache = config.use_cache, True
         try:
-            with replaced_folder(Path(output_dir or self.args.output_dir or "")) as folder:
+            with replaced_folder(Path(output_dir or self.args.output_dir or "")) as folder, without_bars():
                 super()._save(str(folder), state_dict)
                 self.save_beside(folder)
                 if isinstance(self.model, PeftModel) and self.model.active_peft_config.modules_to_save:

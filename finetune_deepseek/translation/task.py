@@ -52,6 +52,7 @@ class Translation(Prompts, Task):
     """See the module. `prompt` is what the model is given, `target` what it has to write."""
 
     arguments_class = TranslationArguments
+    next_command = "deepseek-hf translate {folder} --input FILE"
 
     def __init__(self, arguments: TranslationArguments, seed: int) -> None:
         super().__init__(arguments)

@@ -48,6 +48,35 @@ def test_what_was_measured_is_written_before_it_is_shown(finetune, data, tmp_pat
     assert "test_loss" in json.loads((tmp_path / "all_results.json").read_text())
 
 
+def test_the_log_fits_a_screen_and_ends_with_what_to_type_next(finetune, data, tmp_path, capfd):
+    lasting = {"max_steps": 40, "eval_strategy": "steps", "eval_steps": 20, "disable_tqdm": False}
+    results = finetune(output_dir=tmp_path / "a run", **lasting, **data)
+    shown = capfd.readouterr()
+    lines = shown.out.splitlines()
+    assert len(lines) < 60
+    assert len([line for line in lines if line.startswith("step ") and ": loss " in line]) == 10
+    assert [line.split(":")[0] for line in lines if " eval loss " in line] == ["step 20", "step 40"]
+    assert len([line for line in lines if line.startswith("  reference ")]) == 3
+    row = next(line.split() for line in lines if line.startswith("exact_match"))
+    assert [float(cell) for cell in row[1:]] == [
+        pytest.approx(results[f"{split}_exact_match"], rel=1e-4) for split in ("eval", "test", "baseline")
+    ]
+    folder = f"'{tmp_path / 'a run'}'"
+    assert lines[-1] == f"everything is in {folder}; next: deepseek-hf translate {folder} --input FILE"
+    bars = {
+        line.split("%")[0].split()[0]
+        for line in shown.err.replace("\r", "\n").splitlines()
+        if "%|" in line or "% |" in line
+    }
+    assert {"training", "scoring"} <= bars <= {"training", "scoring", "Loading"}
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_as_many_predictions_are_shown_as_are_asked_for(count, finetune, data, tmp_path, capsys):
+    finetune(output_dir=tmp_path, max_steps=1, examples_shown=count, **data)
+    assert capsys.readouterr().out.count("  reference ") == count
+
+
 class FailingReport(Uppercase):
     """Fails after its scores."""
 

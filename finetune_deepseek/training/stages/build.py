@@ -19,6 +19,7 @@ from ..weights.freezing import freeze_unreached, freeze_weights
 from ..weights.lora import GroupCensus, apply_lora, census
 from .predictions import Scorer, evaluation_features
 from .prepare import Prepared
+from .screen import LONG, dataset_bars
 
 DATA_REPORT_FILE = "data_report.json"
 
@@ -129,7 +130,8 @@ def make_features(
     features: dict[str, Rows] = {}
     examples: list[dict[str, Any]] = []
     if args.do_train:
-        features["train"] = task.features(splits["train"], tokenizer, is_training=True)
+        with dataset_bars(isinstance(splits["train"], Dataset) and len(splits["train"]) >= LONG):
+            features["train"] = task.features(splits["train"], tokenizer, is_training=True)
     for split, is_used in (("validation", args.do_eval), ("test", args.do_predict)):
         if is_used:
             features[split] = evaluation_features(task, splits[split], tokenizer, len(examples))

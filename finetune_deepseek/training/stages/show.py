@@ -1,15 +1,13 @@
 """Last stage: what a person reads on the screen; all of it is in files already, or nothing was measured yet."""
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+import shlex
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
 
 from ..optimization import recipe
-from ..task import numbers
 from ..trainer_arguments import TrainingArguments
 from ..weights.freezing import trained_weights, unreached_groups
 from ..weights.lora import census_table
@@ -18,26 +16,9 @@ from .build import Built
 from .prepare import Prepared
 from .write import Results
 
-EXAMPLES_SHOWN = 10
+SHOWN_CHARACTERS = 160
+NO_SCORES = ("_runtime", "_per_second", "_low", "_high", "_preparation_time")
 WEIGHTED = "; --config_overrides mtp_loss_weight=0.1 trains it"  # of a model with random weights
-
-
-@contextmanager
-def screen(is_shown: bool) -> Iterator[None]:
-    """Standard output that takes every character, as an escape where its encoding lacks it; or none at all."""
-    if not is_shown:
-        with redirect_stdout(None):
-            yield
-        return
-    stream: Any = sys.stdout
-    reconfigure, before = getattr(stream, "reconfigure", None), getattr(stream, "errors", "strict")
-    if reconfigure:
-        reconfigure(errors="backslashreplace")
-    try:
-        yield
-    finally:
-        if reconfigure:
-            reconfigure(errors=before)
 
 
 def memory_mb(model: Any, moments: int) -> float:
@@ -79,17 +60,63 @@ def step_size(args: TrainingArguments, built: Built) -> str:
 
 
 def show(results: Results) -> None:
-    """The scores of each part, the first predictions, what the task has to say."""
-    show_examples(results.lines)
+    """The first predictions, what the task has to say, the scores, and where everything is."""
+    prepared = results.prepared
+    show_examples(results.lines[: prepared.args.examples_shown])
     for text in results.texts:
-        print(f"\n{text}\n")
-    for part, scores in results.parts.items():
-        results.built.trainer.log_metrics(part, numbers(scores))
+        print(f"{text}\n")
+    if "train_runtime" in results.numbers:
+        print(training_line(results.numbers))
+    if table := scores_table(results.numbers):
+        print(table)
+    print(last_line(prepared))
 
 
 def show_examples(lines: list[dict[str, Any]]) -> None:
-    """The first predictions beside their references."""
-    for line in lines[:EXAMPLES_SHOWN]:
+    """Predictions beside their references."""
+    for line in lines:
         mark = "=" if line["prediction"] == line["target"] else " "
-        print(f"  source      {line['source']}\n  reference   {line['target']}")
-        print(f"{mark} prediction  {line['prediction']}\n")
+        print(f"  source      {shortened(line['source'])}\n  reference   {shortened(line['target'])}")
+        print(f"{mark} prediction  {shortened(line['prediction'])}\n")
+
+
+def shortened(value: Any) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
+
+
+def training_line(numbers: dict[str, Any]) -> str:
+    took = str(timedelta(seconds=round(numbers["train_runtime"])))
+    speed = numbers.get("train_tokens_per_second")
+    tokens = f", {speed:,.0f} tokens a second" if speed else ""
+    return f"trained {numbers['epoch']:.3g} epochs in {took}{tokens}; mean loss {numbers['train_loss']:.4g}"
+
+
+def scores_table(numbers: dict[str, Any]) -> str:
+    """The scores of each split beside the baseline's, without intervals and speeds, which the files have."""
+    splits = {"eval": "validation", "test": "test", "baseline": "baseline"}
+    columns = {
+        title: {
+            name.removeprefix(f"{split}_"): value
+            for name, value in numbers.items()
+            if name.startswith(f"{split}_") and isinstance(value, (int, float)) and not name.endswith(NO_SCORES)
+        }
+        for split, title in splits.items()
+    }
+    columns = {title: scores for title, scores in columns.items() if scores}
+    names = sorted({name for scores in columns.values() for name in scores} - {"samples"})
+    if not names:
+        return ""
+    width = max(map(len, names)) + 2
+    lines = [" " * width + "".join(f"{title:>14}" for title in columns)]
+    for name in [*names, "samples"]:
+        cells = (columns[title].get(name, "") for title in columns)
+        lines.append(f"{name:<{width}}" + "".join(f"{f'{cell:.6g}' if cell != '' else '':>14}" for cell in cells))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def last_line(prepared: Prepared) -> str:
+    """Where everything is, and what to type next."""
+    folder = shlex.quote(str(prepared.folder))
+    following = prepared.task.next_command.format(task=prepared.task.name, folder=folder)
+    return f"everything is in {folder}" + f"; next: {following}" * prepared.args.do_train
