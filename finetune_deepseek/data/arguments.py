@@ -57,7 +57,7 @@ class DataArguments(TaskFlags):
     """Where rows come from, and how many of them are used."""
 
     SOURCES = ("dataset_name", "data_dir", "train_file", "validation_file", "test_file")
-    FIRST = ("data_dir", "train_file", "validation_file", "test_file", "dataset_name")
+    FIRST: ClassVar[tuple[str, ...]] = ("data_dir", "train_file", "validation_file", "test_file", "dataset_name")
 
     dataset_name: str | None = field(default=None, metadata={"help": "Data set id on the Hub."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration, such as de-en."})

@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from ..data.arguments import FORMATS, TaskFlags
 from ..data.ranges import check_ranges
@@ -56,7 +56,10 @@ class RecommendationArguments(FeatureArguments):
     """Which interactions, and how they are split."""
 
     SOURCES = ("interactions_file", "dataset_name", "data_dir", "train_file", "validation_file", "test_file")
-    FIRST = ("interactions_file", "user_column", "item_column", "timestamp_column", "items_file", "k_core", "sasrec")
+    FIRST: ClassVar[tuple[str, ...]] = (
+        *("interactions_file", "user_column", "item_column", "timestamp_column"),
+        *("items_file", "k_core", "sasrec"),
+    )
     RECIPE = Path(__file__).parents[1] / "examples" / "recommendation.yaml"
     EXAMPLES = """examples:
   deepseek-hf finetune recommendation
