@@ -24,7 +24,11 @@ HOOKS = (
     *("load_splits", "new_tokenizer", "tokenizer_texts", "check_splits"),  # data and tokenizer
     *("config_fields", "check_native", "model_config", "prepare_model", "fit_lengths"),  # the model
     *("features", "collator", "loss_function", "generation_config"),  # the trainer
-    *("row_weights", "save_beside", "card_data"),  # training; the card is written anew whenever something more is known
+    *(
+        "row_weights",
+        "save_beside",
+        "card_data",
+    ),  # training; the card is written anew whenever something more is known
     *("predict_batch", "decode", "score", "split_loss", "after_evaluation"),  # the validation split
     *("baseline", "report"),  # the test split
 )
