@@ -56,11 +56,7 @@ def check_path(flag: str, path: str | None, kind: str = "file") -> None:
 class DataArguments(TaskFlags):
     """Where rows come from, and how many of them are used."""
 
-<<<<<<< HEAD
-    SOURCES: ClassVar[tuple[str, ...]] = ("dataset_name", "data_dir", "train_file", "validation_file", "test_file")
-=======
     SOURCES = ("dataset_name", "data_dir", "train_file", "validation_file", "test_file")
->>>>>>> cli
     FIRST: ClassVar[tuple[str, ...]] = ("data_dir", "train_file", "validation_file", "test_file", "dataset_name")
 
     dataset_name: str | None = field(default=None, metadata={"help": "Data set id on the Hub."})

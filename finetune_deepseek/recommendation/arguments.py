@@ -55,23 +55,10 @@ class FeatureArguments(TaskFlags):
 class RecommendationArguments(FeatureArguments):
     """Which interactions, and how they are split."""
 
-<<<<<<< HEAD
-    SOURCES: ClassVar[tuple[str, ...]] = (
-        "interactions_file",
-        "dataset_name",
-        "data_dir",
-        "train_file",
-        "validation_file",
-        "test_file",
-    )
-    FIRST: ClassVar[tuple[str, ...]] = (
-        *("interactions_file", "user_column", "item_column", "timestamp_column", "items_file", "k_core", "sasrec"),
-=======
     SOURCES = ("interactions_file", "dataset_name", "data_dir", "train_file", "validation_file", "test_file")
     FIRST: ClassVar[tuple[str, ...]] = (
         *("interactions_file", "user_column", "item_column", "timestamp_column"),
         *("items_file", "k_core", "sasrec"),
->>>>>>> cli
     )
     RECIPE = Path(__file__).parents[1] / "examples" / "recommendation.yaml"
     EXAMPLES = """examples:
