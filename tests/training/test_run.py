@@ -165,7 +165,7 @@ def test_lora_learns_beside_an_unchanged_base(learned, finetune, tmp_path):
 def test_adapter_off_check_reads_whatever_a_prediction_holds(learned, finetune, tmp_path):
     folder, _, files = learned
     path = tmp_path / "lines.jsonl"
-    lines = [line | {"source": "a\u2028b\x85c"} for line in predictions(folder)]
+    lines = [line | {"note": "a\u2028b\x85c"} for line in predictions(folder)]
     path.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     settings = {"preset": None, "model_name_or_path": folder, "use_peft": True, "max_steps": 1, **files}
     assert finetune(output_dir=tmp_path / "out", adapter_off_check=path, **settings)["adapter_off_equal"] == 3
