@@ -84,7 +84,7 @@ def _cells(values: Sequence[Any], column: Column, where: str, first_row: int) ->
         return parse_times([plain(value) for value in values], where, column.name, first_row).tolist()
     read, cells = READERS[column.kind], []
     if column.kind in ("id", "text", "value", "label") and set(map(type, values)) <= {str, type(None)}:  # as in csv
-        cells = list(values) if column.kind == "text" else [value and (value.strip() or None) for value in values]
+        cells = list(values) if column.kind == "text" else [(value or "").strip() or None for value in values]
         return _without_points(cells, column, where)
     for number, value in enumerate(values, start=first_row):
         try:

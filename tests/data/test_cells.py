@@ -16,6 +16,9 @@ def test_ids_are_one_text_whatever_they_were():
         "01", "1", "1", "1", "1", "7.5", "B01", str(2**70),
     ]  # fmt: skip
     assert cells("id", "a", "", None, float("nan"), pd.NA, pd.NaT) == ["a", None, None, None, None, None]
+    for kind in ("id", "value", "label"):
+        assert cells(kind, "a ", "", " ", None) == ["a", None, None, None]
+    assert cells("text", "a ", "", None) == ["a ", "", None]
     assert as_ids([1.0, "x", None]) == ["1", "x", None]
 
 
