@@ -7,11 +7,11 @@ import pandas as pd
 import pytest
 
 from finetune_deepseek.classification.task import Classification, ClassificationArguments
-from finetune_deepseek.commands.recommend import RecommendArguments, read_histories
 from finetune_deepseek.question_answering.task import QuestionAnswering, QuestionAnsweringArguments
-from finetune_deepseek.recommendation.arguments import RecommendationArguments
+from finetune_deepseek.recommendation.arguments import RecommendArguments, RecommendationArguments
 from finetune_deepseek.recommendation.prompt_ranking import PromptRanking, PromptRankingArguments
 from finetune_deepseek.recommendation.report import RANKS_FILE, read_ranks
+from finetune_deepseek.recommendation.requests import read_histories
 from finetune_deepseek.recommendation.task import Recommendation
 from finetune_deepseek.retrieval.task import Embedding, EmbeddingArguments
 from finetune_deepseek.translation.arguments import TranslationArguments
