@@ -16,6 +16,7 @@ from transformers import __version__
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin, GenerationMode
 from transformers.modeling_outputs import QuestionAnsweringModelOutput, TokenClassifierOutput
+from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
@@ -419,3 +420,18 @@ class DeepSeekForQuestionAnswering(DeepSeekPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+
+def enter_class_names() -> None:
+    """Enter the heads in the tables of transformers that go by class name: Trainer shifts the labels that it smooths
+    for those of the first, servers look a model's type up there."""
+    for table, head in (
+        (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, DeepSeekForCausalLM),
+        (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, DeepSeekForSequenceClassification),
+        (modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, DeepSeekForTokenClassification),
+        (modeling_auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, DeepSeekForQuestionAnswering),
+    ):
+        table[DeepSeekConfig.model_type] = head.__name__
+
+
+enter_class_names()  # here, not in register.py: it is to hold where this package isn't installed, too

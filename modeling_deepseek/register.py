@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from typing import Any
 
+from peft.utils import constants
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -58,6 +59,24 @@ MODELS_BY_AUTO_CLASS = {
 NATIVE_TYPES = tuple(word for word in SOURCES if word.startswith("deepseek_"))
 
 
+# Our modules in place of those that PEFT's defaults name of llama. Latent attention has no keys and values of its own,
+# and an adapter on the projection to the latent, unlike one on that from it, leaves decoding as fast as it is.
+OURS_FOR = {
+    "q_proj": ["q_proj", "q_b_proj"],
+    "k_proj": ["k_proj", "kv_a_proj_with_mqa"],
+    "v_proj": ["v_proj", "kv_a_proj_with_mqa"],
+}
+
+
+def register_default_targets() -> None:
+    """Let PEFT's methods find modules where none are named, as by `LoraConfig()`: queries and values of multi-head
+    attention, queries and latents of latent attention."""
+    for name, table in vars(constants).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict) and "llama" in table:
+            ours = [module for word in table["llama"] for module in OURS_FOR.get(word, [word])]
+            table[DeepSeekConfig.model_type] = list(dict.fromkeys(ours))
+
+
 def register(native: bool = False) -> None:
     """Register config, models and tokenizer under model_type "deepseek", as importing the package does.
 
@@ -68,6 +87,7 @@ def register(native: bool = False) -> None:
     AutoConfig.register(DeepSeekConfig.model_type, DeepSeekConfig, exist_ok=True)
     AutoTokenizer.register(DeepSeekConfig, tokenizer_class=DeepSeekTokenizer, exist_ok=True)
     DeepSeekConfig.register_for_auto_class()
+    register_default_targets()
     for auto_class, model_class in MODELS_BY_AUTO_CLASS.items():
         auto_class.register(DeepSeekConfig, model_class, exist_ok=True)
         # A folder of a head without an Auto class in transformers is opened by AutoModel where this package isn't.

@@ -94,6 +94,7 @@ def load_all(folder, trust_remote_code):
     import torch
     import transformers
     from peft import AutoPeftModelForCausalLM, PeftModel
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     trust = {"trust_remote_code": True} if trust_remote_code else {}
     if not trust_remote_code:
@@ -119,6 +120,7 @@ def load_all(folder, trust_remote_code):
     for auto_class in list(HEADS.values())[2:]:
         load(causal, auto_class)  # only the head is new
     config = transformers.AutoConfig.from_pretrained(f"{folder}/{causal}", **trust)
+    facts["shifted"] = sorted(name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() if name in HEADS)
     facts["config"] = [type(config).__module__, type(config).__name__, config.kv_lora_rank]
 
     model = load(causal, "AutoModelForCausalLM")
@@ -186,6 +188,11 @@ def test_the_class_is_the_one_asked_for(loaded, process, home):
     config_home = "configuration_deepseek" if process == "ours" else home
     module, *rest = loaded[process]["config"]
     assert [module.split(".")[0], *rest] == [config_home, "DeepSeekConfig", 16]
+
+
+@pytest.mark.parametrize("process", ["ours", "stranger"])
+def test_trainer_shifts_the_labels_that_it_smooths(loaded, process):
+    assert loaded[process]["shifted"] == ["DeepSeekForCausalLM"]
 
 
 @pytest.mark.parametrize("process", ["ours", "stranger"])

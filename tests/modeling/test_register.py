@@ -7,6 +7,9 @@ import sys
 
 import pytest
 import torch
+import transformers
+from peft import AdaLoraConfig, IA3Config, LNTuningConfig, LoHaConfig, LoraConfig, VeraConfig, get_peft_model
+from torch.nn import functional as F
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -15,6 +18,9 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    Trainer,
+    TrainingArguments,
+    pipeline,
 )
 
 from configuration_deepseek import DeepSeekConfig
@@ -26,7 +32,7 @@ from modeling_deepseek.register import (
     AutoModelForEmbedding,
     AutoModelForRecommendation,
 )
-from tests.modeling.conftest import outputs, tiny, token_ids
+from tests.modeling.conftest import TINY, outputs, tiny, token_ids
 from tokenization_deepseek import train_tokenizer
 
 PRESETS = {"deepseek_v2": "tiny_v2", "deepseek_v3": "tiny_v3_mtp", "deepseek_v32": "tiny_v32"}
@@ -89,7 +95,7 @@ def test_importing_us_leaves_what_transformers_has():
     assert {key: after["configs"][key] for key in before["configs"]} == before["configs"]
     for name, registered in after["models"].items():
         assert set(registered) - set(before["models"][name]) <= {"DeepSeekConfig"}
-    assert after["names"] == before["names"] == native["names"]
+    assert after["names"] == before["names"] | {"deepseek": "DeepSeekForCausalLM"} == native["names"]
     changed = {key for key, word in native["configs"].items() if after["configs"][key] != word}
     assert changed == set(NATIVE_TYPES) and {native["configs"][key] for key in changed} == {"DeepSeekConfig"}
     assert native["models"] == after["models"] and undone == after
@@ -121,6 +127,65 @@ def test_without_it_and_after_it_they_give_transformers_own(model_type, tmp_path
             register(native=False)
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
         assert type(loaded).__module__.startswith("transformers.models.")
+
+
+# Tables by class name and model type ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["", "by PEFT"])
+@pytest.mark.parametrize("by", ["own type", "native"])
+def test_a_plain_trainer_smooths_the_labels_of_the_next_tokens(by, wrapped, request, tmp_path):
+    """And not, as for classes that transformers doesn't list, those of the tokens themselves."""
+    if by == "native":
+        request.getfixturevalue("native")
+        published(tmp_path, "tiny_v3_mtp")
+    else:
+        tiny("tiny_v3").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    if wrapped:
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM"))
+    arguments = TrainingArguments(tmp_path / "out", label_smoothing_factor=0.2, report_to=[], use_cpu=True)
+    ids = token_ids(2, 7)
+    with torch.no_grad():
+        loss = Trainer(model.eval(), arguments).compute_loss(model, {"input_ids": ids, "labels": ids})
+        logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+    torch.testing.assert_close(loss, F.cross_entropy(logits, ids[:, 1:].flatten(), label_smoothing=0.2))
+
+
+@pytest.mark.parametrize("task", ["text-generation", "text-classification", "token-classification"])
+def test_pipelines_know_our_heads(task, tmp_path, caplog):
+    words = train_tokenizer(["one two birds three", "red green blue seven"] * 3, 300)
+    head = {"text-generation": "CausalLM", "text-classification": "SequenceClassification"}.get(task)
+    made = MODELS_BY_AUTO_CLASS[getattr(transformers, f"AutoModelFor{head or 'TokenClassification'}")]
+    model = tiny("tiny_llm", made, vocab_size=len(words), pad_token_id=words.pad_token_id)
+    with caplog.at_level("ERROR"):
+        assert pipeline(task, model=model, tokenizer=words)("one two")
+    assert "not supported" not in caplog.text
+
+
+TARGETS = {
+    "tiny_llm": {"q_proj", "v_proj"},
+    "tiny_moe": {"q_proj", "v_proj"},
+    "tiny_v2_lite": {"q_proj", "kv_a_proj_with_mqa"},
+}
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_peft_finds_modules_where_none_are_named(name):
+    adapted = get_peft_model(tiny(name), LoraConfig(init_lora_weights=False))
+    found = {key.split(".")[-1] for key, part in adapted.named_modules() if hasattr(part, "lora_A")}
+    assert found == TARGETS.get(name, {"q_b_proj", "kv_a_proj_with_mqa"})
+    attentions = [key for key, part in adapted.named_modules() if key.endswith("self_attn")]
+    assert sum(hasattr(part, "lora_A") for part in adapted.modules()) == 2 * len(attentions)
+
+
+@pytest.mark.parametrize("method", [IA3Config, LNTuningConfig, LoHaConfig, AdaLoraConfig, VeraConfig])
+def test_other_methods_of_peft_find_some_too(method):
+    settings = {"total_step": 10} if method is AdaLoraConfig else {}
+    for name in ("tiny_moe", "tiny_v3"):
+        ids, adapted = token_ids(2, 7), get_peft_model(tiny(name), method(**settings))
+        adapted(input_ids=ids, labels=ids).loss.backward()
+        assert any(p.grad is not None and p.grad.abs().max() > 0 for p in adapted.parameters() if p.requires_grad)
 
 
 # Scripts that know only Auto classes --------------------------------------------------------------------------------
