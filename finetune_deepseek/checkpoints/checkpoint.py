@@ -9,34 +9,28 @@ import torch
 from transformers import PreTrainedModel
 
 from configuration_deepseek import DeepSeekConfig
+from configuration_deepseek.official import from_official
 from modeling_deepseek.checkpoint_files import CheckpointError
-from modeling_deepseek.checkpoint_keys import LAYER, take_mtp_keys
+from modeling_deepseek.checkpoint_keys import LAYER, shared_mtp_keys, take_mtp_keys
 from modeling_deepseek.quantization import QUANTIZED
 from modeling_deepseek.register import MODELS_BY_AUTO_CLASS
 
-from .merging import Adapter, merge, open_adapter
+from ..training.loading import named_errors
+from ..training.saved import Saved, known_fields
+from .merging import Adapter, merge, open_adapter, resized_vocabulary
 from .shards import (
-    ADAPTER_FILE,
-    WEIGHTS_FILE,
     LazyTensor,
     Tensors,
     cast,
     dequantize,
-    local_folder,
     open_checkpoint,
     quantize,
-    read_json,
     split_experts,
     unread,
+    with_weights,
 )
 
 HEADS = {model_class.__name__.removeprefix("DeepSeek"): model_class for model_class in MODELS_BY_AUTO_CLASS.values()}
-HEADS_BY_TASK = {
-    "CAUSAL_LM": "ForCausalLM",
-    "SEQ_CLS": "ForSequenceClassification",
-    "TOKEN_CLS": "ForTokenClassification",
-    "QUESTION_ANS": "ForQuestionAnswering",
-}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}  # fp8: of what isn't quantized
 FP8_BLOCKS = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 FLOAT32_WEIGHTS = ("e_score_correction_bias",)  # whatever the type of the rest
@@ -52,6 +46,7 @@ class Checkpoint:
     tensors: Tensors
     source: Tensors = field(default_factory=dict)  # the weights before an adapter or a type changes them
     adapter: Adapter | None = None
+    saved: Saved | None = None  # what knows its task: the adapter, if there is one
 
     def skeleton(self) -> PreTrainedModel:
         """The model without storage."""
@@ -74,26 +69,23 @@ def open_model(
         ValueError: for a config of another family; for a file that is missing or damaged; for weights that are
             missing, misshapen, or of another architecture; for an adapter that doesn't fit.
     """
-    folder = local_folder(source)
-    if (folder / ADAPTER_FILE).is_file() and not (folder / WEIGHTS_FILE).is_file():
+    base = Saved.open(None, str(source)).require_model()
+    if base.is_adapter:
         raise ValueError(
             f"{source} is an adapter: name its base model, and the adapter after --merge-adapter; or rewrite it alone "
             "with --adapter-format per-expert"
         )
-    config = DeepSeekConfig.from_pretrained(folder)
-    head = head_of(source, config)
-    adapter_folder = None if adapter is None else local_folder(adapter)
-    if adapter_folder is not None and (adapter_folder / ADAPTER_FILE).is_file():
-        head = HEADS_BY_TASK.get(read_json(adapter_folder / ADAPTER_FILE).get("task_type") or "", head)
-        if (adapter_folder / "config.json").is_file():  # it has the labels
-            saved = DeepSeekConfig.from_pretrained(adapter_folder)
-            config.id2label, config.problem_type = saved.id2label, saved.problem_type
+    saved = base if adapter is None else Saved.open("merge-adapter", str(adapter))
+    folder, config = with_weights(base), config_of(base, saved)
+    head = f"For{saved.head}" if adapter is not None and saved.head else head_of(source, config)
+    if adapter is not None:
+        config.vocab_size = resized_vocabulary(saved, config, has_head=head == "ForCausalLM")
     stored = split_experts(open_checkpoint(folder))
-    checkpoint = Checkpoint(folder, config, head, dequantize_at(folder, stored, config))
+    checkpoint = Checkpoint(folder, config, head, dequantize_at(folder, stored, config), saved=saved)
     loaded = None
-    if adapter_folder is not None:
+    if adapter is not None:
         drop_absent_predictions(checkpoint)
-        loaded = open_adapter(adapter_folder, checkpoint.skeleton())
+        loaded = open_adapter(saved, checkpoint.skeleton())
     tensors = check_weights(checkpoint, {} if loaded is None else loaded.replaced)
     checkpoint = replace(checkpoint, source=tensors, adapter=loaded)
     is_quantized = any(tensor.dtype == torch.float8_e4m3fn for tensor in stored.values())
@@ -104,6 +96,18 @@ def open_model(
     if loaded is not None:
         tensors = merge(tensors, loaded)
     return in_type(replace(checkpoint, tensors=tensors), "bf16" if is_quantized and dtype is None else dtype)
+
+
+def config_of(base: Saved, saved: Saved) -> DeepSeekConfig:
+    """The config of a model, with what the training of an adapter has changed there if `saved` is one.
+
+    Raises:
+        ValueError: for a config of another family, or changes of what is no field of it.
+    """
+    changes = saved.changes_to(base.config) if saved.is_adapter else {}
+    with named_errors(base.where):
+        fields = from_official(dict(base.config)) | known_fields(changes, DeepSeekConfig.__annotations__)
+        return DeepSeekConfig.from_dict(fields)
 
 
 def dequantize_at(folder: Path, tensors: Tensors, config: DeepSeekConfig) -> Tensors:
@@ -169,8 +173,8 @@ def check_weights(checkpoint: Checkpoint, trained: Tensors) -> Tensors:
                 f"({config.source_model_type or 'deepseek'}, {checkpoint.head})"
             )
     for name, tensor in expected.items():
-        if name in trained:
-            found.setdefault(name, trained[name])
+        if name in trained and (name not in found or found[name].shape != tensor.shape):
+            found[name] = trained[name]
         if name not in found:
             raise CheckpointError(f"{where}: weight {name} is missing, or config.json describes another model")
         if found[name].shape != tensor.shape:
@@ -204,3 +208,10 @@ def in_type(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:
     }
     config.dtype = next(tensor.dtype for name, tensor in tensors.items() if name.endswith("embed_tokens.weight"))
     return replace(checkpoint, tensors=tensors)
+
+
+def with_copies(tensors: Tensors, config: DeepSeekConfig) -> Tensors:
+    """The weights with the copies of embedding and head that releases store in their prediction layers."""
+    shared = shared_mtp_keys(config)
+    tied = "model.embed_tokens.weight"
+    return tensors | {name: tensors[key if key in tensors else tied].map(torch.clone) for name, key in shared.items()}

@@ -20,19 +20,17 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from configuration_deepseek import DeepSeekConfig
 from configuration_deepseek.official import ARCHITECTURES, official_model_type, to_official
-from modeling_deepseek.checkpoint_keys import shared_mtp_keys
 from modeling_deepseek.whole_folders import writing_beside
 
-from .checkpoint import HEADS, HEADS_BY_TASK, Checkpoint, dequantize_at, head_of, open_model
+from ..data.files import read_json
+from ..training.saved import ADAPTER_FILE, Saved
+from ..training.saved import write as write_record
+from .checkpoint import HEADS, Checkpoint, config_of, dequantize_at, head_of, open_model, with_copies
 from .gguf import export_gguf
 from .merging import open_adapter, write_per_expert
 from .shards import (
-    ADAPTER_FILE,
-    Tensors,
-    local_folder,
     new_destination,
     open_checkpoint,
-    read_json,
     split_experts,
     write_json,
     write_shards,
@@ -89,13 +87,6 @@ def native_config(checkpoint: Checkpoint) -> dict[str, Any]:
     return official
 
 
-def with_copies(tensors: Tensors, config: DeepSeekConfig) -> Tensors:
-    """The weights with the copies of embedding and head that releases store in their prediction layers."""
-    tied = tensors["model.embed_tokens.weight"]
-    copies = {name: tensors.get(shared, tied).map(torch.clone) for name, shared in shared_mtp_keys(config).items()}
-    return tensors | copies
-
-
 def export_native(
     source: str | os.PathLike,
     destination: str | os.PathLike,
@@ -127,7 +118,7 @@ def export_native(
             folder = Path(beside)
             write_shards(tensors, folder, max_shard_size, report)
             write_json(folder / "config.json", official)
-            copy_files(checkpoint.folder, folder)
+            copy_beside(checkpoint, folder)
             _speak_of_stock_tokenizer(folder / "tokenizer_config.json")
             verify_logits(checkpoint, folder)
 
@@ -154,7 +145,7 @@ def export_bundle(
             # the model's code before the config's: it brings a stand-in for the config's file, which this replaces
             custom_object_save(checkpoint.skeleton(), beside, config=checkpoint.config)  # type: ignore[arg-type]
             checkpoint.config.save_pretrained(beside)
-            copy_files(checkpoint.folder, folder)
+            copy_beside(checkpoint, folder)
             verify_logits(checkpoint, folder)
 
 
@@ -184,9 +175,20 @@ def copy_files(source: Path, destination: Path) -> None:
     for pattern in COPIED:
         for path in sorted(source.glob(pattern)):
             if path.is_dir():
-                shutil.copytree(path, destination / path.name)
+                shutil.copytree(path, destination / path.name, dirs_exist_ok=True)
             elif path.suffix != ".py":
                 shutil.copyfile(path, destination / path.name)
+
+
+def copy_beside(checkpoint: Checkpoint, destination: Path) -> None:
+    """Copy what belongs to the weights: the base's files, the tokenizer of an adapter that has its own, and the task
+    with its settings, if a run of ours has made the model or the adapter in it."""
+    copy_files(checkpoint.folder, destination)
+    saved = checkpoint.saved
+    if saved is not None and saved.is_adapter:
+        copy_files(saved.folder, destination)
+    if saved is not None and saved.task is not None:
+        write_record(destination, saved.task, saved.settings)
 
 
 def _speak_of_stock_tokenizer(path: Path) -> None:
@@ -206,22 +208,25 @@ def export_adapter(source: str | os.PathLike, destination: str | os.PathLike) ->
         ValueError: if `source` is no such adapter, or its base model's config can't be read; for a destination that
             exists or can't be written.
     """
-    folder = local_folder(source)
-    if not (folder / ADAPTER_FILE).is_file():
+    saved = Saved.open(None, str(source))
+    if saved.base is None:
         raise ValueError(f"{source} is no adapter: it has no {ADAPTER_FILE}; --adapter-format is for adapters alone")
-    settings = read_json(folder / ADAPTER_FILE)
-    base = settings.get("base_model_name_or_path")
-    where = folder if (folder / "config.json").is_file() else str(base)
-    try:
-        config = DeepSeekConfig.from_pretrained(where)
-    except OSError as error:
-        raise ValueError(f"{source}: the config of its base model {base} can't be read ({error})") from error
-    head = HEADS_BY_TASK.get(settings.get("task_type") or "CAUSAL_LM", "ForCausalLM")
+    config, head = config_of(saved.base, saved), f"For{saved.head or 'CausalLM'}"
     with new_destination(destination):
-        adapter = open_adapter(folder, Checkpoint(folder, config, head, {}).skeleton())
+        adapter = open_adapter(saved, Checkpoint(saved.folder, config, head, {}).skeleton())
         with writing_beside(destination) as beside:
             write_per_expert(adapter, Path(beside))
-            copy_files(folder, Path(beside))
+            copy_files(saved.folder, Path(beside))
+            # `beside` is one folder deeper than what it becomes, so the way to the base is counted from there
+            write_record(
+                Path(beside),
+                saved.task,
+                saved.settings,
+                saved.base,
+                config.to_dict(),
+                saved.architecture,
+                home=Path(destination),
+            )
 
 
 FORMS: dict[str, Callable[..., None]] = {"native": export_native, "bundle": export_bundle, "gguf": export_gguf}

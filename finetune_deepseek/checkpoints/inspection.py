@@ -3,16 +3,15 @@
 No weight is loaded; from the Hub only the headers are read (ranged requests) and small files downloaded.
 """
 
+import copy
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-from huggingface_hub import get_safetensors_metadata, hf_hub_download
+from huggingface_hub import get_safetensors_metadata
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     HfHubHTTPError,
     NotASafetensorsRepoError,
     SafetensorsParsingError,
@@ -24,19 +23,16 @@ from modeling_deepseek.checkpoint_files import CheckpointError
 from modeling_deepseek.quantization import SCALE
 from tokenization_deepseek import DeepSeekTokenizer
 
-from ..data.hub import check_source
+from ..training.saved import Saved
 from ..training.weights.lora import OTHER, group_of, plain_name
-from .checkpoint import Checkpoint, check_weights, dequantize_at, head_of
+from .checkpoint import Checkpoint, check_weights, config_of, dequantize_at, head_of, in_type, with_copies
 from .shards import (
-    ADAPTER_FILE,
     LazyTensor,
     OpenFiles,
     Tensors,
-    cast,
+    has_weights,
     open_checkpoint,
     open_weights,
-    quantize,
-    read_json,
     split_experts,
     torch_type,
     unread,
@@ -79,30 +75,25 @@ class Inspection:
         return sum(self.parameters.values())
 
 
-def inspect_checkpoint(source: str | os.PathLike, revision: str = "main") -> Inspection:
-    """Describe a model.
-
-    Args:
-        source: a folder or a Hub id.
-        revision: branch, tag or commit on the Hub.
+def inspect_checkpoint(source: str | os.PathLike | Saved) -> Inspection:
+    """Describe a model, named by a folder or a Hub id or opened already.
 
     Raises:
-        ValueError: for a config of another family, files that are missing or damaged, a repository that isn't there.
+        ValueError: for a config of another family, or files that are missing or damaged.
     """
-    check_source(str(source))
-    try:
-        config = DeepSeekConfig.from_pretrained(source, revision=revision)
-    except OSError as error:
-        raise ValueError(f"{source}: no config.json there ({str(error).splitlines()[0]})") from error
-    tensors = split_experts(headers(source, revision))
+    saved = source if isinstance(source, Saved) else Saved.open(None, str(source)).require_model()
+    config, source = config_of(saved, saved), saved.name
+    tensors = split_experts(headers(saved))
     try:
         model_type = official_model_type(config.to_dict())
         generation = GENERATIONS.get(model_type, model_type)
     except ValueError:
         model_type, generation = "none", "layers that no release combines"
     head = head_of(source, config)
+    sizes = {"as stored": sum(tensor.nbytes for tensor in tensors.values())}
     try:
-        check_weights(Checkpoint(Path(source), config, head, dequantize_at(Path(source), tensors, config)), {})
+        checkpoint = Checkpoint(Path(source), config, head, dequantize_at(Path(source), tensors, config))
+        sizes |= exported_sizes(replace(checkpoint, tensors=check_weights(checkpoint, {})))
         weights = "match the config"
     except CheckpointError as error:
         weights = str(error)
@@ -117,24 +108,25 @@ def inspect_checkpoint(source: str | os.PathLike, revision: str = "main") -> Ins
         parameters=parameters,
         active=active_parameters(parameters, config),
         stored=stored_types(tensors),
-        memory=memory(tensors),
+        memory=sizes,
         cache_per_token=2 * sum(cached_width(spec.attention, config) for spec in config.specs),
         weights=weights,
-        tokenizer=tokenizer_health(source, revision, config),
+        tokenizer=tokenizer_health(saved, config),
     )
 
 
-def headers(source: str | os.PathLike, revision: str) -> Tensors:
+def headers(saved: Saved) -> Tensors:
     """Names, shapes and types of all weights of a folder or a repository; reading them is an error.
 
     Raises:
         ValueError: if there are none, or the files are damaged.
     """
-    if Path(source).is_dir():
-        return open_checkpoint(Path(source))
+    if saved.commit is None or has_weights(saved.folder):
+        return open_checkpoint(saved.folder)
+    source = saved.name
     try:
-        metadata = get_safetensors_metadata(str(source), revision=revision)
-    except (NotASafetensorsRepoError, SafetensorsParsingError, HfHubHTTPError) as error:
+        metadata = get_safetensors_metadata(source, revision=saved.commit)
+    except (NotASafetensorsRepoError, SafetensorsParsingError, HfHubHTTPError, OSError) as error:
         raise ValueError(f"{source}: {str(error).splitlines()[0]}") from error
     return {
         name: LazyTensor(tuple(tensor.shape), torch_type(tensor.dtype, f"{source}: weight {name}"), unread)
@@ -179,17 +171,13 @@ def stored_types(tensors: Tensors) -> dict[str, int]:
     return dict(counts.most_common())
 
 
-def memory(tensors: Tensors) -> dict[str, int]:
-    """Bytes of the weights as they are, and as --dtype of the export would make them."""
-    weights = {name: tensor for name, tensor in tensors.items() if not name.endswith(SCALE)}
-    total = sum(tensor.numel for tensor in weights.values())
-    fp8 = quantize(cast(weights, torch.bfloat16), [128, 128])
-    return {
-        "as stored": sum(tensor.nbytes for tensor in tensors.values()),
-        "float32": 4 * total,
-        "bfloat16": 2 * total,
-        "fp8": sum(tensor.nbytes for tensor in fp8.values()),
-    }
+def exported_sizes(checkpoint: Checkpoint) -> dict[str, int]:
+    """Bytes of the weights as --dtype of a native export writes them."""
+    sizes = {}
+    for name, dtype in (("float32", "fp32"), ("bfloat16", "bf16"), ("fp8", "fp8")):
+        made = in_type(replace(checkpoint, config=copy.deepcopy(checkpoint.config)), dtype)
+        sizes[name] = sum(tensor.nbytes for tensor in with_copies(made.tensors, made.config).values())
+    return sizes
 
 
 def cached_width(attention: str, config: DeepSeekConfig) -> int:
@@ -241,10 +229,10 @@ def positions(config: DeepSeekConfig) -> str:
 # Tokenizer ----------------------------------------------------------------------------------------------------------
 
 
-def tokenizer_health(source: str | os.PathLike, revision: str, config: DeepSeekConfig) -> list[str]:
+def tokenizer_health(saved: Saved, config: DeepSeekConfig) -> list[str]:
     """What can go wrong with a tokenizer, tried: BOS, padding, round trip, ids, chat template."""
     try:
-        tokenizer = DeepSeekTokenizer.from_pretrained(source, revision=revision)
+        tokenizer = DeepSeekTokenizer.from_pretrained(saved.name, **saved.at)
     except (ValueError, OSError) as error:
         return [f"warning: no tokenizer that this package opens ({str(error).splitlines()[0]})"]
     ids = tokenizer(PROBE).input_ids
@@ -279,9 +267,9 @@ def _template_check(tokenizer: DeepSeekTokenizer) -> tuple[bool, str]:
 # Adapters -----------------------------------------------------------------------------------------------------------
 
 
-def describe_adapter(folder: Path) -> str:
+def describe_adapter(saved: Saved) -> str:
     """A PEFT adapter in words: its base, its kind and how many parameters each group of weights got."""
-    settings = read_json(folder / ADAPTER_FILE)
+    settings, folder = saved.adapter or {}, saved.folder
     counts: Counter[str] = Counter()
     for name, tensor in open_weights(folder / "adapter_model.safetensors", OpenFiles()).items():
         module = re.sub(r"\.(lora_\w+|weight|bias).*$", "", plain_name(name))
@@ -289,25 +277,9 @@ def describe_adapter(folder: Path) -> str:
         is_router = group == OTHER and module.endswith(".mlp.gate")
         counts["router" if is_router else group] += tensor.numel
     lines = [
-        f"{folder}: {settings.get('peft_type')} adapter, rank {settings.get('r')}, alpha {settings.get('lora_alpha')}",
+        f"{saved.name}: {settings.get('peft_type')} adapter, rank {settings.get('r')}, "
+        f"alpha {settings.get('lora_alpha')}",
         f"  base model    {settings.get('base_model_name_or_path')}",
         f"  task          {settings.get('task_type')}",
     ]
     return "\n".join([*lines, *(f"  {group:<14}{count:>16,} parameters" for group, count in counts.most_common())])
-
-
-def is_adapter(source: str | os.PathLike, revision: str) -> Path | None:
-    """The folder of an adapter; from the Hub it is downloaded, being small.
-
-    Raises:
-        ValueError: if there is no such model at all.
-    """
-    check_source(str(source))
-    folder = Path(source)
-    if not folder.exists():
-        try:
-            folder = Path(hf_hub_download(str(source), ADAPTER_FILE, revision=revision)).parent
-            hf_hub_download(str(source), "adapter_model.safetensors", revision=revision)
-        except (EntryNotFoundError, HfHubHTTPError, OSError, ValueError):
-            return None
-    return folder if (folder / ADAPTER_FILE).is_file() else None

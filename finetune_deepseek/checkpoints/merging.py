@@ -15,15 +15,21 @@ from typing import Any, TypeAlias
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer, ParamWrapper
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from configuration_deepseek import DeepSeekConfig
+
+from ..training.saved import ADAPTER_FILE, Saved
 from ..training.weights.lora import GROUPS, plain_name
-from .shards import ADAPTER_FILE, LazyTensor, OpenFiles, Tensors, open_weights, read_json, spots, write_json
+from .shards import LazyTensor, OpenFiles, Tensors, open_weights, spots, write_json
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
+COPIES = re.compile(r"\.(modules_to_save|original_module)\.\w+$")  # which PEFT saves beside resized embeddings
+WHOLE = {"embeddings": f"{PREFIX}model.embed_tokens.weight", "head": f"{PREFIX}lm_head.weight"}
 # These initialisations change the base weights, and an adapter doesn't say how.
 Change: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 Factors: TypeAlias = Callable[[], tuple[torch.Tensor, torch.Tensor]]
@@ -50,29 +56,30 @@ class Adapter:
     """An adapter folder, read against the model that it is for."""
 
     folder: Path
+    settings: dict[str, Any]  # adapter_config.json
     config: LoraConfig
     attachments: list[Attachment]
     replaced: Tensors  # whole weights that were trained beside it (modules_to_save)
+    tokens: dict[str, tuple[list[int], LazyTensor]]  # rows of embeddings that were (trainable_token_indices)
     keys: Tensors  # everything in the file
     model: PeftModel  # the base with the adapter attached, without storage
 
 
-def open_adapter(folder: Path, skeleton: PreTrainedModel) -> Adapter:
+def open_adapter(saved: Saved, skeleton: PreTrainedModel) -> Adapter:
     """Read an adapter's headers and find the weights that each tensor belongs to.
 
     Args:
-        folder: as PEFT saves it.
         skeleton: the base model on the meta device; it gets wrapped.
 
     Raises:
         ValueError: for an adapter that isn't LoRA, of a kind that can't be merged exactly, or for another base; the
             key is named.
     """
-    if not (folder / ADAPTER_FILE).is_file():
-        raise ValueError(f"{folder} is no adapter: it has no {ADAPTER_FILE}")
+    folder = saved.folder
+    if saved.adapter is None:
+        raise ValueError(f"{saved.name} is no adapter: it has no {ADAPTER_FILE}")
     if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise ValueError(f"{folder} has no {ADAPTER_WEIGHTS}")
-    read_json(folder / ADAPTER_FILE)  # names the file if it is damaged
+        raise ValueError(f"{saved.name} has no {ADAPTER_WEIGHTS}")
     config = PeftConfig.from_pretrained(str(folder))
     _refuse_unmergeable(folder, config, skeleton)
     keys = open_weights(folder / ADAPTER_WEIGHTS, OpenFiles())
@@ -82,17 +89,26 @@ def open_adapter(folder: Path, skeleton: PreTrainedModel) -> Adapter:
     except ValueError as error:
         raise ValueError(f"{folder}: the adapter is for another base; {error}") from error
     read = _Reader(folder, keys)
-    attachments, replaced = [], {}
+    attachments, replaced, tokens = [], {}, {}
     for name, module in wrapped.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             for key, parameter in module.modules_to_save["default"].named_parameters():
                 replaced[f"{plain_name(name)}.{key}"] = read(f"{name}.{key}", parameter)
+        elif isinstance(module, TrainableTokensLayer):
+            if not module.tied_adapter:  # else a tied head has the rows of the embeddings
+                key = f"{name}.trainable_tokens_delta"
+                rows = read(key, module.trainable_tokens_delta["default"])
+                tokens[f"{plain_name(name)}.weight"] = module.token_indices["default"], rows
         elif isinstance(module, LoraLayer):
             attachments.append(_attachment(folder, name, module, read))
-    unused = sorted(keys.keys() - read.used)
+    for key in WHOLE.values():  # PEFT saves resized embeddings also where only LoRA was trained
+        name = plain_name(key)
+        if key in keys and key not in read.used and name in (weights := dict(skeleton.named_parameters())):
+            replaced[name] = read(key, weights[name])
+    unused = sorted(key for key in keys.keys() - read.used if not COPIES.search(key))
     if unused:
         raise ValueError(f"{folder}: the adapter is for another base, which has no place for its {unused[0]}")
-    return Adapter(folder, config, attachments, replaced, keys, wrapped)
+    return Adapter(folder, saved.adapter, config, attachments, replaced, tokens, keys, wrapped)
 
 
 class _Reader:
@@ -148,8 +164,6 @@ def _refuse_unmergeable(folder: Path, config: PeftConfig, skeleton: PreTrainedMo
             f"{folder}: the adapter began as {start}, which changes the base model; save it again with PEFT's "
             "path_initial_model_for_weight_conversion"
         )
-    if config.trainable_token_indices:
-        raise ValueError(f"{folder}: single trained tokens (trainable_token_indices) are not merged")
     tied = skeleton.config.tie_word_embeddings
     targets = str(config.target_modules) + str(config.modules_to_save)
     if tied and ("embed_tokens" in targets or "lm_head" in targets):
@@ -169,12 +183,36 @@ def merge(tensors: Tensors, adapter: Adapter) -> Tensors:
     for name, tensor in adapter.replaced.items():
         dtype = tensors[name].dtype
         merged[name] = tensor.map(partial(torch.Tensor.to, dtype=dtype), dtype=dtype)
+    for name, (indices, rows) in adapter.tokens.items():
+        merged[name] = merged[name].map(partial(_with_rows, indices=indices, rows=rows))
     for attachment in adapter.attachments:
         for name, add in _additions(attachment):
             if name not in merged:
                 raise ValueError(f"{adapter.folder}: the adapter changes {name}, which this base doesn't have")
             merged[name] = merged[name].map(partial(_added, add=add))
     return merged
+
+
+def _with_rows(weight: torch.Tensor, indices: list[int], rows: LazyTensor) -> torch.Tensor:
+    """Rows of embeddings [V, D] replaced by those that were trained."""
+    return weight.index_copy(0, torch.tensor(indices), rows.read().to(weight.dtype))
+
+
+def resized_vocabulary(saved: Saved, config: DeepSeekConfig, has_head: bool) -> int:
+    """The vocabulary that an adapter's whole embeddings (modules_to_save) are for; the config's if it has none.
+
+    Raises:
+        ValueError: if embeddings were resized, and the head beside them isn't in the adapter.
+    """
+    keys = open_weights(saved.folder / ADAPTER_WEIGHTS, OpenFiles()) if saved.is_adapter else {}
+    sizes = {name: keys[key].shape[0] for name, key in WHOLE.items() if key in keys}
+    size = sizes.get("embeddings", config.vocab_size)
+    if size != config.vocab_size and has_head and not config.tie_word_embeddings and sizes.get("head") != size:
+        raise ValueError(
+            f"{saved.name}: its embeddings have {size:,} tokens, the base {config.vocab_size:,}, and the adapter "
+            "brings no head of that size; train it with lm_head in modules_to_save too"
+        )
+    return size
 
 
 def _added(weight: torch.Tensor, add: Change) -> torch.Tensor:
@@ -276,7 +314,7 @@ def write_per_expert(adapter: Adapter, folder: Path) -> None:
 
 
 def _per_expert_config(adapter: Adapter) -> dict[str, Any]:
-    config = read_json(adapter.folder / ADAPTER_FILE)
+    config = dict(adapter.settings)
     modules = config["target_modules"] or []
     if isinstance(modules, list):
         modules = "|".join(rf"(?:.*\.)?{re.escape(word)}" for word in modules)

@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from huggingface_hub import snapshot_download, split_state_dict_into_shards_factory
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -31,11 +30,11 @@ from modeling_deepseek.quantization import (
     grid_of,
     quantize_blocks,
 )
-from modeling_deepseek.whole_folders import current
 
-from ..data.hub import check_source
+from ..data.files import read_json
+from ..training.saved import ADAPTER_FILE, SMALL_FILES, Saved, download
 
-WEIGHTS_FILE, INDEX_FILE, ADAPTER_FILE = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
+WEIGHTS_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 # The words of a safetensors header.
 DTYPES = {
     "F64": torch.float64,
@@ -175,6 +174,14 @@ def weight_files(folder: Path) -> dict[str, list[str]]:
     return dict(sorted(files.items()))
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether all weight files are there, as in a snapshot of the Hub that was loaded before."""
+    try:
+        return bool(weight_files(folder))
+    except CheckpointError:
+        return False
+
+
 def open_checkpoint(folder: Path) -> Tensors:
     """The weights of a checkpoint folder, whole or in shards.
 
@@ -192,40 +199,20 @@ def open_checkpoint(folder: Path) -> Tensors:
     return tensors
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's content.
-
-    Raises:
-        CheckpointError: if it is damaged.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged ({error}); copy or download it again") from error
-
-
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON as transformers does."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
 
 
-def local_folder(source: str | os.PathLike, revision: str | None = None) -> Path:
-    """`source` if it is a folder, else a download of that repository of the Hub.
+def with_weights(saved: Saved) -> Path:
+    """The folder of a model or adapter with its weights, which are downloaded from the Hub if need be.
 
     Raises:
-        ValueError: if it is neither.
+        ValueError: if they can't be had.
     """
-    folder = Path(source)
-    if folder.is_dir():
-        return Path(current(current(folder, "config.json"), ADAPTER_FILE))
-    if folder.exists():
-        raise ValueError(f"{source} is a file; name the folder of a checkpoint, or a Hub id")
-    check_source(str(source))
-    patterns = ["*.safetensors", "*.json", "*.jinja", "*.model"]
-    try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=patterns))
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        raise ValueError(f"{source} is no folder, and could not be had from the Hub: {error}") from error
+    if saved.commit is None:
+        return saved.folder
+    return download(saved.where, saved.name, saved.commit, [*SMALL_FILES, "*.safetensors"])
 
 
 # Changes ------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -27,6 +28,8 @@ from .shards import LazyTensor, Tensors
 
 TOKENS = 8
 LARGEST = 1e30  # beyond are numbers that only mark what can't be chosen
+LATENTS = ".latents"
+UNITS = (LoraLayer, TrainableTokensLayer)  # read the weights of what is in them without calling it
 ITEM_TABLES = ("model.embed_tokens", "item_head", "item_texts")
 Find = Callable[[str], LazyTensor]
 
@@ -57,10 +60,13 @@ def spot_logits(whole: PreTrainedModel | PeftModel, tensors: Tensors, adapter: A
         elif isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), DeepSeekExperts):
             module.forward = module.base_layer.__call__  # type: ignore[attr-defined]  # `additions` do its work
         elif not name.startswith(unit):
-            unit = f"{name}." if isinstance(module, LoraLayer) else unit
+            unit = f"{name}." if isinstance(module, UNITS) else unit
             # a recommender reads its table of items without calling it
             is_table = isinstance(model, DeepSeekForRecommendation) and plain_name(name).startswith(ITEM_TABLES)
-            _Loan(name, module, find).hook(model if is_table else module)
+            borrower = model if is_table else module
+            if name.endswith(LATENTS):  # pooling reads them in the same way
+                borrower = whole.get_submodule(name.rpartition(".")[0])
+            _Loan(name, module, find).hook(borrower)
     special = {model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id}
     vocabulary = model.config.vocab_size
     if isinstance(model, DeepSeekForRecommendation) and model.config.num_items is not None:
@@ -87,6 +93,10 @@ def difference(one: torch.Tensor, other: torch.Tensor) -> float:
 
 def _find(name: str, tensors: Tensors, tied: bool, adapter: Adapter | None) -> LazyTensor:
     """The stored tensor behind the name of a parameter or buffer of a model that PEFT may have wrapped."""
+    if ".trainable_tokens_delta" in name:  # a tied head has those of the embeddings
+        assert adapter is not None
+        own = name.removesuffix(".default")
+        return adapter.keys[own] if own in adapter.keys else next(iter(adapter.tokens.values()))[1]
     if "lora_" in name or ".modules_to_save.default." in name:
         assert adapter is not None
         name = name.replace(".modules_to_save.default.", ".").replace(".default", "")
@@ -100,13 +110,13 @@ class _Loan:
 
     def __init__(self, name: str, module: nn.Module, find: Find) -> None:
         self.find = find
-        parts = module.named_modules(prefix=name) if isinstance(module, LoraLayer) else [(name, module)]
+        parts = module.named_modules(prefix=name) if isinstance(module, UNITS) else [(name, module)]
         self.places: list[tuple[dict[str, Any], str, str]] = [
             (table, key, f"{owner}.{key}" if owner else key)
             for owner, part in parts
             for table in (part._parameters, part._buffers)
             for key, value in table.items()
-            if value is not None and ".original_module" not in owner
+            if value is not None and ".original_module" not in owner and "tokens_original" not in owner
         ]
         self.before = [table[key] for table, key, _ in self.places]
 

@@ -85,12 +85,16 @@ def score(verb: str, flag: str, argv: Sequence[str]) -> None:
     model, rest = argv[1], list(argv[2:])
     ArgumentParser(name, flags).given_names(rest)  # refuses an unknown flag before anything is opened
     check_source(model)
-    from ..training.model_card import run_settings
+    from ..training.saved import Saved
     from ..training.stages.folders import scored_folder
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model_revision", default="main")
     revision = parser.parse_known_args(rest)[0].model_revision
-    defaults = {"output_dir": scored_folder(verb, model, revision)} | run_settings(model, revision, name)
+    saved = Saved.open(None, model, revision)
+    defaults = {"output_dir": scored_folder(verb, model, revision)} | saved.settings_for(name, flags)
     rest += [f"--model_name_or_path={model}", "--do_train=False", f"--{flag}=True"]
-    run(name, draft_command(name, flags, rest, defaults=defaults))
+    drafts = draft_command(name, flags, rest, defaults=defaults)
+    for draft in drafts:
+        draft.model.saved = saved
+    run(name, drafts)

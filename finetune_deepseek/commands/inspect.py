@@ -66,11 +66,12 @@ def inspect(argv: Sequence[str]) -> None:
     arguments = parser.parse(list(argv) or ["--help"])
     check_source(arguments.source)
     # Imported here, since torch and transformers take seconds and bad input needs neither.
-    from ..checkpoints.inspection import describe_adapter, inspect_checkpoint, is_adapter
+    from ..checkpoints.inspection import describe_adapter, inspect_checkpoint
+    from ..training.saved import Saved
 
-    adapter = is_adapter(arguments.source, arguments.revision)
-    if adapter is not None:
-        print(describe_adapter(adapter))
+    saved = Saved.open(None, arguments.source, arguments.revision).require_model()
+    if saved.is_adapter:
+        print(describe_adapter(saved))
         return
-    found = inspect_checkpoint(arguments.source, arguments.revision)
+    found = inspect_checkpoint(saved)
     json.dump(asdict(found), sys.stdout, indent=2) if arguments.json else print(in_words(found))

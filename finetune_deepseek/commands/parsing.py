@@ -249,12 +249,13 @@ def draft_command(
         data_arguments: the task's dataclass.
         argv: an optional YAML file, then flags.
         recipe: the YAML file to take when neither a YAML file nor a model nor data is named.
-        defaults: values by flag name that the YAML file and the flags win over.
+        defaults: values by flag name, as they are, that the YAML file and the flags win over.
 
     Raises:
         ValueError: with one line, for everything that doesn't fit.
     """
     parser = ArgumentParser(task, data_arguments, show_all="--help_all" in argv)
+    parser.set_defaults(**(defaults or {}))
     path: str | Path | None = None
     if argv and not argv[0].startswith("-"):
         path, argv = argv[0], argv[1:]
@@ -267,15 +268,13 @@ def draft_command(
 
     drafts = []
     for name, settings in stage_settings(read_yaml(path) if path else {}, path or ""):
-        flags = [
-            *as_flags(defaults or {}, parser.names(), "the model's card"),
-            *as_flags(settings, parser.names(), str(path)),
-        ]
+        flags = as_flags(settings, parser.names(), str(path))
         output_dir = parser.parse_known_args([*flags, *argv])[0].output_dir
         if not output_dir:
             raise ValueError("--output_dir is missing: name the folder for the model and its results.")
         flags = [_fill_output_dir(flag, output_dir) for flag in flags]
         draft = parser.parse_draft(name, [*flags, *argv])
+        draft.training["output_dir"] = output_dir
         if name is not None:
             draft.training["output_dir"] = os.path.join(output_dir, name)
             if draft.training.get("hub_model_id"):

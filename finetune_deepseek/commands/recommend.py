@@ -48,15 +48,16 @@ def recommend(argv: Sequence[str]) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from ..recommendation import requests
-    from ..recommendation.serving import load
-    from ..training.loading import saved_config
+    from ..recommendation.serving import history_settings, load_saved
+    from ..training.saved import Saved
 
+    saved = Saved.open(None, name, arguments.model_revision).require_model()
     allowed = requests.read_filter(arguments.filter)
-    context_columns = sorted(saved_config(name, arguments.model_revision).get("context_features") or ())
-    histories, contexts = requests.read_histories(arguments, context_columns)
+    context_columns = sorted(saved.config.get("context_features") or ())
+    histories, contexts = requests.read_histories(arguments, context_columns, history_settings(saved))
     disable_progress_bar()  # the bar of loading weights; ours counts users
     new_items = requests.read_new_items(arguments.new_items)
-    recommender = load(name, arguments.model_revision, arguments.index)
+    recommender = load_saved(saved, arguments.index)
     if new_items:
         recommender.add_items(new_items)
     histories = requests.known_histories(recommender, histories)

@@ -20,6 +20,7 @@ class TaskFlags:
     _argument_group_name = "data"
     SOURCES: ClassVar[tuple[str, ...]] = ()  # the flags that name data
     FIRST: ClassVar[tuple[str, ...]] = ()  # the flags that people use first, for --help
+    SAVED: ClassVar[tuple[str, ...]] = ()  # those that a trained model depends on, saved with it: training/saved.py
     RECIPE: ClassVar[Path | None] = None  # YAML file to run when neither a model nor data is named
     EXAMPLES: ClassVar[str] = ""  # commands, each with a line that says what it does; --help shows the first
 

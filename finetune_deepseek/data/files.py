@@ -121,3 +121,20 @@ def json_text(content: dict[str, Any]) -> str:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json_text(content))
+
+
+def read_json(path: Path, missing: Any = None) -> Any:
+    """The JSON object in a file; `missing` if there is no such file.
+
+    Raises:
+        ValueError: if it is damaged, or no object.
+    """
+    if not path.is_file():
+        return missing
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); copy or download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged (it holds no JSON object); copy or download it again")
+    return content

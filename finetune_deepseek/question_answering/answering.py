@@ -24,17 +24,17 @@ from transformers import PreTrainedTokenizerBase
 
 from ..retrieval.passage_index import PassageIndex
 from ..retrieval.reranker import Reranker
-from ..training import model_card
 from ..training.arguments import ModelArguments
 from ..training.batches import batches_by_length
-from ..training.loading import load_model, load_tokenizer, saved_config
+from ..training.loading import load_model, load_tokenizer
 from ..training.ranks import highest
-from .arguments import MODEL_SETTINGS, QuestionAnsweringArguments
+from ..training.saved import Saved
+from .arguments import QuestionAnsweringArguments
 from .extractive import ExtractiveReader
 from .floors import floor_answers
 from .task import QuestionAnswering
 
-OTHER_HEADS = {  # what a model of another kind is for
+OTHER_HEADS: dict[str | None, str] = {  # what a model of another kind is for
     "SequenceClassification": " (a classifier goes to --reranker, or deepseek-hf predict classification)",
     "Embedding": " (an embedding model goes to --retriever)",
     "Recommendation": " (a recommender goes to deepseek-hf recommend)",
@@ -66,7 +66,7 @@ class SentenceReader:
 
 
 class Reader:
-    """A saved model of the question answering task, extractive or generative, by its card."""
+    """A saved model of the question answering task, extractive or generative, as it was trained."""
 
     def __init__(self, task: QuestionAnswering, model: Any, tokenizer: PreTrainedTokenizerBase, batch_size: int = 8):
         self.task, self.model, self.tokenizer, self.batch_size = task, model, tokenizer, batch_size
@@ -78,19 +78,19 @@ class Reader:
         Raises:
             ValueError: if the model was made for another task, or there is none.
         """
-        settings = model_card.run_settings(name, revision, QuestionAnswering.name)
-        settings = {key: value for key, value in settings.items() if key in MODEL_SETTINGS}
-        heads = saved_config(name, revision).get("architectures") or []
+        saved = Saved.open(None, name, revision).require_model()
+        if saved.head in OTHER_HEADS:
+            raise ValueError(
+                f"{name} is a {saved.architecture or saved.head}, which answers no questions; name a question "
+                f"answering model{OTHER_HEADS[saved.head]}."
+            )
+        settings = saved.settings_for(QuestionAnswering.name, QuestionAnsweringArguments)
         if not settings:
-            is_span_head = any("QuestionAnswering" in head for head in heads)
-            if heads and not is_span_head and not any("CausalLM" in head for head in heads):
-                use = next((advice for part, advice in OTHER_HEADS.items() if part in heads[0]), "")
-                raise ValueError(
-                    f"{name} is a {heads[0]}, which answers no questions; name a question answering model{use}."
-                )
-            settings["answer_mode"] = "extractive" if is_span_head else "generative"
+            saved.check_task(QuestionAnswering.name, saved.head or "CausalLM")
+            settings["answer_mode"] = "extractive" if saved.head == "QuestionAnswering" else "generative"
         task = QuestionAnswering(QuestionAnsweringArguments(**settings), seed=0)
         arguments = ModelArguments(model_name_or_path=name, model_revision=revision, dtype=dtype)  # type: ignore[arg-type]
+        arguments.saved = saved
         tokenizer = load_tokenizer(arguments, task, {}, None)
         model = load_model(arguments, task, tokenizer, {}, is_trained=False).eval()
         if torch.accelerator.is_available():

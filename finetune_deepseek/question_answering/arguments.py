@@ -8,18 +8,17 @@ from ..data.arguments import DataArguments
 from ..data.ranges import check_ranges
 
 NBEST_FILE = "nbest_predictions.json"
-# What a trained model depends on: written into its card, and taken from there by evaluate and predict.
-MODEL_SETTINGS = (
-    *("answer_mode", "version_2_with_negative", "null_score_diff_threshold", "question_placement"),
-    *("max_seq_length", "doc_stride", "max_question_length", "max_answer_length"),
-    *("characters_apart", "convert_to_simplified", "mark_matches"),
-)
 
 
 @dataclass
 class QuestionAnsweringArguments(DataArguments):
     """Which questions, and how passages are read."""
 
+    SAVED = (
+        *("answer_mode", "version_2_with_negative", "null_score_diff_threshold", "question_placement"),
+        *("max_seq_length", "doc_stride", "max_question_length", "max_answer_length"),
+        *("characters_apart", "convert_to_simplified", "mark_matches"),
+    )
     FIRST = (*DataArguments.FIRST, "answer_mode", "version_2_with_negative", "max_seq_length")
     RECIPE = Path(__file__).with_name("recipe.yaml")
     EXAMPLES = """examples:

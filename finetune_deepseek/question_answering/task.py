@@ -27,7 +27,7 @@ from ..data.scripts import looks_mojibake
 from ..data.sources import DatasetColumns, Part, Rows, joined, named, read_splits
 from ..training.eval_loss import Predicted
 from ..training.task import Scores, Task, lower, prefixed
-from .arguments import MODEL_SETTINGS, NBEST_FILE, QuestionAnsweringArguments
+from .arguments import NBEST_FILE, QuestionAnsweringArguments
 from .extractive import ExtractiveReader
 from .floors import FLOORS, NAMES, floor_answers
 from .metrics import CmrcScores, SquadScores
@@ -297,7 +297,6 @@ class QuestionAnswering(Task):
             + (f", windows sharing {arguments.doc_stride}" if is_extractive else "")
             + ", Chinese characters apart" * arguments.characters_apart
             + ", converted to Simplified Chinese" * arguments.convert_to_simplified,
-            "settings": {"task": self.name} | {name: getattr(arguments, name) for name in MODEL_SETTINGS},
         }
         if is_extractive:
             card |= {

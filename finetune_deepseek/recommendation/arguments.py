@@ -55,6 +55,9 @@ class FeatureArguments(TaskFlags):
 class RecommendationArguments(FeatureArguments):
     """Which interactions, and how they are split."""
 
+    SAVED: ClassVar[tuple[str, ...]] = (
+        *("max_length", "keep_repeats", "tie_rule", "user_feature_columns", "context_columns"),
+    )
     SOURCES = ("interactions_file", "dataset_name", "data_dir", "train_file", "validation_file", "test_file")
     FIRST: ClassVar[tuple[str, ...]] = (
         *("interactions_file", "user_column", "item_column", "timestamp_column"),
@@ -176,6 +179,7 @@ class RecommendationArguments(FeatureArguments):
 class NewsArguments(TaskFlags):
     """Which news and impressions, and what of them is read."""
 
+    SAVED = ("text_fields", "max_history")
     FIRST = ("train_dir", "validation_dir", "test_dir", "text_fields", "max_history")
     EXAMPLES = """examples:
   deepseek-hf finetune news_recommendation --preset tiny_llm --vocab_size 8000 --train_dir MINDsmall_train \\
@@ -220,6 +224,7 @@ class NewsArguments(TaskFlags):
 class GenerativeRecommendationArguments(RecommendationArguments):
     """Which interactions, and the vectors that the items' codes are made of."""
 
+    SAVED = ("max_length", "keep_repeats", "tie_rule", "num_beams")
     FIRST = (
         *("interactions_file", "user_column", "item_column", "timestamp_column"),
         *("item_vectors", "num_levels", "codebook_size", "num_beams"),
@@ -264,6 +269,7 @@ class GenerativeRecommendationArguments(RecommendationArguments):
 class PromptRankingArguments(RecommendationArguments):
     """Which interactions, titles and candidates, and how the model is asked."""
 
+    SAVED = ("max_length", "keep_repeats", "tie_rule", "scoring", "prompt_template", "title_separator")
     FIRST = (
         *("interactions_file", "user_column", "item_column", "titles_file", "title_column"),
         *("scoring", "max_length", "num_candidates"),

@@ -19,6 +19,7 @@ from ..training.arguments import ModelArguments
 from ..training.eval_loss import Predicted
 from ..training.optimization import IGNORED_LABEL
 from ..training.ranks import ranks
+from ..training.saved import Saved
 from ..training.task import CausalCollator, lower
 from .arguments import GenerativeRecommendationArguments
 from .item_vectors import neighbour_vectors, read_item_vectors
@@ -96,6 +97,12 @@ class GenerativeRecommendation(Recommendation):
         if untitled and titles:
             self._note(f"{untitled:,} items have no title; their ids stand in")
         return read_item_vectors(arguments.item_vectors, arguments.item_ids_file, texts)
+
+    def check_saved(self, saved: Saved, is_trained: bool) -> None:
+        """Refuses what has no vocabulary of semantic IDs."""
+        super().check_saved(saved, is_trained)
+        if saved.task != self.name:
+            raise ValueError(f"{saved.where}: it has no semantic IDs; name a model of {self.name}, or a --preset.")
 
     def config_fields(self, splits: dict[str, Rows], saved: dict[str, Any]) -> dict[str, Any]:
         longest = (self.arguments.max_length + 1) * (self.arguments.num_levels + 1) + 1
@@ -187,7 +194,6 @@ class GenerativeRecommendation(Recommendation):
             "prediction": f"the items of a beam search with {self.arguments.num_beams} beams in the trie of all codes",
             "preprocessing": f"at most {self.arguments.max_length} items of a history, each written as "
             f"{self.trie.depth} digits",
-            "settings": card["settings"] | {"num_beams": self.arguments.num_beams},
         }
 
 

@@ -11,11 +11,10 @@ from sklearn.decomposition import TruncatedSVD
 
 from ..data.cells import as_ids
 from ..data.files import read_list
-from ..data.hub import check_named
 from ..retrieval.passage_index import Retriever
-from ..training.loading import saved_config
+from ..training.saved import Saved
 from .items.catalogue import PADDING
-from .recommender import open_recommender, task_of
+from .recommender import open_recommender
 
 NEIGHBOURHOOD = 3  # items that are this near each other in a history count as neighbours
 SVD_SIZE = 32
@@ -39,10 +38,10 @@ def read_item_vectors(source: str, ids_file: str | None, titles: dict[str, str])
         raise ValueError(
             f"--item_ids_file belongs to a file of vectors, but --item_vectors is {source}; leave it out."
         )
-    check_named("item_vectors", source)
-    if "DeepSeekForEmbedding" in (saved_config(source, "main").get("architectures") or ()):
-        return list(titles), Retriever.load(source).encode(list(titles.values()), is_query=False).float().cpu().numpy()
-    recommender = None if task_of(source, "main") == "generative_recommendation" else open_recommender(source)
+    saved = Saved.open("item_vectors", source)
+    if "embedding" in (saved.task, str(saved.head).lower()):
+        return list(titles), Retriever.of(saved).encode(list(titles.values()), is_query=False).float().cpu().numpy()
+    recommender = None if saved.task == "generative_recommendation" else open_recommender(saved)
     if recommender is None or not hasattr(recommender.model, "item_embeddings"):
         raise ValueError(f"--item_vectors {source}: this model has no vectors of items; name a recommender.")
     vectors = recommender.model.item_embeddings().detach().float().cpu().numpy()

@@ -22,6 +22,7 @@ from ..data.arguments import SPLITS
 from ..data.sources import Rows
 from ..training.batches import RowDraws
 from ..training.eval_loss import Predicted
+from ..training.saved import Saved
 from ..training.task import CausalCollator, Scores, Task, lower
 from .arguments import PREDICTION_FILE, NewsArguments
 from .items.catalogue import PADDING, TextCatalogue
@@ -30,8 +31,6 @@ from .report import TEXT_CARD_CODE
 from .scores import bootstrap_interval, impression_scores
 
 METRICS = {"auc": "AUC", "mrr": "MRR", "ndcg@5": "nDCG@5", "ndcg@10": "nDCG@10"}
-# What a trained model depends on: written into its card, and taken from there by evaluate and predict.
-MODEL_SETTINGS = ("text_fields", "max_history")
 
 
 def is_labelled(rows: Iterable[dict[str, Any]]) -> bool:
@@ -129,6 +128,11 @@ class NewsRecommendation(Task):
         if not saved:
             fields["max_position_embeddings"] = max(self.arguments.max_history, self.arguments.max_text_length)
         return fields
+
+    def check_saved(self, saved: Saved, is_trained: bool) -> None:
+        """Also notes whose catalogue goes on."""
+        super().check_saved(saved, is_trained)
+        self.catalogue.folder = (saved.base or saved).folder
 
     def prepare_model(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         self._note(self.catalogue.prepare(model, tokenizer))
@@ -270,5 +274,4 @@ class NewsRecommendation(Task):
             "prediction": "the scores of an impression's candidates",
             "data": "\n".join(f"- {note}" for note in self.notes),
             "preprocessing": read,
-            "settings": {"task": self.name} | {name: getattr(arguments, name) for name in MODEL_SETTINGS},
         }

@@ -36,7 +36,6 @@ from .task import Recommendation
 # Letters: B users, C candidates, P tokens before a candidate, T tokens of a candidate and what follows it.
 YES, NO = " yes", " no"
 ROWS_PER_PASS = 256  # candidates that are read at once
-MODEL_SETTINGS = ("max_length", "scoring", "prompt_template", "title_separator")
 
 
 class Prompt:
@@ -414,5 +413,4 @@ class PromptRanking(Recommendation):
             "prompt": self._text(self.every_item[:2], self.every_item[-1]),
             "prediction": f"candidates by {asked}",
             "preprocessing": f"prompt {arguments.prompt_template!r}, at most {arguments.max_length} titles",
-            "settings": {"task": self.name} | {name: getattr(arguments, name) for name in MODEL_SETTINGS},
         }

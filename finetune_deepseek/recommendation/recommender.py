@@ -6,22 +6,19 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig, PeftModel
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.utils import find_adapter_config_file
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from modeling_deepseek import AutoModelForRecommendation
 from modeling_deepseek.item_catalogue import item_numbers
 from modeling_deepseek.recommendation_head import feature_reader
-from modeling_deepseek.whole_folders import current
 
 from ..data.cells import as_ids
 from ..data.files import replaced_folder
 from ..retrieval.encoding import token_ids
-from ..training import model_card
-from ..training.loading import named_source, saved_config
+from ..training.loading import named_errors, saved_tokenizer, served_model
+from ..training.saved import Saved
 from .items.catalogue import CATALOGUE_FOLDER, PADDING, catalogue_tokenizer
-from .items.feature_columns import FEATURES, request_features
+from .items.feature_columns import request_features
 from .items.index import ItemIndex
 from .sasrec import register_sasrec
 
@@ -247,38 +244,23 @@ def last_attention(
     return weights if side is None else weights[side.item_places(len(weights))]
 
 
-def open_model(name: str, revision: str) -> Any:
-    """The model in a folder or on the Hub, an adapter with the features that it has learned on its base merged."""
-    register_sasrec()
-    config = saved_config(name, revision)
-    features = {field: config[field] for field in FEATURES if config.get(field)}
-    if not features or find_adapter_config_file(name, revision=revision) is None:
-        return AutoModelForRecommendation.from_pretrained(name, revision=revision)
-    base = str(PeftConfig.from_pretrained(name, revision=revision).base_model_name_or_path)
-    model: Any = AutoModelForRecommendation.from_pretrained(base, **features)
-    return PeftModel.from_pretrained(model, name, revision=revision).merge_and_unload()
-
-
-def task_of(name: str, revision: str) -> str | None:
-    """The task that a folder or a model on the Hub was trained for, by its card."""
-    return (model_card.read(name, revision).get("deepseek_hf") or {}).get("task")
-
-
-def open_recommender(name: str, revision: str = "main", index: str = "exact") -> Recommender:
-    """The recommender in a folder or on the Hub, on the accelerator if there is one; `index` as in `Recommender`.
+def open_recommender(saved: Saved, index: str = "exact") -> Recommender:
+    """The recommender that was saved, on the accelerator if there is one; `index` as in `Recommender`.
 
     Raises:
-        ValueError: with one line, if there is none, or for an index that it can't have.
+        ValueError: with one line, if it is none, or for an index that it can't have.
     """
-    if task_of(name, revision) not in SERVED:
-        model_card.run_settings(name, revision, SERVED[0])  # refuses a model of another task
-    with named_source("model", name):
-        model = open_model(name, revision)
-        is_text = getattr(model.config, "num_items", None) is not None
-        where: dict[str, Any] = {"subfolder": CATALOGUE_FOLDER} if is_text else {}
-        files = current(name, CATALOGUE_FOLDER if is_text else "tokenizer_config.json")
-        catalogue = PreTrainedTokenizerFast.from_pretrained(files, revision=revision, **where)
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision) if is_text else None
+    register_sasrec()
+    if saved.task not in SERVED:
+        saved.check_task(SERVED[0], "Recommendation")
+    model = served_model(saved, AutoModelForRecommendation)
+    is_text = getattr(model.config, "num_items", None) is not None
+    with named_errors(saved.where):
+        if is_text:  # the texts are the base's, whatever an adapter has learned of them
+            folder = (saved.base or saved).folder / CATALOGUE_FOLDER
+            catalogue, tokenizer = PreTrainedTokenizerFast.from_pretrained(folder), saved_tokenizer(saved)
+        else:
+            catalogue, tokenizer = saved_tokenizer(saved, PreTrainedTokenizerFast), None
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
-    return Recommender(model, catalogue, tokenizer, index)
+    return Recommender(model, cast(Any, catalogue), tokenizer, index)

@@ -59,10 +59,10 @@ def json_histories(arguments: RecommendArguments) -> dict[str, list[str]]:
 
 
 def read_histories(
-    arguments: RecommendArguments, context_columns: Sequence[str] = ()
+    arguments: RecommendArguments, context_columns: Sequence[str] = (), settings: dict[str, Any] | None = None
 ) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
     """Histories by user, a single list being that of the user `1`; and {column: value} of each of their interactions,
-    where the file is of interactions and has such columns.
+    where the file is of interactions and has such columns. `settings` are those of training, see `history_settings`.
 
     Raises:
         ValueError: for a file that can't be read as histories.
@@ -82,8 +82,10 @@ def read_histories(
     else:
         names = (arguments.user_column, arguments.item_column, arguments.timestamp_column)
         present = [name for name in context_columns if name in columns]
-        frame, notes = clean(read_interactions(columns, names, path, present), keep_repeats=False, k_core=1)
-        frame, _ = in_order(frame, "file", 0)
+        settings = settings or {}
+        keep_repeats, tie_rule = settings.get("keep_repeats", False), settings.get("tie_rule", "file")
+        frame, notes = clean(read_interactions(columns, names, path, present), keep_repeats, k_core=1)
+        frame, _ = in_order(frame, tie_rule, 0)
         histories = sequences(frame)
         contexts = {
             user: [dict(zip(present, row, strict=True)) for row in rows] for user, rows in contexts_of(frame).items()

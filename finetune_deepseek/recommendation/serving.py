@@ -1,22 +1,27 @@
 """Opening what `finetune` has left: the recommender that fits the model, by scores or by beam search."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM
 
 from modeling_deepseek.item_ranking import allowed_items, pad_histories
 
-from ..training import model_card
-from ..training.loading import named_source
+from ..training.loading import saved_tokenizer, served_model
+from ..training.saved import Saved
 from ..training.task import CausalCollator
-from .arguments import GenerativeRecommendationArguments
+from .arguments import GenerativeRecommendationArguments, RecommendationArguments
 from .generative import GenerativeRecommendation
 from .items.catalogue import PADDING, PADDING_TOKEN
 from .items.semantic_ids import SemanticIdTokenizer, choosable_items
 from .items.trie import CodeTrie, beam_items
-from .recommender import Recommender, open_recommender, task_of
+from .recommender import Recommender, open_recommender
+
+ARGUMENTS: dict[str, type] = {
+    "recommendation": RecommendationArguments,
+    GenerativeRecommendation.name: GenerativeRecommendationArguments,
+}
 
 
 class BeamSearch:
@@ -71,23 +76,36 @@ class GenerativeRecommender(Recommender):
         raise ValueError("--explain: a generative recommender can't say what carried an item; leave it out.")
 
 
-def load_generative(name: str, revision: str = "main") -> GenerativeRecommender:
-    """The generative recommender in a folder or on the Hub, on the accelerator if there is one.
+def load_generative(saved: Saved) -> GenerativeRecommender:
+    """The generative recommender that was saved, on the accelerator if there is one.
 
     Raises:
-        ValueError: with one line, if there is none.
+        ValueError: with one line, if it is none.
     """
-    settings = model_card.run_settings(name, revision, GenerativeRecommendation.name)
-    with named_source("model", name):
-        tokenizer = SemanticIdTokenizer.from_pretrained(name, revision=revision)
-        model: Any = AutoModelForCausalLM.from_pretrained(name, revision=revision)
+    settings = history_settings(saved)
+    model, tokenizer = served_model(saved, AutoModelForCausalLM), saved_tokenizer(saved, SemanticIdTokenizer)
     if torch.accelerator.is_available():
         model = model.to(torch.accelerator.current_accelerator())
     defaults = GenerativeRecommendationArguments
     max_length = settings.get("max_length", defaults.max_length)
     return GenerativeRecommender(
-        BeamSearch(model, tokenizer, max_length, settings.get("num_beams", defaults.num_beams))
+        BeamSearch(model, cast(Any, tokenizer), max_length, settings.get("num_beams", defaults.num_beams))
     )
+
+
+def history_settings(saved: Saved) -> dict[str, Any]:
+    """How the model's training made histories, such as `keep_repeats` and `tie_rule`; empty if that isn't known."""
+    arguments_class = ARGUMENTS.get(saved.task or "")
+    return saved.settings_for(str(saved.task), arguments_class) if arguments_class else {}
+
+
+def load_saved(saved: Saved, index: str = "exact") -> Recommender:
+    """As `load`, for what was opened already."""
+    if saved.task != GenerativeRecommendation.name:
+        return open_recommender(saved, index)
+    if index != "exact":
+        raise ValueError(f"{saved.name}: semantic IDs are found by beam search; leave out the index.")
+    return load_generative(saved)
 
 
 def load(name: str, revision: str = "main", index: str = "exact") -> Recommender:
@@ -96,8 +114,4 @@ def load(name: str, revision: str = "main", index: str = "exact") -> Recommender
     Raises:
         ValueError: with one line, if there is none, or for an index that it can't have.
     """
-    if task_of(name, revision) != GenerativeRecommendation.name:
-        return open_recommender(name, revision, index)
-    if index != "exact":
-        raise ValueError(f"{name}: semantic IDs are found by beam search; leave out the index.")
-    return load_generative(name, revision)
+    return load_saved(Saved.open(None, name, revision), index)

@@ -26,6 +26,7 @@ from ..training.batches import RowDraws
 from ..training.eval_loss import Predicted
 from ..training.optimization import IGNORED_LABEL
 from ..training.ranks import highest, ranks
+from ..training.saved import Saved
 from ..training.task import CausalCollator, Scores, Task, lower, prefixed
 from .arguments import RANKS_FILE, RecommendationArguments
 from .baselines import baseline_ranks
@@ -54,8 +55,6 @@ from .sasrec import register_sasrec, sasrec_config
 from .scores import bootstrap_interval, comparison, per_user, ranking_scores
 
 SHOWN_ITEMS = 20  # recommendations that are kept per scored user
-# What a trained model depends on: written into its card, and taken from there by evaluate and predict.
-MODEL_SETTINGS = ("max_length",)
 
 
 class RecommendationCollator(CausalCollator):
@@ -238,6 +237,14 @@ class Recommendation(Task):
         if self.catalogue is not None:
             return super().new_tokenizer(arguments, splits)
         return item_tokenizer(set(self.tokenizer_texts(splits)), self.seed)
+
+    def check_saved(self, saved: Saved, is_trained: bool) -> None:
+        """Also refuses a model of words where the items are ids."""
+        super().check_saved(saved, is_trained)
+        if self.catalogue is not None:
+            self.catalogue.folder = (saved.base or saved).folder
+        if self.tokenizer_class is not None:
+            saved.check_task(self.name, self.auto_class.__name__.removeprefix("AutoModelFor"))
 
     def config_fields(self, splits: dict[str, Rows], saved: dict[str, Any]) -> dict[str, Any]:
         self.is_new = not saved
@@ -451,9 +458,6 @@ class Recommendation(Task):
             "data": "\n".join(f"- {note}" for note in self.notes) + f"\n\n{self.table}",
             "preprocessing": f"at most {arguments.max_length} items of a history; items numbered by a hash"
             + f"; item dropout up to {arguments.item_dropout:g}" * bool(arguments.item_dropout),
-            "settings": {"task": self.name}
-            | {name: getattr(arguments, name) for name in MODEL_SETTINGS}
-            | self.side.settings(),
         }
 
     def _card_code(self) -> str:

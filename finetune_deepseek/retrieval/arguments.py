@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 from ..data.arguments import DataArguments
 
-# What a trained model depends on: written into its card, and taken from there by evaluate and predict.
-MODEL_SETTINGS = ("max_query_length", "max_passage_length")
+# Flags that set fields of the model's config.
+CONFIG_FLAGS = ("pooling", "query_prefix", "passage_prefix", "matryoshka_sizes", "contrastive_temperature")
 # What is fused, in the order of its weights: BM25 of words, BM25 of parts of words, the vectors of a model.
 FUSED = ("bm25", "parts", "dense")
 
@@ -14,6 +14,7 @@ FUSED = ("bm25", "parts", "dense")
 class EmbeddingArguments(DataArguments):
     """Which queries and passages, and how the model makes vectors of them."""
 
+    SAVED = ("max_query_length", "max_passage_length", "fusion_weights")
     FIRST = (*DataArguments.FIRST, "query_column", "passage_column", "negatives_column", "pooling")
     EXAMPLES = """examples:
   deepseek-hf finetune embedding --preset tiny_v3 --data_dir questions --query_column question \\
@@ -47,7 +48,7 @@ class EmbeddingArguments(DataArguments):
     fusion_weights: list[float] | None = field(
         default=None,
         metadata={
-            "help": "Weights of BM25, BM25 of parts of words and vectors in the fused ranking, saved in the card; "
+            "help": "Weights of BM25, BM25 of parts of words and vectors in the fused ranking, saved with the model; "
             "chosen on the validation split (--do_eval) if not given.",
             "metavar": "WEIGHT",
         },

@@ -22,17 +22,17 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from modeling_deepseek import DeepSeekForEmbedding
+from modeling_deepseek import AutoModelForEmbedding
 from modeling_deepseek.whole_folders import current
-from tokenization_deepseek import DeepSeekTokenizer
 
 from ..data.cells import plain
 from ..data.files import replaced_folder, write_json, write_text
 from ..data.table import ENDINGS, is_table, read_columns
-from ..training import model_card
-from ..training.loading import is_deepseek, named_source
+from ..training.loading import saved_tokenizer, served_model
+from ..training.saved import Saved
+from .arguments import EmbeddingArguments
 from .encoding import encode
 from .lexical import BM25, DEFAULT_WEIGHTS, WORDS_ALONE, fused_scores, part_terms
 
@@ -78,7 +78,7 @@ class FoundPassage(Passage):
 class Retriever:
     """An embedding model, its tokenizer, and the weights of BM25, BM25 of parts and its vectors when all are used.
 
-    A model that was trained here may have weights of its own in its card.
+    A model that was trained here may have weights of its own.
     """
 
     model: Any
@@ -86,17 +86,25 @@ class Retriever:
     weights: tuple[float, ...] = DEFAULT_WEIGHTS
 
     @classmethod
-    def load(cls, source: str) -> "Retriever":
-        """From a folder or the Hub.
+    def load(cls, source: str, revision: str = "main") -> "Retriever":
+        """From a folder or the Hub, a model or an adapter.
 
         Raises:
             ValueError: if there is no such model.
         """
-        with named_source("retriever", source):
-            tokenizer_class = DeepSeekTokenizer if is_deepseek(source, "main") else AutoTokenizer
-            model, tokenizer = DeepSeekForEmbedding.from_pretrained(source), tokenizer_class.from_pretrained(source)
-            weights = model_card.run_settings(source, "main", "embedding").get("fusion_weights", DEFAULT_WEIGHTS)
-            return cls(model.eval(), tokenizer, tuple(weights))
+        return cls.of(Saved.open("retriever", source, revision))
+
+    @classmethod
+    def of(cls, saved: Saved) -> "Retriever":
+        """As it was trained: an adapter in its base, with the pooling and prefixes of its training.
+
+        Raises:
+            ValueError: if it is no embedding model.
+        """
+        settings = saved.settings_for("embedding", EmbeddingArguments)
+        saved.check_task("embedding", "Embedding")
+        model, tokenizer = served_model(saved, AutoModelForEmbedding), saved_tokenizer(saved)
+        return cls(model, tokenizer, tuple(settings.get("fusion_weights") or DEFAULT_WEIGHTS))
 
     def fingerprint(self) -> str:
         """SHA-256 over all that vectors depend on: config fields of the model, its weights, and the tokenizer."""

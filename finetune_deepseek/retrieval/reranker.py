@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
-from modeling_deepseek import DeepSeekForSequenceClassification
-from tokenization_deepseek import DeepSeekTokenizer, encode_text
+from tokenization_deepseek import encode_text
 
 from ..data.words import pair_text
 from ..training.batches import batches_by_length
-from ..training.loading import is_deepseek, named_source
+from ..training.loading import saved_tokenizer, served_model
+from ..training.saved import Saved
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,15 @@ class Reranker:
     tokenizer: PreTrainedTokenizerBase
 
     @classmethod
-    def load(cls, source: str) -> "Reranker":
-        """From a folder or the Hub.
+    def load(cls, source: str, revision: str = "main") -> "Reranker":
+        """From a folder or the Hub, a model or an adapter.
 
         Raises:
             ValueError: if there is no such model, or it has more than two labels.
         """
-        with named_source("reranker", source):
-            tokenizer_class = DeepSeekTokenizer if is_deepseek(source, "main") else AutoTokenizer
-            model = DeepSeekForSequenceClassification.from_pretrained(source).eval()
-            tokenizer = tokenizer_class.from_pretrained(source)
+        saved = Saved.open("reranker", source, revision)
+        saved.check_task("classification", "SequenceClassification")
+        model, tokenizer = served_model(saved, AutoModelForSequenceClassification), saved_tokenizer(saved)
         if model.config.num_labels > 2:
             raise ValueError(
                 f"--reranker {source}: it has {model.config.num_labels} labels; train one with two, no and yes, or "

@@ -19,6 +19,7 @@ from configuration_deepseek import DeepSeekConfig
 from modeling_deepseek import DeepSeekForEmbedding
 
 from ..data.files import write_json
+from ..training.saved import Saved
 from .encoding import token_ids
 from .passage_index import Retriever
 
@@ -81,7 +82,8 @@ class SentenceModule(InputModule):  # type: ignore[misc]
 
 def write_modules(folder: str | Path) -> None:
     """Write beside a saved embedding model what SentenceTransformer(folder, trust_remote_code=True) opens it by."""
-    config = DeepSeekConfig.from_pretrained(folder)
+    saved = Saved.open(None, str(folder)).require_model()
+    config = DeepSeekConfig.from_dict(saved.config)
     kind = "finetune_deepseek.sentence_module.SentenceModule"  # a name that stays, whatever room this file is in
     write_json(
         Path(folder) / "config_sentence_transformers.json",

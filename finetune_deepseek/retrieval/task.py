@@ -22,7 +22,7 @@ from ..training.eval_loss import Predicted
 from ..training.model_card import table
 from ..training.ranks import ranks_of
 from ..training.task import CausalCollator, Scores, Task, lower, prefixed
-from .arguments import FUSED, MODEL_SETTINGS, EmbeddingArguments
+from .arguments import CONFIG_FLAGS, FUSED, EmbeddingArguments
 from .encoding import token_ids
 from .lexical import (
     BM25,
@@ -36,8 +36,6 @@ from .lexical import (
 )
 
 SHOWN_PASSAGES = 5  # kept per scored query
-# Flags that set fields of the model's config.
-CONFIG_FLAGS = ("pooling", "query_prefix", "passage_prefix", "matryoshka_sizes", "contrastive_temperature")
 
 
 class EmbeddingCollator(CausalCollator):
@@ -72,7 +70,6 @@ class Embedding(Task):
         self.arguments = arguments
         self.seed = seed
         self.prefixes = ("", "")  # of queries and passages, known with the model
-        self.fields: dict[str, Any] = {}  # of the model's config
         self.config: Any = None  # the model's
         self.passages: list[str] = []  # of the scored splits, each once per split
         self.queries: list[str] = []  # of the scored splits
@@ -126,10 +123,10 @@ class Embedding(Task):
     def config_fields(self, splits: dict[str, Rows], saved: dict[str, Any]) -> dict[str, Any]:
         """The flags that were given; the model keeps its own of the others."""
         given = {name: getattr(self.arguments, name) for name in CONFIG_FLAGS}
-        self.fields = {name: saved[name] for name in CONFIG_FLAGS if saved.get(name) is not None}
-        self.fields |= {name: value for name, value in given.items() if value is not None}
-        self.prefixes = (self.fields.get("query_prefix", ""), self.fields.get("passage_prefix", ""))
-        return self.fields
+        fields = {name: saved[name] for name in CONFIG_FLAGS if saved.get(name) is not None}
+        fields |= {name: value for name, value in given.items() if value is not None}
+        self.prefixes = (fields.get("query_prefix", ""), fields.get("passage_prefix", ""))
+        return fields
 
     def prepare_model(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         self.config = model.config
@@ -285,17 +282,17 @@ class Embedding(Task):
             "baseline": "BM25" if has_bm25() else "TF-IDF",
             "title": "embedding",
             "code": CARD_CODE,
+            "head": "Embedding",
             "prompt": "",
             "prediction": "passages by the product of their vectors with the query's",
             "data": self.table,
             "preprocessing": f"queries of at most {arguments.max_query_length} tokens, passages of "
             f"{arguments.max_passage_length}",
-            # An adapter's folder has no config, so the card says how its base is to be set.
-            "settings": {"task": self.name}
-            | {name: getattr(arguments, name) for name in MODEL_SETTINGS}
-            | ({"fusion_weights": list(self.weights)} if self.weights else {})
-            | self.fields,
         }
+
+    def settings(self) -> dict[str, Any]:
+        """Those of the flags, and the weights that were chosen."""
+        return super().settings() | {"fusion_weights": list(self.weights) or None}
 
 
 def vectors(outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -307,11 +304,11 @@ def vectors(outputs: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np
 
 
 CARD_CODE = """from finetune_deepseek.encoding import encode
-from modeling_deepseek import AutoModelForEmbedding
+{imports}
 from transformers import AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForEmbedding.from_pretrained("{name}")
+{opening}
 queries = encode(model, tokenizer, ["What is it?"], model.config.query_prefix)
 passages = encode(model, tokenizer, ["This.", "That."], model.config.passage_prefix)
 print(queries @ passages.T)"""

@@ -5,9 +5,13 @@ trainer_arguments.py has the `TrainingFlags` among those of transformers.
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..data.ranges import check_ranges
+
+if TYPE_CHECKING:
+    from .saved import Saved
 
 STEPS_WITHOUT_END = 1_000_000  # what Trainer is told where time says when to stop
 MUON = "muon"  # our optimizer beside those of transformers; see weights/muon.py
@@ -80,6 +84,17 @@ class ModelArguments:
         if self.native and not self.model_name_or_path:
             raise ValueError("--native needs --model_name_or_path: which class opens that checkpoint.")
         check_ranges(self)
+
+    @cached_property
+    def saved(self) -> "Saved":
+        """What --model_name_or_path names, read once.
+
+        Raises:
+            ValueError: if it isn't there.
+        """
+        from .saved import Saved  # which needs transformers, and this file is for --help too
+
+        return Saved.open("model_name_or_path", str(self.model_name_or_path), self.model_revision)
 
     @property
     def dropouts(self) -> dict[str, float]:

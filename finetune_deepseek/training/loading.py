@@ -2,26 +2,28 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from peft import PeftConfig, PeftModel
+from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from configuration_deepseek import DeepSeekConfig
-from configuration_deepseek.official import SOURCES
 from configuration_deepseek.presets import preset
 from modeling_deepseek.register import MODELS_BY_AUTO_CLASS
 from modeling_deepseek.whole_folders import current
 from tokenization_deepseek import DeepSeekTokenizer
 
-from ..data.hub import check_named, check_source
 from ..data.sources import Rows
 from .arguments import ModelArguments
+from .saved import Saved, known_fields
 from .task import Task
+
+# Without effect in a generation config that doesn't sample, or has one beam.
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+BEAMS = ("early_stopping", "length_penalty")
 
 
 def parse_overrides(text: str | None) -> dict[str, Any]:
@@ -38,49 +40,18 @@ def parse_overrides(text: str | None) -> dict[str, Any]:
 
 
 @contextmanager
-def named_source(flag: str, name: str) -> Iterator[None]:
-    """Loading what a flag names: errors say which flag and name, in one line.
+def named_errors(where: str) -> Iterator[None]:
+    """Loading something: errors begin with what named it, in one line.
 
     Raises:
-        ValueError: for a model that isn't there, and for whatever the loading raises for missing or broken files, or
-            for packages that a model's own code needs.
+        ValueError: for whatever the loading raises for missing or broken files, or for packages that a model's own
+            code needs.
     """
-    check_named(flag, name)
     try:
         yield
     except (ValueError, OSError, ImportError, SafetensorError) as error:
-        raise ValueError(f"--{flag} {name}: {' '.join(str(error).split())}") from error
-
-
-def saved_config(source: str, revision: str) -> dict[str, Any]:
-    """The config.json of a folder or a model on the Hub; empty if it has none.
-
-    Raises:
-        ValueError: if there is no such model.
-    """
-    check_source(source)
-    try:
-        return PreTrainedConfig.get_config_dict(source, revision=revision)[0]
-    except OSError:  # a tokenizer's folder or an adapter
-        return {}
-
-
-def is_deepseek(source: str, revision: str) -> bool:
-    """Whether `source` is a DeepSeek checkpoint in our form or a published one, not of a type that others share.
-
-    Those get this package's tokenizer even where transformers has one of its own, which loses the
-    beginning-of-sentence token.
-    """
-    model_type = saved_config(source, revision).get("model_type")
-    return model_type in SOURCES and model_type.startswith("deepseek")
-
-
-def is_ours(source: str, arguments: ModelArguments) -> bool:
-    """Whether the checkpoint gets this package's model class: if it can be read, unless --native asks for another.
-
-    Also where transformers has a class of its own: PEFT rewrites LoRA targets of the native models.
-    """
-    return not arguments.native and saved_config(source, arguments.model_revision).get("model_type") in SOURCES
+        text = " ".join(str(error).split())
+        raise ValueError(text if text.startswith(where) else f"{where}: {text}") from error
 
 
 def pretrained_tokenizer(
@@ -94,19 +65,29 @@ def pretrained_tokenizer(
     Raises:
         ValueError: if it can't be read, or has no end-of-text token.
     """
-    source = arguments.tokenizer_name or checkpoint or arguments.model_name_or_path
-    assert source is not None
-    flag = "tokenizer_name" if arguments.tokenizer_name else "model_name_or_path"
-    with named_source("resume_from_checkpoint" if source == checkpoint else flag, source):
-        loader = tokenizer_class or (
-            DeepSeekTokenizer if is_deepseek(source, arguments.model_revision) else AutoTokenizer
-        )
-        tokenizer = loader.from_pretrained(
-            source, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code
-        )
+    if arguments.tokenizer_name:
+        saved = Saved.open("tokenizer_name", arguments.tokenizer_name, arguments.model_revision)
+    else:
+        saved = Saved.open("resume_from_checkpoint", checkpoint) if checkpoint else arguments.saved
+    tokenizer = saved_tokenizer(saved, tokenizer_class, arguments.trust_remote_code)
     if tokenizer.eos_token_id is None and tokenizer_class is None:
-        raise ValueError(f"{source}: this tokenizer has no eos_token, so a model couldn't learn where to end.")
+        raise ValueError(f"{saved.name}: this tokenizer has no eos_token, so a model couldn't learn where to end.")
     return with_padding(tokenizer)
+
+
+def saved_tokenizer(
+    saved: Saved, tokenizer_class: Any = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model or adapter, or else of an adapter's base.
+
+    Raises:
+        ValueError: if it can't be read.
+    """
+    with named_errors(saved.where):
+        loader = tokenizer_class or (DeepSeekTokenizer if saved.is_deepseek else AutoTokenizer)
+        source = saved.with_tokenizer
+        folder = current(source.name, "tokenizer_config.json")
+        return loader.from_pretrained(folder, **source.at, trust_remote_code=trust_remote_code)
 
 
 def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -137,45 +118,92 @@ def pretrained_model(
     is_trained: bool = False,
     check_native: Callable[[dict[str, Any]], None] = lambda fields: None,
 ) -> Any:
-    """The model that --model_name_or_path names, with its adapter if that is a LoRA folder.
+    """The model that --model_name_or_path names, or its base with the adapter that it names.
 
     Args:
-        fields: are set in its config.
+        fields: are set in its config, after what an adapter's training has changed there.
         check_native: is shown `fields` before a model is made of transformers' own class.
     """
-    path, fields = str(current(str(arguments.model_name_or_path), "adapter_config.json")), fields or {}
-    with named_source("model_name_or_path", path):
-        if not (Path(path) / "adapter_config.json").is_file():
-            return _open_pretrained(path, arguments, auto_class, fields, check_native)
-        base = str(PeftConfig.from_pretrained(path).base_model_name_or_path)
-        model = _open_pretrained(base, arguments, auto_class, fields, check_native)
-        return PeftModel.from_pretrained(model, path, is_trainable=is_trained)
+    saved = arguments.saved.require_model()
+    base = saved.base or saved
+    with named_errors(saved.where):
+        ours = base.is_ours and not arguments.native
+        fields = saved.changes | (fields or {})
+        if not ours:
+            check_native(fields)
+        config = _config(base, ours, fields, arguments.trust_remote_code)
+        model = (MODELS_BY_AUTO_CLASS[auto_class] if ours else auto_class).from_pretrained(
+            base.name,
+            **base.at,
+            config=with_dropout(config, arguments),
+            trust_remote_code=arguments.trust_remote_code,
+            dtype=arguments.dtype,
+            attn_implementation=arguments.attn_implementation,
+        )
+        if saved.is_adapter:
+            model = PeftModel.from_pretrained(model, str(saved.folder), is_trainable=is_trained)
+    if is_trained:
+        mend_generation_config(model, saved.where)
+    return model
 
 
-def _open_pretrained(
-    source: str,
-    arguments: ModelArguments,
-    auto_class: Any,
-    fields: dict[str, Any],
-    check_native: Callable[[dict[str, Any]], None],
-) -> Any:
-    loading: dict[str, Any] = {
-        "revision": arguments.model_revision,
-        "trust_remote_code": arguments.trust_remote_code,
-        "dtype": arguments.dtype,
-        "attn_implementation": arguments.attn_implementation,
-    }
-    ours = is_ours(source, arguments)
-    if not ours:
-        check_native(fields)
-    model_class = MODELS_BY_AUTO_CLASS[auto_class] if ours else auto_class
-    if not arguments.dropouts:
-        return model_class.from_pretrained(source, **loading, **fields)
-    config_class: Any = DeepSeekConfig if ours else AutoConfig
-    config = config_class.from_pretrained(
-        source, revision=arguments.model_revision, trust_remote_code=arguments.trust_remote_code, **fields
-    )
-    return model_class.from_pretrained(source, **loading, config=with_dropout(config, arguments))
+def served_model(saved: Saved, auto_class: Any) -> Any:
+    """A model for use: in evaluation mode, an adapter merged into its base, with the config that it was trained with.
+
+    Raises:
+        ValueError: if it can't be read.
+    """
+    saved.require_model()
+    base = saved.base or saved
+    with named_errors(saved.where):
+        model_class = MODELS_BY_AUTO_CLASS[auto_class] if base.is_ours else auto_class
+        config = _config(base, base.is_ours, saved.changes)
+        model = model_class.from_pretrained(base.name, **base.at, config=config)
+        if saved.is_adapter:
+            model = PeftModel.from_pretrained(model, str(saved.folder)).merge_and_unload()
+    return model.eval()
+
+
+def _config(saved: Saved, is_ours: bool, fields: dict[str, Any], trust_remote_code: bool = False) -> Any:
+    """The config of a model with some fields changed; other names than fields are refused, see `known_fields`."""
+    if is_ours:
+        return DeepSeekConfig.from_pretrained(
+            saved.name, **saved.at, **known_fields(fields, DeepSeekConfig.__annotations__)
+        )
+    config = AutoConfig.from_pretrained(saved.name, **saved.at, trust_remote_code=trust_remote_code)
+    for name, value in known_fields(fields, config.to_dict()).items():
+        setattr(config, name, value)
+    return config
+
+
+def mend_generation_config(model: Any, where: str) -> None:
+    """Drop from a model's generation config what has no effect there and couldn't be saved again: a temperature where
+    nothing is sampled, a penalty on lengths without beams.
+
+    Raises:
+        ValueError: for what else can't be saved, which would show at the first save only.
+    """
+    config = getattr(model, "generation_config", None)
+    if config is None or _fault(config) is None:
+        return
+    idle = (() if config.do_sample else SAMPLING) + (() if (config.num_beams or 1) > 1 else BEAMS)
+    dropped = {name: value for name in idle if (value := getattr(config, name, None)) is not None}
+    if (config.pad_token_id or 0) < 0:
+        dropped["pad_token_id"] = config.pad_token_id
+    for name in dropped:
+        setattr(config, name, None)
+    if reason := _fault(config):
+        raise ValueError(f"{where}: its generation_config.json can't be saved again; mend it: {reason}")
+    print(f"generation config: dropped {', '.join(f'{n} {v}' for n, v in dropped.items())}, without effect there")
+
+
+def _fault(config: Any) -> str | None:
+    """Why it can't be saved; None if it can."""
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        return " ".join(str(error).split())
+    return None
 
 
 def load_model(
@@ -241,9 +269,10 @@ def make_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, f
     if arguments.preset:
         return with_dropout(preset(arguments.preset, **overrides), arguments)
     assert arguments.config_name is not None
-    with named_source("config_name", arguments.config_name):
+    saved = Saved.open("config_name", arguments.config_name)
+    with named_errors(saved.where):
         config = AutoConfig.from_pretrained(
-            arguments.config_name, trust_remote_code=arguments.trust_remote_code, **overrides
+            saved.name, **saved.at, trust_remote_code=arguments.trust_remote_code, **overrides
         )
     return with_dropout(config, arguments)
 

@@ -11,14 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
+import transformers
 from datasets import Dataset
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel
-from transformers.utils import cached_file
 
-from ..data.hub import check_source
 from .optimization import recipe
+from .saved import Saved, differences
 from .trainer_arguments import Stage
 from .weights.freezing import trained_weights
 
@@ -37,40 +36,6 @@ def fill(template: str, slots: dict[str, str]) -> str:
 def table(head: list[str], rows: list[list[Any]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
-def read(model: str, revision: str = "main") -> dict[str, Any]:
-    """The metadata of a model's card, from a folder or the Hub; empty if it has none.
-
-    Under `deepseek_hf` stands what a run of ours wrote there: its task, and the flags that its model depends on.
-
-    Raises:
-        ValueError: if there is no such model, or the metadata isn't YAML.
-    """
-    check_source(model)
-    try:
-        path = cached_file(model, "README.md", revision=revision)
-    except OSError:
-        return {}
-    try:
-        return ModelCard.load(str(path), ignore_metadata_errors=True).data.to_dict()
-    except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"{model}/README.md: the metadata can't be read: {error}") from error
-
-
-def run_settings(model: str, revision: str, task: str) -> dict[str, Any]:
-    """The flags that a run of `task` wrote into its model's card; empty for a model that we didn't make.
-
-    Raises:
-        ValueError: if the run was of another task.
-    """
-    settings = dict(read(model, revision).get("deepseek_hf") or {})
-    made_for = settings.pop("task", task)
-    if made_for != task:
-        raise ValueError(
-            f"{model}: its card says that it was made for {made_for}, not for {task}; name another model."
-        )
-    return settings
 
 
 def base_model(stage: Stage, model: Any) -> str | None:
@@ -124,27 +89,52 @@ def eval_results(task_card: dict[str, Any], results: dict[str, Any]) -> list[Eva
     ]
 
 
-def usage(model: Any, name: str, task_card: dict[str, Any]) -> str:
-    """Python lines that load the model or adapter and use it."""
-    if "code" in task_card:
-        return "```python\n" + task_card["code"].format(name=name) + "\n```"
-    head = task_card.get("head", "CausalLM")
-    options = ""
-    if isinstance(model, PeftModel):  # only PEFT's own class opens every kind of adapter with the right numbers
-        auto_class = f"AutoPeftModelFor{head}"
-        imports = f"from peft import {auto_class}\nfrom transformers import AutoTokenizer"
-        if model.active_peft_config.modules_to_save:  # the adapter brings a head that the base must have room for
-            options = f", num_labels={model.config.num_labels}"
-    else:
+def opening(model: Any, name: str, head: str, base: Saved | None) -> dict[str, str]:
+    """`imports` and `opening`: the lines that open a model, or an adapter in its base as training has changed that."""
+    if not isinstance(model, PeftModel) or base is None:
         auto_class = f"AutoModelFor{head}"
-        imports = f"from transformers import {auto_class}, AutoTokenizer"
+        where = "transformers" if hasattr(transformers, auto_class) else "modeling_deepseek"
+        return {
+            "imports": f"from {where} import {auto_class}",
+            "opening": f'model = {auto_class}.from_pretrained("{name}")',
+        }
+    model_class = type(model.get_base_model())
+    is_ours = model_class.__module__.startswith("modeling_deepseek")
+    opener = model_class.__name__ if is_ours else f"AutoModelFor{head}"
+    changes = differences(base.config, model.config.to_dict())
+    changes.pop("label2id", None)  # follows from id2label
+    if "id2label" in changes:
+        changes["id2label"] = {int(number): label for number, label in changes["id2label"].items()}
+    options = "".join(f", {field}={value!r}" for field, value in changes.items())
+    return {
+        # Not AutoPeftModel: it knows nothing of the changes, and may take another class than training did.
+        "imports": f"from {'modeling_deepseek' if is_ours else 'transformers'} import {opener}\n"
+        "from peft import PeftModel",
+        "opening": f'base = {opener}.from_pretrained("{shown_folder(base.name)}"{options})\n'
+        f'model = PeftModel.from_pretrained(base, "{name}")',
+    }
+
+
+def without_local(datasets: list[str], dataset_name: str) -> dict[str, Any]:
+    """The card's `datasets` and `dataset_name`: folders of this machine are no data sets of the Hub, which would
+    refuse them, and where they lie is nobody else's business."""
+    shown = Path(dataset_name).name if Path(dataset_name).exists() else dataset_name
+    return {"datasets": [name for name in datasets if not Path(name).exists()], "dataset_name": shown}
+
+
+def usage(model: Any, name: str, task_card: dict[str, Any], base: Saved | None) -> str:
+    """Python lines that load the model or adapter and use it."""
+    lines = {"name": name} | opening(model, name, task_card.get("head", "CausalLM"), base)
+    if "code" in task_card:
+        return "```python\n" + task_card["code"].format(**lines) + "\n```"
     return f"""```python
 import modeling_deepseek
 import tokenization_deepseek
-{imports}
+{lines["imports"]}
+from transformers import AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = {auto_class}.from_pretrained("{name}"{options})
+{lines["opening"]}
 inputs = tokenizer({task_card["prompt"]!r}, return_tensors="pt")
 {task_card.get("usage", GENERATION)}
 ```"""
@@ -190,14 +180,17 @@ def write(
     Args:
         task_card: what `Task.card_data` gives: `title`, `pipeline_tag`, `language`, `datasets` (Hub ids),
             `dataset_name`, `metrics` {result name: (Hub's metric id, label)}, `prompt`, `preprocessing`, `data` and
-            `data_checks` (Markdown), `settings` (see `run_settings`), `baseline` (its name), and for a task without
+            `data_checks` (Markdown), `baseline` (its name), and for a task without
             generation `head` (as in AutoModelFor...), `usage` (the Python lines after `inputs`) and `prediction` (how
-            its outputs become predictions). `code` takes the place of all lines for use, {name} being the model.
+            its outputs become predictions). `code` takes the place of all lines for use, {name} being the
+            model, {imports} and {opening} what opens it.
         results: the run's results so far.
         splits: the text rows by split.
     """
     is_adapter = isinstance(model, PeftModel)
+    task_card = task_card | without_local(task_card["datasets"], task_card["dataset_name"])
     name = stage.training.hub_model_id or shown_folder(stage.training.output_dir or "")
+    opened = stage.model.saved if stage.model.model_name_or_path else None
     base = base_model(stage, model)
     scores = eval_results(task_card, results)
     card = ModelCard(TEMPLATE.read_text(encoding="utf-8"), ignore_metadata_errors=False)
@@ -216,7 +209,6 @@ def write(
             "metrics": list(dict.fromkeys(metric for metric, _ in task_card["metrics"].values())),
             "model_name": Path(name).name,
             "eval_results": scores or None,
-            "deepseek_hf": task_card.get("settings"),
         }
     )
     origin = f"`{base}`" if base else "a local model" if stage.model.model_name_or_path else "random weights"
@@ -226,7 +218,7 @@ def write(
         {
             "title": Path(name).name,
             "summary": f"{kind} for {task_card['title']}, trained from {origin} with deepseek-hf.",
-            "usage": usage(model, name, task_card),
+            "usage": usage(model, name, task_card, opened and (opened.base or opened)),
             "results": results_table(task_card, results) or "No split was scored.",
             "data": "\n\n".join(
                 filter(None, [task_card["data"].strip() or task_card["dataset_name"], task_card.get("data_checks")])

@@ -18,17 +18,14 @@ from ..data.sources import Rows
 from .arguments import ModelArguments
 from .eval_loss import Predicted
 from .optimization import IGNORED_LABEL, target_losses
+from .saved import Saved
 
 # In the order in which a run first calls them: each may rely on what those before it have set.
 HOOKS = (
-    *("load_splits", "new_tokenizer", "tokenizer_texts", "check_splits"),  # data and tokenizer
+    *("load_splits", "check_saved", "new_tokenizer", "tokenizer_texts", "check_splits"),  # data and tokenizer
     *("config_fields", "check_native", "model_config", "prepare_model", "fit_lengths"),  # the model
     *("features", "collator", "loss_function", "generation_config"),  # the trainer
-    *(
-        "row_weights",
-        "save_beside",
-        "card_data",
-    ),  # training; the card is written anew whenever something more is known
+    *("row_weights", "settings", "save_beside", "card_data"),  # training; the card anew whenever more is known
     *("predict_batch", "decode", "score", "split_loss", "after_evaluation"),  # the validation split
     *("baseline", "report"),  # the test split
 )
@@ -84,6 +81,19 @@ class Task(ABC):
         tokenizer = train_tokenizer(self.tokenizer_texts(splits), arguments.vocab_size, arguments.tokenizer_generation)
         print(f"trained a tokenizer of {len(tokenizer):,} tokens")
         return tokenizer
+
+    def check_saved(self, saved: Saved, is_trained: bool) -> None:
+        """Look at the model that the run begins with, before it is loaded.
+
+        Raises:
+            ValueError: if it was made for another task, or has another head and isn't to be trained.
+        """
+        saved.check_task(self.name, self.auto_class.__name__.removeprefix("AutoModelFor"), is_trained)
+
+    def settings(self) -> dict[str, Any]:
+        """What a trained model depends on beside its config: saved with it, and read by evaluate, predict and the
+        verbs that use it (see saved.py)."""
+        return {name: getattr(self.arguments, name) for name in getattr(self.arguments_class, "SAVED", ())}
 
     def model_config(self, config: Any) -> Any:
         """The config of a model with random weights, made of what was asked for."""

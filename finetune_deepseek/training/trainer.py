@@ -266,8 +266,6 @@ class FinetuneTrainer(Seq2SeqTrainer):
             with replaced_folder(Path(output_dir or self.args.output_dir or "")) as folder, without_bars():
                 super()._save(str(folder), state_dict)
                 self.save_beside(folder)
-                if isinstance(self.model, PeftModel) and self.model.active_peft_config.modules_to_save:
-                    config.save_pretrained(str(folder))  # the base's doesn't know this head's labels
         finally:
             config.use_cache = use_cache
 

@@ -13,17 +13,15 @@ from .moses import moses_lower
 
 LanguagePair: TypeAlias = tuple[str, str]  # source and target language
 
-# What a trained model depends on: written into its card, and taken from there by evaluate, predict and translate.
-MODEL_SETTINGS = (
-    *("source_lang", "target_lang", "both_directions", "preprocess"),
-    *("prompt_template", "stop_text", "max_source_length", "max_target_length"),
-)
-
 
 @dataclass
 class TranslationArguments(AugmentationArguments, DataArguments):
     """Which pairs, in which languages, in which prompt."""
 
+    SAVED = (
+        *("source_lang", "target_lang", "both_directions", "preprocess"),
+        *("prompt_template", "stop_text", "max_source_length", "max_target_length"),
+    )
     FIRST = (*DataArguments.FIRST, "source_lang", "target_lang", "prompt_template")
     RECIPE = Path(__file__).with_name("recipe.yaml")
     EXAMPLES = """examples:
@@ -100,9 +98,12 @@ class TranslationArguments(AugmentationArguments, DataArguments):
         self.stop_text = self.stop_text.replace("\\n", "\n") if self.stop_text else None
         where = f"--prompt_template {self.prompt_template!r}"
         try:
-            fields = {name for _, name, _, _ in Formatter().parse(self.prompt_template) if name is not None}
+            parts = [part[1:] for part in Formatter().parse(self.prompt_template) if part[1] is not None]
         except ValueError as error:
             raise ValueError(f"{where}: {error}; write {{{{ for a brace.") from error
+        fields = {name for name, _, _ in parts}
+        if shaped := [name for name, specification, conversion in parts if specification or conversion]:
+            raise ValueError(f"{where}: {{{shaped[0]}}} stands alone in its braces, without a format or conversion.")
         unknown = fields - {"source", "source_lang", "target_lang"}
         if unknown or "source" not in fields:
             raise ValueError(

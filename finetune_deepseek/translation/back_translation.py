@@ -6,18 +6,17 @@ in its own right: lines of `{"translation": {...}}`.
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from huggingface_hub import hf_hub_download
 from tqdm import tqdm
 
 from ..data.files import json_line, read_lines, write_text
 from ..data.table import read_columns
+from ..training.saved import ADAPTER_FILE, CONFIG_FILE, Saved
 from .arguments import TranslateArguments, TranslationArguments
 from .prompts import Prompts
 from .translator import open_translator, prompts_of, translate_lines
@@ -89,15 +88,12 @@ def fingerprint(text_file: Path, folder: Path, prompts: Prompts, how: TranslateA
 def model_files(folder: Path) -> list[Path]:
     """Those that decide what a model writes, with its base's where it is an adapter; of a base on the Hub its config,
     in the folder of its commit."""
-    names = ("config.json", "adapter_config.json", "tokenizer.json")
+    names = (CONFIG_FILE, ADAPTER_FILE, "tokenizer.json")
     found = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin") or path.name in names)
-    if not (folder / "adapter_config.json").is_file():
+    base = Saved.open("back_translation_model", str(folder)).base
+    if base is None:
         return found
-    adapter = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    base = adapter["base_model_name_or_path"]
-    if Path(base).is_dir():
-        return found + model_files(Path(base))
-    return [*found, Path(hf_hub_download(base, "config.json", revision=adapter.get("revision")))]
+    return found + (model_files(base.folder) if base.commit is None else [base.folder / CONFIG_FILE])
 
 
 def generate(lines: Sequence[str], folder: Path, prompts: Prompts, how: TranslateArguments, kept: Path) -> list[str]:

@@ -22,7 +22,7 @@ from ..data.sources import Part, Rows, joined, named, open_splits, progress, spl
 from ..data.words import nearest_match
 from ..training.optimization import IGNORED_LABEL
 from ..training.task import Task, lower
-from .arguments import MODEL_SETTINGS, LanguagePair, TranslationArguments
+from .arguments import LanguagePair, TranslationArguments
 from .augmentation import Augmenter
 from .back_translation import back_translate
 from .metrics import translation_metrics
@@ -419,5 +419,4 @@ class Translation(Prompts, Task):
             + (f"; in training {self._augmentation()}" if self.augmenters else "")
             + (f"; {self.back_translation}" if self.back_translation else "")
             + "".join(f"; {signature(language)}" for language in arguments.languages if self.is_prepared),
-            "settings": {"task": self.name} | {name: getattr(arguments, name) for name in MODEL_SETTINGS},
         }

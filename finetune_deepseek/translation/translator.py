@@ -1,7 +1,6 @@
 """Lines of text to their translations, by a model or adapter of the translation task.
 
-The prompt, the languages and the length of a translation are those of the model's card, so the model is asked as it
-was in training.
+The prompt, the languages and the length of a translation are those of the model's training.
 """
 
 import copy
@@ -12,42 +11,43 @@ from typing import Any, cast
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
-from ..training import model_card
 from ..training.batches import batches_by_length
 from ..training.loading import fitted, pretrained_model, pretrained_tokenizer
-from .arguments import MODEL_SETTINGS, LanguagePair, TranslateArguments, TranslationArguments
+from ..training.saved import Saved
+from .arguments import LanguagePair, TranslateArguments, TranslationArguments
 from .prompts import Prompts
 
 
 def prompts_of(name: str, arguments: TranslateArguments) -> Prompts:
-    """The prompts that the model was trained on, by its card and the flags.
+    """The prompts that the model was trained on, by its settings and the flags.
 
     Raises:
-        ValueError: if the card has other languages than the flags, or neither has any.
+        ValueError: if it was made for another task or other languages, or neither names any.
     """
-    settings = model_card.run_settings(name, arguments.model_revision, Prompts.name)
-    settings = {key: value for key, value in settings.items() if key in MODEL_SETTINGS}
-    settings["source_lang"], settings["target_lang"] = language_pair(name, arguments, settings)
+    saved = Saved.open(None, name, arguments.model_revision).require_model()
+    saved.check_task(Prompts.name, "CausalLM")
+    settings = saved.settings_for(Prompts.name, TranslationArguments)
+    settings["source_lang"], settings["target_lang"] = language_pair(saved, arguments, settings)
     settings["both_directions"] = False
     given = ("prompt_template", "max_target_length")
     settings |= {key: value for key in given if (value := getattr(arguments, key)) is not None}
     return Prompts(TranslationArguments(**settings))
 
 
-def language_pair(name: str, arguments: TranslateArguments, settings: dict[str, Any]) -> LanguagePair:
-    """The source and target language: the flags', or those of the card that leave no choice.
+def language_pair(saved: Saved, arguments: TranslateArguments, settings: dict[str, Any]) -> LanguagePair:
+    """The source and target language: the flags', or those of training that leave no choice.
 
     Raises:
         ValueError: if the model isn't for them, or they could be several.
     """
-    asked = arguments.source_lang, arguments.target_lang
+    name, asked = saved.name, (arguments.source_lang, arguments.target_lang)
     flags = " ".join(
         f"--{flag} {language}"
         for flag, language in zip(("source_lang", "target_lang"), asked, strict=True)
         if language
     )
     if "target_lang" not in settings:
-        known = model_card.read(name, arguments.model_revision).get("language") or []
+        known = saved.card.get("language") or []
         known = [known] if isinstance(known, str) else known
         if not all(asked):
             raise ValueError(f"{name}: no card says which languages it translates; give --source_lang, --target_lang.")
@@ -65,7 +65,7 @@ def language_pair(name: str, arguments: TranslateArguments, settings: dict[str, 
         return fitting[0]
     for_pairs = ", ".join(f"{source} to {target}" for source, target in fitting or pairs)
     if not fitting:
-        raise ValueError(f"{flags}: by its card, {name} is for {for_pairs}; name another model.")
+        raise ValueError(f"{flags}: {name} is for {for_pairs}; name another model.")
     raise ValueError(f"{name} is for {for_pairs}; choose by --source_lang and --target_lang.")
 
 

@@ -144,21 +144,32 @@ def test_adapters_that_cannot_be_merged(adapter, refused):
     assert f"{adapter} is no adapter" in refused("--to", "native", "--merge-adapter", str(adapter))
 
 
-def test_an_adapter_as_the_source(adapter, source, refused):
-    for path in source.iterdir():
-        path.unlink()
-    for path in adapter.iterdir():
-        shutil.copyfile(path, source / path.name)
+@pytest.fixture
+def adapter_alone(adapter, source, tmp_path):
+    """The adapter in the place of the source, and its base beside it."""
+    shutil.move(source, tmp_path / "base")
+    shutil.copytree(adapter, source)
+    settings = json.loads((source / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = str(tmp_path / "base")
+    (source / "adapter_config.json").write_text(json.dumps(settings))
+    return tmp_path / "base"
+
+
+def test_an_adapter_as_the_source(adapter_alone, source, refused):
     assert f"{source} is an adapter: name its base model, and the adapter after --merge-adapter" in refused(
         "--to", "native"
     )
-    (source / "config.json").write_text(json.dumps({"model_type": "deepseek_v4"}))
+    (adapter_alone / "config.json").write_text(json.dumps({"model_type": "deepseek_v4"}))
     assert "model_type 'deepseek_v4'" in refused("--adapter-format", "per-expert")
 
 
-def test_an_adapter_without_experts_needs_no_rewriting(adapter, source, refused):
+def test_a_model_and_an_adapter_in_one_folder(adapter, source, refused):
     for path in adapter.iterdir():
         shutil.copyfile(path, source / path.name)
+    assert f"{source}: it holds an adapter (adapter_config.json) and a model (model-" in refused("--to", "native")
+
+
+def test_an_adapter_without_experts_needs_no_rewriting(adapter_alone, refused):
     assert "has no fused experts, so it needs no rewriting" in refused("--adapter-format", "per-expert")
 
 

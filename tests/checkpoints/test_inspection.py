@@ -1,6 +1,7 @@
 """`deepseek-hf inspect` says what a checkpoint is without loading a weight."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -21,6 +22,7 @@ from finetune_deepseek.commands.inspect import size
 from finetune_deepseek.training.arguments import LoraArguments
 from finetune_deepseek.training.weights.lora import apply_lora, census
 from modeling_deepseek import DeepSeekForCausalLM
+from tests.checkpoints.conftest import header
 
 
 @pytest.fixture
@@ -159,3 +161,14 @@ def test_a_release_s_size():
     counts = count_parameters(weights, config)
     assert round(sum(counts.values()) / 1e8) == 157
     assert 2.4e9 < active_parameters(counts, config) - counts["embeddings"] < 2.5e9
+
+
+@pytest.mark.parametrize("name", ["tiny_v3", "tiny_v3_mtp", "tiny_v2_lite"])
+@pytest.mark.parametrize(("dtype", "word"), [("fp32", "float32"), ("bf16", "bfloat16"), ("fp8", "fp8")])
+def test_sizes_are_those_of_an_export(saved, tmp_path, name, dtype, word):
+    _, folder = saved(name)
+    export_native(folder, tmp_path / "out", dtype=dtype)
+    written = header(tmp_path / "out")
+    sizes = {"F32": 4, "BF16": 2, "F8_E4M3": 1}
+    count = sum(sizes[kind] * math.prod(shape) for kind, shape in written.values())
+    assert inspect_checkpoint(folder).memory[word] == count

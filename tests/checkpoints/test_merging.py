@@ -14,7 +14,7 @@ from finetune_deepseek.training.arguments import LoraArguments
 from finetune_deepseek.training.weights.lora import apply_lora
 from modeling_deepseek import DeepSeekForCausalLM, DeepSeekForSequenceClassification
 from modeling_deepseek.moe import DeepSeekExperts
-from tests.checkpoints.conftest import header, logits_of, weights_of
+from tests.checkpoints.conftest import VOCAB_SIZE, header, logits_of, weights_of
 from tests.reference.compare import assert_close
 
 
@@ -234,3 +234,51 @@ def test_merging_holds_at_most_three_shards(saved, tmp_path):
     assert total > 20 * largest * 0.8, "the model is large against a shard"
     assert json.loads(child.stdout.splitlines()[-1]) <= 3 * largest
     assert_close(logits_of(DeepSeekForCausalLM.from_pretrained(tmp_path / "out")), logits_of(wrapped.eval()), "logits")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_single_trained_tokens_are_merged(saved, tmp_path, tied):
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["o_proj"], r=3,
+                        trainable_token_indices={"embed_tokens": [3, 10, 17]})  # fmt: skip
+    _, base = saved("tiny_v3", tie_word_embeddings=tied)
+    model, adapter = shake(get_peft_model(DeepSeekForCausalLM.from_pretrained(base), config)), tmp_path / "adapter"
+    assert model.config.tie_word_embeddings == tied
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.normal_(std=0.5)
+    model.save_pretrained(adapter)
+    export_native(base, tmp_path / "out", adapter=adapter)
+    before, merged = (DeepSeekForCausalLM.from_pretrained(folder) for folder in (base, tmp_path / "out"))
+    assert_close(logits_of(merged), logits_of(model), "logits")
+    changed = (merged.model.embed_tokens.weight != before.model.embed_tokens.weight).any(1).nonzero()[:, 0]
+    assert changed.tolist() == [3, 10, 17]
+
+
+@pytest.mark.parametrize("is_trained", [True, False])
+def test_resized_embeddings_are_merged(saved, tmp_path, is_trained):
+    """Whether they were trained or only saved, as PEFT does by itself."""
+    _, base = saved("tiny_v3")
+    torch.manual_seed(3)
+    model = DeepSeekForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(VOCAB_SIZE + 7)
+    whole = ["embed_tokens", "lm_head"]
+    config = LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["o_proj"], r=3, modules_to_save=whole if is_trained else None
+    )
+    wrapped = shake(get_peft_model(model, config))
+    wrapped.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    export_native(base, tmp_path / "out", adapter=tmp_path / "adapter")
+    merged = DeepSeekForCausalLM.from_pretrained(tmp_path / "out")
+    assert merged.config.vocab_size == VOCAB_SIZE + 7
+    assert_close(logits_of(merged), logits_of(wrapped), "logits")
+
+
+def test_resized_embeddings_without_their_head_are_refused(saved, tmp_path):
+    _, base = saved("tiny_v3")
+    model = DeepSeekForCausalLM.from_pretrained(base)
+    model.resize_token_embeddings(VOCAB_SIZE + 7)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["o_proj"], r=3, modules_to_save=["embed_tokens"])
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    with pytest.raises(ValueError, match="embeddings have 337 tokens, the base 330, and the adapter brings no head"):
+        export_native(base, tmp_path / "out", adapter=tmp_path / "adapter")

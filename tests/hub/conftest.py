@@ -20,6 +20,9 @@ from typing import Any, Protocol
 import pytest
 from server import HubServer
 
+# The last commit before the cache was read under its new word, and before the heads had files of their own.
+EARLIER = "9e8363e06d4aadb10a99f163c2353e098171ce2f"
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("configuration_deepseek", "modeling_deepseek", "tokenization_deepseek", "finetune_deepseek")
 TOKEN = "hf_alice"
 
@@ -90,3 +93,15 @@ def _environment(home: Path, hub: HubServer | None, token: str | None) -> dict[s
     if hub is None:
         return env | {"HF_HUB_OFFLINE": "1"}
     return env | {"HF_ENDPOINT": hub.endpoint} | ({"HF_TOKEN": token} if token else {})
+
+
+@pytest.fixture(scope="session")
+def earlier_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the packages as they were at `EARLIER`."""
+    code = tmp_path_factory.mktemp("earlier")
+    command = ["git", "-C", str(ROOT), "archive", EARLIER]
+    archive = subprocess.run(command, capture_output=True)
+    if archive.returncode != 0:
+        pytest.skip(f"commit {EARLIER} is not in this copy's history")
+    subprocess.run(["tar", "-x", "-C", str(code)], input=archive.stdout, check=True)
+    return code

@@ -5,14 +5,10 @@ Their own frozen code does not read the cache of transformers 5.24 on, and only 
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
 
-# The last commit before the cache was read under its new word, and before the heads had files of their own.
-EARLIER = "9e8363e06d4aadb10a99f163c2353e098171ce2f"
-ROOT = Path(__file__).resolve().parents[2]
 HEADS = {
     "DeepSeekForCausalLM": {},
     "DeepSeekForSequenceClassification": {},
@@ -75,17 +71,6 @@ def generate_as_a_stranger(folder):
 
     model = AutoModelForCausalLM.from_pretrained(f"{folder}/again", trust_remote_code=True)
     return model.generate(torch.arange(3, 12)[None], max_new_tokens=8, do_sample=False).tolist()
-
-
-@pytest.fixture(scope="module")
-def earlier_code(tmp_path_factory):
-    code = tmp_path_factory.mktemp("earlier")
-    command = ["git", "-C", str(ROOT), "archive", EARLIER]
-    archive = subprocess.run(command, capture_output=True)
-    if archive.returncode != 0:
-        pytest.skip(f"commit {EARLIER} is not in this copy's history")
-    subprocess.run(["tar", "-x", "-C", str(code)], input=archive.stdout, check=True)
-    return code
 
 
 def test_folders_of_earlier_code_open_and_are_renewed(earlier_code, run_client, run_stranger, tmp_path):

@@ -26,8 +26,8 @@ from finetune_deepseek.question_answering.squad import FAULTS, Questions, place,
 from finetune_deepseek.question_answering.task import QuestionAnswering
 from finetune_deepseek.question_answering.territories import PATTERNS, territory_rows
 from finetune_deepseek.question_answering.windows import Encoder, Layout
-from finetune_deepseek.training.model_card import run_settings
 from finetune_deepseek.training.run import run_stages
+from finetune_deepseek.training.saved import Saved
 from tests.small_runs import TINY, flags
 from tokenization_deepseek import train_tokenizer
 
@@ -467,7 +467,7 @@ def test_no_answer_is_learned_and_its_threshold_obeyed(tmp_path):
 )
 def test_placement_and_direction_are_kept(tmp_path, monkeypatch, capsys, placement, direction):
     results = learn(tmp_path, max_steps=1, question_placement=placement, attention_direction=direction)
-    saved = run_settings(str(tmp_path / "out"), "main", "question_answering")
+    saved = Saved.open(None, str(tmp_path / "out")).settings
     assert saved["question_placement"] == placement
     model = AutoModelForQuestionAnswering.from_pretrained(tmp_path / "out")
     assert model.config.attention_direction == direction
@@ -495,7 +495,7 @@ def test_a_reader_that_is_told_of_matches_keeps_being_told(tmp_path, monkeypatch
     assert [text for text, _ in reader([(row[2], row[1]) for row in ROWS])] == [row[3] for row in ROWS]
     opened = {"preset": None, "config_overrides": None, "vocab_size": None, "model_name_or_path": tmp_path / "out"}
     learn(tmp_path, **opened, max_steps=1, output_dir=tmp_path / "further")
-    assert run_settings(str(tmp_path / "further"), "main", "question_answering")["mark_matches"] is True
+    assert Saved.open(None, str(tmp_path / "further")).settings["mark_matches"] is True
     # Without marks the same weights read something else, so the marks did arrive above.
     blind = Reader.load(str(tmp_path / "out"))
     blind.task.arguments.mark_matches = False
@@ -538,13 +538,17 @@ def test_a_generative_reader_learns_four_questions_by_heart(tmp_path, placement)
     assert json.loads((tmp_path / "out/config.json").read_text())["attention_direction"] == "prefix"
 
 
-def test_adapters_train_the_head_on_a_causal_model(trained, tmp_path):
+@pytest.mark.parametrize("direction", [None, "bidirectional"])
+def test_adapters_train_the_head_on_a_causal_model(trained, tmp_path, direction):
+    """And read it again in the direction of their training, which the base's config doesn't have."""
     base = tmp_path / "base"
     learn(tmp_path, answer_mode="generative", attention_direction="causal", max_steps=1, output_dir=base)
     lora = {"preset": None, "config_overrides": None, "model_name_or_path": base, "use_peft": True, "lora_r": 8}
-    results = learn(tmp_path, **lora, vocab_size=None, max_steps=2, lora_target=["attention", "dense"])
-    saved = json.loads((tmp_path / "out/config.json").read_text())
-    assert saved["attention_direction"] == "causal"
+    results = learn(tmp_path, **lora, vocab_size=None, max_steps=2, lora_target=["attention", "dense"],
+                    attention_direction=direction)  # fmt: skip
+    saved = Saved.open(None, str(tmp_path / "out"))
+    assert saved.config["attention_direction"] == (direction or "causal")
+    assert ("attention_direction" in saved.changes) == bool(direction)
     again = answer(
         **OURS | {"preset": None, "config_overrides": None, "vocab_size": None, "test_file": tmp_path / "rows.jsonl"},
         model_name_or_path=tmp_path / "out",
@@ -552,6 +556,7 @@ def test_adapters_train_the_head_on_a_causal_model(trained, tmp_path):
         output_dir=tmp_path / "again",
     )
     assert again["test_loss"] == pytest.approx(results["test_loss"], rel=1e-5)
+    assert Reader.load(str(tmp_path / "out")).model.config.attention_direction == (direction or "causal")
 
 
 # -- floors and the embedded corpus --

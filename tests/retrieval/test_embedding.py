@@ -1,20 +1,24 @@
 """The embedding task: rows, batches, scores over the split's passages, and a run that learns."""
 
+import contextlib
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from peft import PeftModel
 
+from finetune_deepseek.checkpoints.export import export_bundle
 from finetune_deepseek.commands.parsing import parse_command
 from finetune_deepseek.retrieval.arguments import FUSED, EmbeddingArguments
 from finetune_deepseek.retrieval.encoding import encode, token_ids
 from finetune_deepseek.retrieval.passage_index import Retriever
 from finetune_deepseek.retrieval.task import Embedding, EmbeddingCollator
 from finetune_deepseek.training.batches import TokenBatchSampler
-from finetune_deepseek.training.model_card import run_settings
 from finetune_deepseek.training.run import run_stages
+from finetune_deepseek.training.saved import Saved
 from modeling_deepseek import DeepSeekForEmbedding
 from tests.small_runs import TINY, flags
 from tokenization_deepseek import DeepSeekTokenizer, train_tokenizer
@@ -58,7 +62,9 @@ def test_a_run_learns_which_passage_answers(learned):
     lines = [json.loads(line) for line in (folder / "out/generated_predictions.jsonl").read_text("utf-8").splitlines()]
     assert [line["prediction"]["passages"][0] for line in lines] == [passage for _, passage in ROWS]
     card = (folder / "out/README.md").read_text("utf-8")
-    assert "| fused |" in card and "AutoModelForEmbedding" in card and "max_passage_length: 256" in card
+    assert "| fused |" in card and "AutoModelForEmbedding" in card
+    saved = Saved.open(None, str(folder / "out"))
+    assert saved.settings["max_passage_length"] == 256 and "max_passage_length: 256" not in card
 
 
 def test_fusion_weights_are_chosen_on_validation_and_kept(learned, tmp_path):
@@ -208,24 +214,55 @@ def test_one_text_is_one_vector_and_no_text_none(learned):
 
 @pytest.mark.parametrize("pooling", ["last_token", "latent"])
 def test_an_adapter_is_trained_and_scored_again(learned, tmp_path, pooling):
-    """The base doesn't know the adapter's pooling and prefix: the card does, and latents lie beside the adapter."""
+    """The base doesn't know the adapter's pooling and prefix: the adapter does, and latents lie beside it."""
     settings = {"preset": None, "vocab_size": None, "model_name_or_path": learned[0] / "out", "use_peft": True}
-    fields = {"pooling": pooling, "query_prefix": "other: ", "lora_r": 2, "max_steps": 3}
+    fields = {
+        "pooling": pooling,
+        "query_prefix": "other: ",
+        "lora_r": 2,
+        "max_steps": 3,
+        "output_dir": tmp_path / "adapter",
+    }
     results = run(tmp_path, ROWS, **settings, **fields)
-    saved = run_settings(str(tmp_path / "out"), "main", "embedding")
-    assert (saved["pooling"], saved["query_prefix"], saved["passage_prefix"]) == (pooling, "other: ", "p: ")
+    saved = Saved.open(None, str(tmp_path / "adapter"))
+    fields = ("pooling", "query_prefix", "passage_prefix")
+    assert [saved.config[name] for name in fields] == [pooling, "other: ", "p: "]
+    assert saved.changes.keys() <= {"pooling", "query_prefix", "num_pooling_latents", "pad_token_id"}
     again = parse_command(
         "embedding",
         EmbeddingArguments,
         flags(
             {
-                "model_name_or_path": tmp_path / "out",
+                "model_name_or_path": tmp_path / "adapter",
                 "test_file": tmp_path / "rows.jsonl",
                 "output_dir": tmp_path / "again",
                 "use_cpu": True,
                 "disable_tqdm": True,
             }
         ),
-        defaults=saved,
+        defaults=saved.settings_for("embedding", EmbeddingArguments),
     )
     assert run_stages(Embedding, again)["test_loss"] == pytest.approx(results["test_loss"], rel=1e-4)
+
+    # Served, exported, and by the card's own lines it is the same model.
+    adapter = PeftModel.from_pretrained(
+        DeepSeekForEmbedding.from_pretrained(learned[0] / "out", pooling=pooling, query_prefix="other: "),
+        tmp_path / "adapter",
+    ).eval()
+    tokenizer = DeepSeekTokenizer.from_pretrained(tmp_path / "adapter")
+    expected = encode(adapter, tokenizer, ["what is red", "who has a fox"], "other: ")
+    retriever = Retriever.load(str(tmp_path / "adapter"))
+    assert retriever.model.config.pooling == pooling
+    assert torch.allclose(retriever.encode(["what is red", "who has a fox"], is_query=True), expected, atol=1e-5)
+    export_bundle(learned[0] / "out", tmp_path / "merged", adapter=tmp_path / "adapter")
+    merged = Retriever.load(str(tmp_path / "merged"))
+    assert Saved.open(None, str(tmp_path / "merged")).task == "embedding"
+    assert torch.allclose(merged.encode(["what is red", "who has a fox"], is_query=True), expected, atol=1e-5)
+    names: dict = {}
+    code = re.search(r"```python\n(.*?)```", (tmp_path / "adapter/README.md").read_text(), re.DOTALL)[1]
+    (tmp_path / "out").symlink_to(learned[0] / "out")
+    with contextlib.chdir(tmp_path):
+        exec(code, names)
+    assert names["model"].config.query_prefix == "other: "
+    found = encode(names["model"].eval(), tokenizer, ["what is red", "who has a fox"], "other: ")
+    assert torch.allclose(found, expected, atol=1e-5)

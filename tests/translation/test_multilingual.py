@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 
 from finetune_deepseek import __main__ as command
 from finetune_deepseek.commands.finetune import score
-from finetune_deepseek.training.model_card import run_settings
+from finetune_deepseek.training.saved import Saved
 from finetune_deepseek.translation.arguments import TranslationArguments
 from finetune_deepseek.translation.task import Translation
 from tests.small_runs import TINY, flags
@@ -161,7 +161,7 @@ def test_one_model_translates_in_every_direction_of_its_card(model, folders, tmp
     assert card.data.language == ["en", "de", "zh"]
     assert "en to de and en to zh and de to en and zh to en translation" in card.text
     assert "| exact match zh-en | 1 | 1 |" in card.text
-    settings = run_settings(str(model), "main", "translation")
+    settings = Saved.open(None, str(model)).settings_for("translation", TranslationArguments)
     assert (settings["target_lang"], settings["both_directions"]) == (["de", "zh"], True)
 
     def translate(text, *argv):
@@ -179,10 +179,10 @@ def test_one_model_translates_in_every_direction_of_its_card(model, folders, tmp
     assert translate("one\n").endswith(
         "is for en to de, en to zh, de to en, zh to en; choose by --source_lang and --target_lang."
     )
-    assert "--source_lang de --target_lang zh: by its card, " in translate(
+    assert f"--source_lang de --target_lang zh: {model} is for " in translate(
         "eins\n", "--source_lang", "de", "--target_lang", "zh"
     )
-    assert "--target_lang fr: by its card, " in translate("one\n", "--target_lang", "fr")
+    assert f"--target_lang fr: {model} is for " in translate("one\n", "--target_lang", "fr")
 
     # evaluate takes the languages from the card; a flag may choose among them.
     argv = [

@@ -9,8 +9,8 @@ import pytest
 from finetune_deepseek import __main__ as command
 from finetune_deepseek.commands.translate import parse
 from finetune_deepseek.training.batches import batches_by_length
-from finetune_deepseek.training.model_card import run_settings
-from finetune_deepseek.translation.arguments import TranslateArguments
+from finetune_deepseek.training.saved import Saved
+from finetune_deepseek.translation.arguments import TranslateArguments, TranslationArguments
 from finetune_deepseek.translation.translator import prompts_of
 from tests.small_runs import PAIRS, TINY, flags, write_jsonl
 
@@ -101,8 +101,8 @@ def test_an_adapter_translates_its_own_pair(models, main):
     assert code == 2 and "adapter is for de to en; name another model." in err
 
 
-def test_card_has_what_the_model_depends_on(models):
-    settings = run_settings(str(models / "model"), "main", "translation")
+def test_the_folder_has_what_the_model_depends_on(models):
+    settings = Saved.open(None, str(models / "model")).settings_for("translation", TranslationArguments)
     assert settings == {
         **{
             "source_lang": "en",
@@ -116,7 +116,7 @@ def test_card_has_what_the_model_depends_on(models):
         "prompt_template": TEMPLATE.replace("\\n", "\n"),
     }
     with pytest.raises(ValueError, match="made for translation, not for other; name another model"):
-        run_settings(str(models / "model"), "main", "other")
+        Saved.open(None, str(models / "model")).settings_for("other", TranslationArguments)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +136,7 @@ def test_card_has_what_the_model_depends_on(models):
     ],
 )
 def test_language_pairs_are_checked(tmp_path, card, arguments, message):
+    (tmp_path / "config.json").write_text('{"model_type": "deepseek"}')
     if card:
         (tmp_path / "README.md").write_text(f"---\n{card}\n---\n")
     with pytest.raises(ValueError, match=message):
@@ -143,6 +144,7 @@ def test_language_pairs_are_checked(tmp_path, card, arguments, message):
 
 
 def test_a_model_without_our_card_takes_flags(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "deepseek"}')
     (tmp_path / "README.md").write_text("---\nlanguage: en\n---\n")
     with pytest.raises(ValueError, match="--target_lang de"):
         prompts_of(str(tmp_path), TranslateArguments(source_lang="en", target_lang="de"))
@@ -178,9 +180,9 @@ def test_texts_longer_than_in_training_are_said(models, main):
     code, out, err = main("translate", models / "model", "--max_target_length", 4, stdin=b"one\n" + b"word " * 20)
     assert code == 0 and out.count("\n") == 2
     assert "note" not in err
-    card = models / "model" / "README.md"
+    card = models / "model" / "deepseek_hf.json"
     content = card.read_text()
-    card.write_text(content.replace("max_source_length: 128", "max_source_length: 20"))
+    card.write_text(content.replace('"max_source_length": 128', '"max_source_length": 20'))
     err = main("translate", models / "model", "--max_target_length", 4, stdin=b"one\n" + b"word " * 20)[2]
     card.write_text(content)
     assert "note: 1 texts (first: line 2) have more than the 20 prompt tokens of training" in err

@@ -68,11 +68,15 @@ def read_items(path: str, item_column: str, text_columns: Sequence[str]) -> tupl
 
 
 class TextCatalogue:
-    """`texts` by item id, and `numbers`, which are known once a model has taken the texts."""
+    """`texts` by item id, and `numbers`, which are known once a model has taken the texts.
+
+    `folder` is that of the saved model, if any, in whose catalogue they go on.
+    """
 
     def __init__(self, texts: dict[str, str]) -> None:
         self.texts = texts
         self.numbers: dict[str, int] = {}
+        self.folder: Path | None = None
 
     def config_fields(self, saved: dict[str, Any], max_text_length: int) -> dict[str, Any]:
         """Fields of a new model's config; a model that has items keeps its own."""
@@ -81,8 +85,8 @@ class TextCatalogue:
     def prepare(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> str:
         """Give the model the items that it lacks; what that was."""
         if model.config.num_items > 1:
-            saved = PreTrainedTokenizerFast.from_pretrained(model.name_or_path, subfolder=CATALOGUE_FOLDER)
-            self.numbers = dict(saved.get_vocab())
+            assert self.folder is not None
+            self.numbers = dict(PreTrainedTokenizerFast.from_pretrained(self.folder / CATALOGUE_FOLDER).get_vocab())
         else:
             self.numbers = {PADDING_TOKEN: PADDING}
         new = [item for item in self.texts if item not in self.numbers]

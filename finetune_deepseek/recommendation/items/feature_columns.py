@@ -209,11 +209,6 @@ class FeatureColumns:
         counts, self.unknown = self.unknown, Counter()
         return unknown_notes(counts)
 
-    def settings(self) -> dict[str, list[str]]:
-        """The flags to score the model with, for its card."""
-        flags = {"user_feature_columns": self.user_columns, "context_columns": self.context_columns}
-        return {name: columns for name, columns in flags.items() if columns}
-
     def example(self) -> str:
         """Arguments of `Recommender.recommend`, for the card's code."""
         shown = dict(zip(FEATURES, (self.user_numbers, self.context_numbers), strict=True))

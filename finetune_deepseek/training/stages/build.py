@@ -1,6 +1,8 @@
 """Second stage: tokenizer, model, features and Trainer, ready for the first step."""
 
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -11,8 +13,9 @@ from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Generation
 from ...data.fault_report import Report, fault_list, report_text
 from ...data.files import write_json
 from ...data.sources import Rows
+from .. import saved
 from ..callbacks import PlotCallback
-from ..loading import load_model, load_tokenizer, saved_config
+from ..loading import load_model, load_tokenizer
 from ..trainer import FinetuneTrainer
 from ..weights.averaging import EnoughCheckpoints
 from ..weights.freezing import freeze_unreached, freeze_weights
@@ -105,15 +108,15 @@ def write_data_report(prepared: Prepared, report: Report) -> None:
 def build_model(prepared: Prepared, tokenizer: PreTrainedTokenizerBase) -> Any:
     """The model as it is trained: with what the data decide, its adapter, its frozen weights."""
     task, arguments, lora = prepared.task, prepared.stage.model, prepared.stage.lora
-    path = arguments.model_name_or_path
-    saved = saved_config(path, arguments.model_revision) if path else {}
-    fields = task.config_fields(prepared.splits, saved)
+    begun = prepared.saved
+    fields = task.config_fields(prepared.splits, begun.config if begun else {})
     model = load_model(arguments, task, tokenizer, fields, is_trained=prepared.args.do_train)
     task.prepare_model(model.get_base_model() if isinstance(model, PeftModel) else model, tokenizer)
     if isinstance(model, PeftModel):
         print(f"going on with the adapter in {arguments.model_name_or_path}, whose LoRA settings stay")
     elif lora.use_peft:
         model = apply_lora(model, lora, task.peft_task_type)
+        model.active_peft_config.revision = begun.commit if begun else None
         if lora.use_dora:
             print("DoRA adapters are opened by PeftModel or AutoPeftModel; AutoModel gives other numbers")
     freeze_weights(model, prepared.args)
@@ -176,6 +179,23 @@ def generation_config(prepared: Prepared, tokenizer: PreTrainedTokenizerBase) ->
     return generation
 
 
+def save_beside(prepared: Prepared, model: Any, folder: Path) -> None:
+    """Write what a saved model needs beside its weights and tokenizer."""
+    write_record(prepared, model, folder)
+    prepared.task.save_beside(folder)
+
+
+def write_record(prepared: Prepared, model: Any, folder: Path) -> None:
+    """Write the task, its settings, and what training has made of an adapter's base: see saved.py."""
+    task, begun = prepared.task, prepared.saved
+    if begun and isinstance(model, PeftModel):
+        architecture = type(model.get_base_model()).__name__
+        config = model.config.to_dict()
+        saved.write(folder, task.name, task.settings(), begun.base or begun, config, architecture)
+    else:
+        saved.write(folder, task.name, task.settings())
+
+
 def make_trainer(
     prepared: Prepared,
     tokenizer: PreTrainedTokenizerBase,
@@ -201,7 +221,7 @@ def make_trainer(
         compute_metrics=scorer if args.predict_with_generate else None,
         callbacks=callbacks,
         generation_config=generation_config(prepared, tokenizer),
-        save_beside=task.save_beside,
+        save_beside=partial(save_beside, prepared, model),
         is_language_model=task.auto_class is AutoModelForCausalLM,
         task=task,
     )

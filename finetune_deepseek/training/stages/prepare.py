@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from configuration_deepseek.presets import preset
 
@@ -16,6 +15,8 @@ from ...data.hub import check_named
 from ...data.sources import Rows
 from ...data.table import read_columns
 from ..loading import parse_overrides
+from ..resume import find_checkpoint
+from ..saved import Saved, check_place
 from ..task import Task
 from ..trainer_arguments import Stage, TrainingArguments
 from .folders import check_output_dir, check_scored, make_folder
@@ -27,6 +28,7 @@ class Prepared:
 
     Attributes:
         splits: the text rows of each split that there is.
+        saved: the model or adapter that the run begins with, if one is named.
         checkpoint: the folder that training resumes from.
         off_rows: rows with `prompt` and `prediction` of the base model, for --adapter_off_check.
         started: seconds of `time.monotonic`.
@@ -35,6 +37,7 @@ class Prepared:
     stage: Stage
     task: Task
     splits: dict[str, Rows]
+    saved: Saved | None
     checkpoint: str | None
     off_rows: list[dict[str, Any]]
     started: float
@@ -68,10 +71,27 @@ def prepare(task_class: type[Task], stage: Stage) -> Prepared:
     task = task_class(stage.data, args.seed)
     splits = task.load_splits()
     choose_work(stage, splits)
+    saved = check_saved(stage, task)
     check_output_dir(args)  # again, now that what is to be done is known
     check_scored(stage)
     make_folder(Path(args.output_dir or ""))
-    return Prepared(stage, task, splits, find_checkpoint(args), off_rows, started)
+    checkpoint = find_checkpoint(args.resume_from_checkpoint if args.do_train else None, Path(args.output_dir or ""))
+    return Prepared(stage, task, splits, saved, checkpoint, off_rows, started)
+
+
+def check_saved(stage: Stage, task: Task) -> Saved | None:
+    """The model or adapter that is named, if it is for this task, and what is trained has a folder of its own.
+
+    Raises:
+        ValueError: for one that isn't.
+    """
+    saved = stage.model.saved.require_model() if stage.model.model_name_or_path else None
+    if saved:
+        task.check_saved(saved, stage.training.do_train)
+    if stage.training.do_train:
+        is_adapter = stage.lora.use_peft or (saved is not None and saved.is_adapter)
+        check_place(Path(stage.training.output_dir or ""), is_adapter)
+    return saved
 
 
 def check_model_named(stage: Stage) -> None:
@@ -101,22 +121,6 @@ def choose_work(stage: Stage, splits: dict[str, Rows]) -> None:
         raise ValueError("--streaming: the length of a stream is unknown, so give --max_steps.")
     if isinstance(splits.get("train"), IterableDataset):
         args.train_sampling_strategy = "random"  # a stream is read in its own, buffered order
-
-
-def find_checkpoint(args: TrainingArguments) -> str | None:
-    """The checkpoint folder that --resume_from_checkpoint means.
-
-    Raises:
-        ValueError: if a named folder is none.
-    """
-    asked = args.resume_from_checkpoint
-    if not asked or not args.do_train or asked.lower() == "false":
-        return None
-    if asked.lower() == "true":
-        return get_last_checkpoint(str(args.output_dir))
-    if not (Path(asked) / "trainer_state.json").is_file():
-        raise ValueError(f"--resume_from_checkpoint {asked}: no checkpoint there (no trainer_state.json).")
-    return asked
 
 
 def read_off_rows(path: Path) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from ..task import Scores, prefixed
-from .build import Built
+from .build import Built, write_record
 from .predictions import data_hash
 from .prepare import Prepared
 
@@ -11,7 +11,10 @@ from .prepare import Prepared
 def score_validation(prepared: Prepared, built: Built) -> Iterator[Scores]:
     """The validation split's scores, then what is chosen by them."""
     yield Scores(built.trainer.evaluate(metric_key_prefix="eval") | prepared.count("validation", "eval"))
-    yield prepared.task.after_evaluation()
+    chosen = prepared.task.after_evaluation()
+    if prepared.args.do_train and built.trainer.is_world_process_zero():
+        write_record(prepared, built.model, prepared.folder)  # with what is chosen
+    yield chosen
 
 
 def score_test(prepared: Prepared, built: Built) -> Iterator[Scores]:

@@ -56,7 +56,7 @@ OWN_TARGETS = "peft"  # in place of groups: what PEFT's table has for a native m
 
 def plain_name(name: str) -> str:
     """The name that a module or parameter had before PEFT wrapped the model."""
-    return name.removeprefix("base_model.model.").replace(".base_layer", "")
+    return name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".token_adapter", "")
 
 
 def prediction_layers(model: nn.Module) -> tuple[str, ...]:
