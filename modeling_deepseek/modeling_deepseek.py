@@ -234,7 +234,7 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
                     "set attn_implementation to sdpa, eager or flex_attention"
                 )
             block_sequence_ids = after_cached(block_sequence_ids, cache)
-        documents = {}
+        documents: dict[str, Any] = {}
         if position_ids is not None and inputs_embeds.shape[1] > 1:
             # transformers looks for packed documents only without a mask and a cache: let those that say nothing
             # count as absent.

@@ -167,9 +167,8 @@ def served_model(saved: Saved, auto_class: Any) -> Any:
 def _config(saved: Saved, is_ours: bool, fields: dict[str, Any], trust_remote_code: bool = False) -> Any:
     """The config of a model with some fields changed; other names than fields are refused, see `known_fields`."""
     if is_ours:
-        return DeepSeekConfig.from_pretrained(
-            saved.name, **saved.at, **known_fields(fields, DeepSeekConfig.__annotations__)
-        )
+        known: dict[str, Any] = known_fields(fields, DeepSeekConfig.__annotations__)
+        return DeepSeekConfig.from_pretrained(saved.name, **saved.at | known)
     config = AutoConfig.from_pretrained(saved.name, **saved.at, trust_remote_code=trust_remote_code)
     for name, value in known_fields(fields, config.to_dict()).items():
         setattr(config, name, value)
