@@ -15,7 +15,7 @@ VERBS = {
     "predict": (["question_answering"], []),
     "translate": ([], []),
     "answer": ([], ["--knowledge", ".", "Who?"]),
-    "recommend": ([], ["--history", "clicks.csv"]),
+    "recommend": ([], ["--history", "clicks.json"]),
     "export": ([], ["out", "--to", "native"]),
     "inspect": ([], []),
 }
@@ -25,9 +25,11 @@ def say(verbs, names):
     """Each verb's line on the model of its own name."""
     import contextlib
     import io
+    from pathlib import Path
 
     from finetune_deepseek.__main__ import guarded
 
+    Path("clicks.json").write_text('["a", "b"]')
     said = {}
     for verb, (before, after) in verbs.items():
         with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()):
