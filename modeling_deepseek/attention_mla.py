@@ -26,6 +26,8 @@ from .layers import DeepSeekRMSNorm
 from .rope import apply_rotary, yarn_softmax_factor
 from .weight_state import state_of
 
+# Where all that is linear says so by `bias`: torch's modules, and PEFT's LoRA, DoRA and their like.
+LINEAR_MODULES = ("torch.nn.", "peft.tuners.lora.")
 # The call of `generate` that is running, within which weights are taken to stay as they are.
 RUNNING: ContextVar[object | None] = ContextVar("running generation", default=None)
 
@@ -221,11 +223,11 @@ def is_plain_linear(module: nn.Module) -> bool:
 def bias_is_possible(module: nn.Module) -> bool | None:
     """Whether the module adds something to what is linear: `None` if only its answers can tell."""
     parts = [*module.modules()]
-    biases = [getattr(part, "bias", None) for part in parts]
-    if any(isinstance(bias, torch.Tensor) for bias in biases):
+    if any(isinstance(getattr(part, "bias", None), torch.Tensor) for part in parts):
         return True
-    is_hidden = any(part._forward_hooks or "forward" in vars(part) for part in parts)
-    return None if is_hidden or any(bias is not None for bias in biases) else False
+    are_known = all(type(part).__module__.startswith(LINEAR_MODULES) for part in parts)
+    is_changed = any(part._forward_hooks or "forward" in vars(part) for part in parts)
+    return False if are_known and not is_changed else None
 
 
 def up_projection_of(kv_b_proj: nn.Module, rows: torch.Tensor, latent: int, cache_layer) -> torch.Tensor | None:

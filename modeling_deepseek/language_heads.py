@@ -129,6 +129,8 @@ class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
         """
         if self.config.attention_direction == "prefix" and labels is not None:
             kwargs.setdefault("block_sequence_ids", prompt_blocks(labels))
+        if self.training and labels is None:
+            self._tell_what_needs_labels(kwargs)
         learns_ahead = labels is not None and self.config.mtp_loss_weight > 0
         if learns_ahead and not self.config.mtp_after_norm:
             kwargs["output_state_before_norm"] = True
@@ -172,6 +174,13 @@ class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
+
+    def _tell_what_needs_labels(self, given: dict[str, Any]) -> None:
+        """Who computes a loss of its own, as Trainer does to smooth labels, may keep them from the model."""
+        if self.config.attention_direction == "prefix" and "block_sequence_ids" not in given:
+            logger.warning_once("without labels or block_sequence_ids, prefix attention reads prompts causally")
+        if self.config.mtp_loss_weight:
+            logger.warning_once("without labels the prediction layers learn nothing, for all of mtp_loss_weight")
 
     def prepare_inputs_for_generation(
         self, input_ids, *args, inputs_embeds=None, is_first_iteration=False, use_cache=True, **kwargs

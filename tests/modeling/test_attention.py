@@ -248,6 +248,19 @@ def projections(model) -> list[tuple[nn.Module, nn.Linear]]:
     return [(attention, attention.kv_b_proj) for attention in attentions]
 
 
+class Shifted(nn.Linear):
+    """Adds what no attribute tells of."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 0.5
+
+
+def shifted(model):
+    for attention, linear in projections(model):
+        attention.kv_b_proj = Shifted(linear.in_features, linear.out_features, bias=False)
+        attention.kv_b_proj.weight = linear.weight
+
+
 def rounded(model):
     for attention, linear in projections(model):
         attention.kv_b_proj = RoundedLinear(linear.in_features, linear.out_features, bias=False)
@@ -316,6 +329,7 @@ REPLACEMENTS: dict[str, tuple[Callable, bool, float]] = {
     "rounded": (rounded, True, 1e-5),
     "wrapped": (wrapped, True, 1e-5),
     "biased": (biased, False, 1e-5),
+    "shifted": (shifted, False, 1e-5),
     "hooked": (hooked, True, 1e-5),
     "hooked before": (hooked_before, False, 1e-5),
     "replaced forward": (replaced_forward, True, 1e-5),

@@ -141,3 +141,14 @@ def test_the_head_on_labelled_positions_only(name, direction):
         assert_close(one, other)
     with pytest.raises(ValueError, match="needs labels"):
         model(ids, logits_to_keep="labelled")
+
+
+def test_training_without_labels_says_that_prompts_are_read_causally(caplog):
+    model = tiny("tiny_v3_mtp", attention_direction="prefix", mtp_loss_weight=0.1).train()
+    model._tell_what_needs_labels.__globals__["logger"].warning_once.cache_clear()
+    ids = token_ids(1, 5)
+    with caplog.at_level("WARNING"):
+        model(ids, labels=ids)
+        assert not caplog.records
+        model(ids)
+    assert ["prompts causally" in caplog.text, "learn nothing" in caplog.text] == [True, True]
