@@ -64,7 +64,7 @@ def test_a_run_learns_which_passage_answers(learned):
     card = (folder / "out/README.md").read_text("utf-8")
     assert "| fused |" in card and "AutoModelForEmbedding" in card
     saved = Saved.open(None, str(folder / "out"))
-    assert saved.settings["max_passage_length"] == 256 and "max_passage_length: 256" not in card
+    assert saved.settings["max_passage_length"] == 128 and "max_passage_length" not in card  # what positions there are
 
 
 def test_fusion_weights_are_chosen_on_validation_and_kept(learned, tmp_path):

@@ -110,7 +110,7 @@ def test_the_folder_has_what_the_model_depends_on(models):
             "both_directions": False,
             "preprocess": "none",
             "stop_text": None,
-            "max_source_length": 128,
+            "max_source_length": 104,  # of 128 positions, those that the target leaves
             "max_target_length": 24,
         },
         "prompt_template": TEMPLATE.replace("\\n", "\n"),
@@ -182,7 +182,7 @@ def test_texts_longer_than_in_training_are_said(models, main):
     assert "note" not in err
     card = models / "model" / "deepseek_hf.json"
     content = card.read_text()
-    card.write_text(content.replace('"max_source_length": 128', '"max_source_length": 20'))
+    card.write_text(content.replace('"max_source_length": 104', '"max_source_length": 20'))
     err = main("translate", models / "model", "--max_target_length", 4, stdin=b"one\n" + b"word " * 20)[2]
     card.write_text(content)
     assert "note: 1 texts (first: line 2) have more than the 20 prompt tokens of training" in err

@@ -15,11 +15,11 @@ from ...data.hub import check_named
 from ...data.sources import Rows
 from ...data.table import read_columns
 from ..loading import parse_overrides
-from ..resume import find_checkpoint
 from ..saved import Saved, check_place
 from ..task import Task
 from ..trainer_arguments import Stage, TrainingArguments
 from .folders import check_output_dir, check_scored, make_folder
+from .resume import find_checkpoint
 
 
 @dataclass(frozen=True)

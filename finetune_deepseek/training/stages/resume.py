@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ..data.files import read_json
+from ...data.files import read_json
 
 STATE_FILE = "trainer_state.json"
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
