@@ -12,6 +12,11 @@ import accelerate, babel, datasets, evaluate, matplotlib, pandas, peft, sacreble
 import transformers.trainer_seq2seq
 from transformers import CONFIG_MAPPING
 
+try:
+    import sentence_transformers
+except ImportError:
+    pass
+
 def state():
     loggers = {name: it for name, it in logging.root.manager.loggerDict.items() if isinstance(it, logging.Logger)}
     loggers = {"root": logging.root} | loggers

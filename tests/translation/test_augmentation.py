@@ -99,7 +99,7 @@ def test_dictionary_files(name, tmp_path):
         ("words.txt", "a\tb", "unknown ending; use .tsv or .json"),
         ("words.tsv", "a\tb\nc\n", "words.tsv, line 2: expected a word, a tab and its synonyms"),
         ("words.tsv", "\n", "no words"),
-        ("words.json", '{"a": ["b"],\n}', "words.json, line 2: broken JSON"),
+        ("words.json", '{"a": ["b"]\n"c"}', "words.json, line 2: broken JSON"),
         ("words.json", '{"a": "b"}', "expected a list of synonyms for 'a', found 'b'"),
         ("words.json", "[]", r"expected \{word: \[synonyms\]\}"),
     ],
