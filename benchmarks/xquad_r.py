@@ -27,7 +27,7 @@ from finetune_deepseek.retrieval.lexical import (
     tfidf_scores,
 )
 from finetune_deepseek.retrieval.passage_index import Passage, PassageIndex, Retriever
-from finetune_deepseek.training.ranks import ranks_of
+from finetune_deepseek.training.scoring.ranks import ranks_of
 from finetune_deepseek.training.stages.predictions import data_hash
 from finetune_deepseek.training.task import prefixed
 

@@ -5,7 +5,7 @@ from typing import Any
 from datasets import Features, List, Value
 from sklearn.metrics import accuracy_score, mean_absolute_error, mean_squared_error, precision_recall_fscore_support
 
-from ..training.metrics import InMemoryMetric
+from ..training.scoring.metrics import InMemoryMetric
 
 
 class _ClassMetric(InMemoryMetric):

@@ -21,7 +21,7 @@ from tokenization_deepseek import encode_text
 from ..data.cells import Column, one, typed
 from ..data.sources import Rows, joined, named, progress, read_splits
 from ..data.words import pair_text
-from ..training.eval_loss import Predicted
+from ..training.scoring.eval_loss import Predicted
 from ..training.task import CausalCollator, Task, lower
 from .arguments import ClassificationArguments
 from .problems import PROBLEMS, Problem, Regression, SingleLabel, sort_key

@@ -27,8 +27,8 @@ from ..retrieval.reranker import Reranker
 from ..training.arguments import ModelArguments
 from ..training.batches import batches_by_length
 from ..training.loading import load_model, load_tokenizer
-from ..training.ranks import highest
 from ..training.saved import Saved
+from ..training.scoring.ranks import highest
 from .arguments import QuestionAnsweringArguments
 from .extractive import ExtractiveReader
 from .floors import floor_answers

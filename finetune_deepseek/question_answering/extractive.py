@@ -16,8 +16,8 @@ from datasets import Dataset
 from transformers import AutoModelForQuestionAnswering, PreTrainedTokenizerBase
 
 from ..data.sources import Rows, progress
-from ..training.eval_loss import Predicted
-from ..training.ranks import highest
+from ..training.scoring.eval_loss import Predicted
+from ..training.scoring.ranks import highest
 from ..training.task import CausalCollator
 from .windows import Layout, Passage
 

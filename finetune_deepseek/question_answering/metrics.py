@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import Features, List, Value
 
-from ..training.metrics import InMemoryMetric
+from ..training.scoring.metrics import InMemoryMetric
 
 
 class _AnswerMetric(InMemoryMetric):

@@ -25,7 +25,7 @@ from ..data.files import json_text
 from ..data.languages import HAN
 from ..data.scripts import looks_mojibake
 from ..data.sources import DatasetColumns, Part, Rows, joined, named, read_splits
-from ..training.eval_loss import Predicted
+from ..training.scoring.eval_loss import Predicted
 from ..training.task import Scores, Task, lower, prefixed
 from .arguments import NBEST_FILE, QuestionAnsweringArguments
 from .extractive import ExtractiveReader

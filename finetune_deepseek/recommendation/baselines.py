@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from scipy import sparse
 
-from ..training.ranks import ranks
+from ..training.scoring.ranks import ranks
 
 Histories = Sequence[Sequence[int]]
 NEIGHBOURS = 100

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 
 from ..data.sources import Rows
 from ..training.arguments import ModelArguments
-from ..training.eval_loss import Predicted
 from ..training.optimization import IGNORED_LABEL
-from ..training.ranks import ranks
 from ..training.saved import Saved
+from ..training.scoring.eval_loss import Predicted
+from ..training.scoring.ranks import ranks
 from ..training.task import CausalCollator, lower
 from .arguments import GenerativeRecommendationArguments
 from .item_vectors import neighbour_vectors, read_item_vectors

@@ -21,8 +21,8 @@ from modeling_deepseek import AutoModelForRecommendation
 from ..data.arguments import SPLITS
 from ..data.sources import Rows
 from ..training.batches import RowDraws
-from ..training.eval_loss import Predicted
 from ..training.saved import Saved
+from ..training.scoring.eval_loss import Predicted
 from ..training.task import CausalCollator, Scores, Task, lower
 from .arguments import PREDICTION_FILE, NewsArguments
 from .items.catalogue import PADDING, TextCatalogue

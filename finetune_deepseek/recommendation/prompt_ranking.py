@@ -21,9 +21,9 @@ from tokenization_deepseek import Control, encode_parts
 
 from ..data.sources import Rows
 from ..training.arguments import ModelArguments
-from ..training.eval_loss import Predicted
 from ..training.optimization import IGNORED_LABEL
-from ..training.ranks import highest, ranks, ranks_of
+from ..training.scoring.eval_loss import Predicted
+from ..training.scoring.ranks import highest, ranks, ranks_of
 from ..training.task import CausalCollator, Task
 from .arguments import PromptRankingArguments
 from .baselines import BASELINES

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from ..training.ranks import comparable
+from ..training.scoring.ranks import comparable
 
 CUTOFFS = (5, 10, 20)
 RESAMPLES = 2000

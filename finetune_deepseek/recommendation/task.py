@@ -23,10 +23,10 @@ from ..data.sources import DatasetColumns, Rows, open_hub
 from ..data.table import Columns, read_columns
 from ..training.arguments import ModelArguments
 from ..training.batches import RowDraws
-from ..training.eval_loss import Predicted
 from ..training.optimization import IGNORED_LABEL
-from ..training.ranks import highest, ranks
 from ..training.saved import Saved
+from ..training.scoring.eval_loss import Predicted
+from ..training.scoring.ranks import highest, ranks
 from ..training.task import CausalCollator, Scores, Task, lower, prefixed
 from .arguments import RANKS_FILE, RecommendationArguments
 from .baselines import baseline_ranks

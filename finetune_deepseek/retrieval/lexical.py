@@ -12,7 +12,7 @@ from itertools import product
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from ..training.ranks import ranks_of
+from ..training.scoring.ranks import ranks_of
 
 CHARACTERS = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 TERM = re.compile(rf"[{CHARACTERS}]|[^\W{CHARACTERS}]+")

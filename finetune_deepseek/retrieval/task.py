@@ -18,9 +18,9 @@ from modeling_deepseek.contrastive import matryoshka_loss
 
 from ..data.cells import Column, typed
 from ..data.sources import Rows, joined, named, read_splits
-from ..training.eval_loss import Predicted
 from ..training.model_card import table
-from ..training.ranks import ranks_of
+from ..training.scoring.eval_loss import Predicted
+from ..training.scoring.ranks import ranks_of
 from ..training.task import CausalCollator, Scores, Task, lower, prefixed
 from .arguments import CONFIG_FLAGS, FUSED, EmbeddingArguments
 from .encoding import token_ids

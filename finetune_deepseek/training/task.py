@@ -16,9 +16,9 @@ from tokenization_deepseek import train_tokenizer
 from ..data.fault_report import CHECKS, Report
 from ..data.sources import Rows
 from .arguments import ModelArguments
-from .eval_loss import Predicted
 from .optimization import IGNORED_LABEL, target_losses
 from .saved import Saved
+from .scoring.eval_loss import Predicted
 
 # In the order in which a run first calls them: each may rely on what those before it have set.
 HOOKS = (

@@ -29,7 +29,6 @@ from ..data.words import nearest_match
 from .arguments import MUON
 from .batches import RowSampler, TokenBatchSampler
 from .callbacks import EpochCallback, Progress, TimeLimitCallback, without_bars
-from .eval_loss import LossOfSplit
 from .optimization import (
     MULTI_STEP,
     add_l1_gradient,
@@ -38,6 +37,7 @@ from .optimization import (
     multi_step_schedule,
     smooth_labels,
 )
+from .scoring.eval_loss import LossOfSplit
 from .task import Task, prefixed
 from .trainer_arguments import TrainingArguments
 from .weights.muon import Muon, muon_groups

@@ -8,7 +8,7 @@ import sacrebleu
 from datasets import Features, Value
 
 from ..data.languages import bleu_tokenizer
-from ..training.metrics import InMemoryMetric
+from ..training.scoring.metrics import InMemoryMetric
 from .moses import moses_lower, signature
 
 

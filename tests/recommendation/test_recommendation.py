@@ -22,8 +22,8 @@ from finetune_deepseek.recommendation.report import read_ranks, run_names
 from finetune_deepseek.recommendation.sasrec import SASRecForRecommendation
 from finetune_deepseek.recommendation.serving import load
 from finetune_deepseek.recommendation.task import Recommendation
-from finetune_deepseek.training.ranks import ranks
 from finetune_deepseek.training.run import run_stages
+from finetune_deepseek.training.scoring.ranks import ranks
 from modeling_deepseek import AutoModelForRecommendation, DeepSeekForRecommendation
 from tests.small_runs import flags
 

@@ -19,7 +19,7 @@ from finetune_deepseek.retrieval.lexical import (
     tfidf_scores,
     tfidf_terms,
 )
-from finetune_deepseek.training.ranks import ranks_of
+from finetune_deepseek.training.scoring.ranks import ranks_of
 
 XQUAD_R = Path(__file__).parents[3] / "shared" / "data" / "xquad_r"
 PASSAGES = ["The red fox runs.", "A bird sits in the tree", "海是蓝色的水", "..."]

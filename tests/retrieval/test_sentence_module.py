@@ -14,7 +14,7 @@ from configuration_deepseek import preset  # noqa: E402
 from finetune_deepseek.retrieval.encoding import encode  # noqa: E402
 from finetune_deepseek.retrieval.lexical import retrieval_scores  # noqa: E402
 from finetune_deepseek.retrieval.sentence_module import SentenceModule, prompts, write_modules  # noqa: E402
-from finetune_deepseek.training.ranks import ranks_of  # noqa: E402
+from finetune_deepseek.training.scoring.ranks import ranks_of  # noqa: E402
 from modeling_deepseek import DeepSeekForEmbedding  # noqa: E402
 from tokenization_deepseek import train_tokenizer  # noqa: E402
 

@@ -17,8 +17,8 @@ from finetune_deepseek.commands.parsing import parse_command
 from finetune_deepseek.question_answering.task import QuestionAnswering
 from finetune_deepseek.recommendation.task import Recommendation
 from finetune_deepseek.retrieval.task import Embedding
-from finetune_deepseek.training.eval_loss import LossOfSplit
 from finetune_deepseek.training.run import run_stages
+from finetune_deepseek.training.scoring.eval_loss import LossOfSplit
 from modeling_deepseek import AutoModelForEmbedding, DeepSeekForSequenceClassification
 from tests.small_runs import flags
 from tokenization_deepseek import DeepSeekTokenizer

@@ -13,7 +13,7 @@ from finetune_deepseek.question_answering.extractive import best_spans
 from finetune_deepseek.recommendation.scores import impression_scores
 from finetune_deepseek.retrieval.lexical import fused_scores, retrieval_scores
 from finetune_deepseek.retrieval.passage_index import FoundPassage
-from finetune_deepseek.training.ranks import highest, ranks, ranks_of
+from finetune_deepseek.training.scoring.ranks import highest, ranks, ranks_of
 from modeling_deepseek.item_ranking import top_k
 
 NAN = float("nan")

@@ -1,0 +1,1 @@
+"""How runs are scored: losses summed over all rows, ranks, and the base of the tasks' metrics."""
