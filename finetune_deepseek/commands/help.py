@@ -23,7 +23,7 @@ USAGE = f"""usage: deepseek-hf finetune TASK [config.yaml] [--flag value ...]
 tasks: {", ".join(TASKS)}
 
   finetune    train a model or an adapter, then evaluate and predict
-  evaluate    score a saved model on the validation split; its languages and prompt come from its card
+  evaluate    score a saved model on the validation split; with the settings of its training
   predict     the same on the test split, and write every prediction
   translate   translate the lines of a file or of standard input
   answer      answer questions from a folder or file of texts

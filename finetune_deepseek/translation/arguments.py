@@ -139,11 +139,11 @@ class TranslateArguments:
     )
     output: str | None = field(default=None, metadata={"help": "File for as many lines; without it, standard output."})
     source_lang: str | None = field(
-        default=None, metadata={"help": "Language to translate from; without it, the one in the model's card."}
+        default=None, metadata={"help": "Language to translate from; without it, that of training."}
     )
     target_lang: str | None = field(default=None, metadata={"help": "The same, to translate to."})
     prompt_template: str | None = field(
-        default=None, metadata={"help": "As in training; needed only for a model whose card doesn't have it."}
+        default=None, metadata={"help": "As in training; needed only for a model that was not trained here."}
     )
     num_beams: int = field(default=1, metadata={"help": "Width of beam search; 1 is greedy search."})
     length_penalty: float = field(
