@@ -277,14 +277,26 @@ class DeepSeekConfig(PreTrainedConfig):
 
     # Derived ---------------------------------------------------------------------------------------------------------
 
+    # Who fits a config to fewer layers (PEFT, say) assigns to these too: what agrees is taken, all else refused.
+
     @property
     def specs(self) -> list[LayerSpec]:
         """One `LayerSpec` per layer: those given, or those that the fields imply."""
         if self.layer_specs is not None:
-            return [LayerSpec(*spec) for spec in self.layer_specs]
+            return [LayerSpec(*spec) for spec in self.layer_specs[: self.num_hidden_layers]]
         latent = "mla" if self.index_topk is None else "dsa"
         attention = "mha" if self.kv_lora_rank is None else latent
         return [LayerSpec(attention, self._feed_forward_word(i)) for i in range(self.num_hidden_layers)]
+
+    @specs.setter
+    def specs(self, value: list) -> None:
+        self._take_derived("specs", [LayerSpec(*spec) for spec in value], "layer_specs")
+
+    def _take_derived(self, name: str, value: Any, fields_behind: str) -> None:
+        derived = getattr(self, name)
+        _require(
+            value == derived, f"{name}={value} contradicts {derived}, which follows from {fields_behind}; set these"
+        )
 
     def _feed_forward_word(self, layer_idx: int) -> str:
         has_experts = (
@@ -299,10 +311,18 @@ class DeepSeekConfig(PreTrainedConfig):
         """The cache layer of each decoder layer, as transformers' caches look it up."""
         return [CACHE_LAYER_TYPES[spec.attention] for spec in self.specs]
 
+    @layer_types.setter
+    def layer_types(self, value: list[str]) -> None:
+        self._take_derived("layer_types", list(value), "num_hidden_layers, kv_lora_rank, index_topk and layer_specs")
+
     @property
     def qk_head_dim(self) -> int:
         """Width of a query or key head of MLA: the part without position and the rotary part."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @qk_head_dim.setter
+    def qk_head_dim(self, value: int) -> None:
+        self._take_derived("qk_head_dim", value, "qk_nope_head_dim and qk_rope_head_dim")
 
     @property
     def auto_map(self) -> dict[str, str]:

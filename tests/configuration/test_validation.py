@@ -261,3 +261,20 @@ def test_the_published_rope_fields_are_understood(spelling):
     config = preset("tiny_llm", rope_scaling=scaling, rope_theta=100000.0)
     assert config.rope_parameters == {"rope_type": "linear", "factor": 4.0, "rope_theta": 100000.0}
     assert preset("tiny_llm").rope_parameters == {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def test_derived_fields_take_what_agrees_and_refuse_the_rest():
+    """PEFT copies a config, lowers its num_hidden_layers and cuts its layer_types to it."""
+    config = preset("tiny_v32", layer_specs=[["mha", "dense"], ["dsa", "moe"], ["mla", "moe"]])
+    types = config.layer_types
+    config.num_hidden_layers = 2
+    config.layer_types = types[:2]
+    assert config.layer_types == types[:2] and len(config.specs) == 2
+    config.specs, config.qk_head_dim = [["mha", "dense"], ["dsa", "moe"]], config.qk_head_dim
+    assert DeepSeekConfig(layer_types=["deepseek_kv"] * 30).num_hidden_layers == 30
+    for name, wrong in {"layer_types": ["full_attention"] * 2, "specs": [["mha", "dense"]], "qk_head_dim": 7}.items():
+        with pytest.raises(ValueError, match=f"DeepSeekConfig: {name}=.* contradicts .*; set these") as error:
+            setattr(config, name, wrong)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="layer_types=.'full_attention'. contradicts"):
+        preset("tiny_llm", num_hidden_layers=1, layer_types=["full_attention"])

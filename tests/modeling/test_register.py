@@ -8,7 +8,16 @@ import sys
 import pytest
 import torch
 import transformers
-from peft import AdaLoraConfig, IA3Config, LNTuningConfig, LoHaConfig, LoraConfig, VeraConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoraConfig,
+    ShadowConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -186,6 +195,14 @@ def test_other_methods_of_peft_find_some_too(method):
         ids, adapted = token_ids(2, 7), get_peft_model(tiny(name), method(**settings))
         adapted(input_ids=ids, labels=ids).loss.backward()
         assert any(p.grad is not None and p.grad.abs().max() > 0 for p in adapted.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", ["tiny_moe", "tiny_v3", "tiny_v32"])
+def test_peft_makes_a_smaller_model_of_the_config(name):
+    """ShadowPEFT: a copy of fewer layers, of which only the copy learns."""
+    adapted, ids = get_peft_model(tiny(name), ShadowConfig(task_type="CAUSAL_LM")), token_ids(2, 7)
+    adapted(input_ids=ids, labels=ids).loss.backward()
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in adapted.parameters() if p.requires_grad)
 
 
 # Scripts that know only Auto classes --------------------------------------------------------------------------------
