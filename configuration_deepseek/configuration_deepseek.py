@@ -12,18 +12,10 @@ from typing import Any, ClassVar, NamedTuple
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
+from .config_checks import check_all, check_layers, require
 from .official import from_official
 
-ATTENTION_WORDS = ("mha", "mla", "dsa")
-FEED_FORWARD_WORDS = ("dense", "moe")
 CACHE_LAYER_TYPES = {"mha": "deepseek_kv", "mla": "deepseek_latent", "dsa": "deepseek_latent_indexed"}
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
-SCORING_FUNCTIONS = ("softmax", "sigmoid")
-POOLINGS = ("mean", "last_token", "latent")
-ITEM_LOSSES = ("softmax", "sampled_softmax", "gbce")
-ITEM_TEXT_ENCODER_WORDS = ("trunk", "bag_of_words")
-TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
-ATTENTION_DIRECTIONS = ("causal", "prefix", "bidirectional")
 HEADS_BY_AUTO_CLASS = {
     "AutoModelForCausalLM": "DeepSeekForCausalLM",
     "AutoModelForSequenceClassification": "DeepSeekForSequenceClassification",
@@ -45,7 +37,7 @@ FILES_BY_CLASS = {
 
 
 class LayerSpec(NamedTuple):
-    """The mechanisms of one decoder layer, by the words of `ATTENTION_WORDS` and `FEED_FORWARD_WORDS`."""
+    """The mechanisms of one decoder layer, by the words of config_checks.py."""
 
     attention: str
     feed_forward: str
@@ -278,7 +270,7 @@ class DeepSeekConfig(PreTrainedConfig):
             self.layer_specs = [list(spec) for spec in self.layer_specs]
         if self.attention_direction == "bidirectional":
             self.use_cache = False
-        self._validate_layers()  # before transformers asks for layer_types
+        check_layers(self)  # before transformers asks for layer_types
         super().__post_init__(**kwargs)
         self.rope_parameters.pop("type", None)  # the spelling before transformers 4.45; rope_type says the same
         self.validate_architecture()  # transformers calls it too, but wraps what it raises in an error of its own
@@ -302,7 +294,7 @@ class DeepSeekConfig(PreTrainedConfig):
 
     def _take_derived(self, name: str, value: Any, fields_behind: str) -> None:
         derived = getattr(self, name)
-        _require(
+        require(
             value == derived, f"{name}={value} contradicts {derived}, which follows from {fields_behind}; set these"
         )
 
@@ -392,225 +384,4 @@ class DeepSeekConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Part of transformers' strict validation: refuse what cannot work, naming the values that clash."""
-        self._validate_sizes()
-        _require_word("attention_direction", self.attention_direction, ATTENTION_DIRECTIONS)
-        self._validate_layers()
-        words = self.specs
-        if any(spec.attention in ("mla", "dsa") for spec in words):
-            self._validate_mla()
-        _require(
-            self.index_topk is None or self.kv_lora_rank is not None,
-            f"index_topk={self.index_topk} asks for sparse attention, but kv_lora_rank is None; set kv_lora_rank, or "
-            "index_topk=None",
-        )
-        if any(spec.attention == "dsa" for spec in words):
-            self._validate_indexer()
-        if any(spec.attention == "mha" for spec in words):
-            self._validate_mha()
-        if any(spec.feed_forward == "moe" for spec in words):
-            self._validate_moe()
-        self._validate_rope_words()
-        self._validate_recommendation()
-        self._validate_embedding()
-
-    def _validate_sizes(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
-            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
-        for name in ("attention_dropout", "hidden_dropout"):
-            value = getattr(self, name)
-            _require(0 <= value < 1, f"{name}={value} must be at least 0 and below 1")
-        for name in ("num_nextn_predict_layers", "mtp_loss_weight"):
-            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must be at least 0")
-        _require(
-            not self.mtp_loss_weight or self.num_nextn_predict_layers > 0,
-            f"mtp_loss_weight={self.mtp_loss_weight} clashes with num_nextn_predict_layers=0: there is nothing to "
-            "train; set the number of prediction layers, or the weight to 0",
-        )
-
-    def _validate_layers(self) -> None:
-        _require(self.moe_layer_freq >= 1, f"moe_layer_freq={self.moe_layer_freq} must be at least 1")
-        if self.layer_specs is None:
-            return
-        _require(
-            len(self.layer_specs) == self.num_hidden_layers,
-            f"layer_specs has {len(self.layer_specs)} entries but num_hidden_layers={self.num_hidden_layers}; "
-            "give one pair of words per layer",
-        )
-        for i, spec in enumerate(self.layer_specs):
-            _require(len(spec) == 2, f"layer_specs[{i}]={spec} must be a pair (attention, feed_forward)")
-            for word, known in zip(spec, (ATTENTION_WORDS, FEED_FORWARD_WORDS), strict=True):
-                _require_word(f"layer_specs[{i}]", word, known)
-            _require(
-                spec[0] == "mha" or self.kv_lora_rank is not None,
-                f"layer_specs[{i}] says {spec[0]!r} but kv_lora_rank is None; set kv_lora_rank, or say 'mha'",
-            )
-            _require(
-                spec[0] != "dsa" or self.index_topk is not None,
-                f"layer_specs[{i}] says 'dsa' but index_topk is None; set index_topk, or say 'mla'",
-            )
-            _require(
-                spec[1] != "moe" or self.n_routed_experts is not None,
-                f"layer_specs[{i}] says 'moe' but n_routed_experts is None; set n_routed_experts, or say 'dense'",
-            )
-
-    def _validate_mla(self) -> None:
-        for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
-            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
-        for name in ("use_qk_norm", "attention_out_bias"):
-            _require(not getattr(self, name), f"{name} belongs to multi-head attention; unset it, or kv_lora_rank")
-        if self.q_lora_rank is not None:
-            _require(self.q_lora_rank > 0, f"q_lora_rank={self.q_lora_rank} must be positive, or None for no latent")
-        _require(
-            self.qk_rope_head_dim % 2 == 0,
-            f"qk_rope_head_dim={self.qk_rope_head_dim} is odd, but rotary pairs need an even width; make it even",
-        )
-        _require(
-            self.num_key_value_heads == self.num_attention_heads,
-            f"num_key_value_heads={self.num_key_value_heads} clashes with num_attention_heads="
-            f"{self.num_attention_heads}: latent attention has no grouped heads; make them equal",
-        )
-
-    def _validate_indexer(self) -> None:
-        for name in ("index_n_heads", "index_head_dim", "index_topk"):
-            value = getattr(self, name)
-            _require(value is not None and value > 0, f"{name}={value} must be positive for sparse attention")
-        _require(
-            self.q_lora_rank is not None,
-            "q_lora_rank is None, but the indexer of sparse attention reads the query latent; set q_lora_rank, or "
-            "index_topk=None",
-        )
-        _require(
-            self.index_head_dim >= self.qk_rope_head_dim,
-            f"index_head_dim={self.index_head_dim} has no room for qk_rope_head_dim={self.qk_rope_head_dim}; make it "
-            "at least as wide",
-        )
-
-    def _validate_mha(self) -> None:
-        _require(
-            self.num_key_value_heads > 0 and self.num_attention_heads % self.num_key_value_heads == 0,
-            f"num_attention_heads={self.num_attention_heads} is no multiple of num_key_value_heads="
-            f"{self.num_key_value_heads}; change one of them",
-        )
-        _require(
-            self.head_dim > 0 and self.head_dim % 2 == 0,
-            f"head_dim={self.head_dim} (hidden_size={self.hidden_size}, num_attention_heads="
-            f"{self.num_attention_heads}) is odd, but rotary pairs need an even width; make it even",
-        )
-
-    def _validate_moe(self) -> None:
-        experts, top_k = self.n_routed_experts, self.num_experts_per_tok
-        for name in ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"):
-            value = getattr(self, name)
-            _require(value is not None and value > 0, f"{name}={value} must be positive where there are experts")
-        _require(
-            top_k <= experts,
-            f"num_experts_per_tok={top_k} exceeds n_routed_experts={experts}; choose at most {experts} experts",
-        )
-        _require_word("scoring_func", self.scoring_func, SCORING_FUNCTIONS)
-        _require_word("topk_method", self.topk_method, TOPK_METHODS)
-        _require(
-            (self.topk_method == "noaux_tc") == (self.scoring_func == "sigmoid"),
-            f"scoring_func={self.scoring_func!r} clashes with topk_method={self.topk_method!r}; use 'sigmoid' with "
-            "'noaux_tc', and 'softmax' with 'greedy' or 'group_limited_greedy'",
-        )
-        if self.topk_method == "greedy":
-            return
-        _require(
-            experts % self.n_group == 0,
-            f"n_routed_experts={experts} is no multiple of n_group={self.n_group}; change one of them",
-        )
-        _require(
-            self.topk_group <= self.n_group,
-            f"topk_group={self.topk_group} exceeds n_group={self.n_group}; choose at most {self.n_group} groups",
-        )
-        reachable = experts // self.n_group * self.topk_group
-        _require(
-            top_k <= reachable,
-            f"num_experts_per_tok={top_k} exceeds the {reachable} experts in topk_group={self.topk_group} of "
-            f"n_group={self.n_group} groups; raise topk_group or lower num_experts_per_tok",
-        )
-        _require(
-            self.topk_method != "noaux_tc" or experts // self.n_group >= 2,
-            f"n_group={self.n_group} leaves one of n_routed_experts={experts} per group, but noaux_tc ranks groups "
-            "by their two best; lower n_group",
-        )
-
-    def _validate_rope_words(self) -> None:
-        rope = self.rope_parameters
-        _require_word("rope_parameters['rope_type']", rope["rope_type"], ROPE_TYPES)
-        _require(rope["rope_theta"] > 0, f"rope_theta={rope['rope_theta']} must be positive")
-        if rope["rope_type"] != "default":
-            factor = rope.get("factor")
-            _require(
-                isinstance(factor, (int, float)) and factor >= 1,
-                f"rope_parameters['factor']={factor} must be a number of at least 1 for rope_type="
-                f"{rope['rope_type']!r}",
-            )
-
-    def _validate_recommendation(self) -> None:
-        if self.item_loss is not None:
-            _require_word("item_loss", self.item_loss, ITEM_LOSSES)
-        _require_word("item_text_encoder", self.item_text_encoder, ITEM_TEXT_ENCODER_WORDS)
-        _require(self.num_item_negatives > 0, f"num_item_negatives={self.num_item_negatives} must be positive")
-        _require(0 <= self.gbce_calibration <= 1, f"gbce_calibration={self.gbce_calibration} must be between 0 and 1")
-        for name in ("num_item_neighbors", "item_neighbor_weight", "item_transition_weight"):
-            _require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
-        _require(self.item_neighbor_window > 0, f"item_neighbor_window={self.item_neighbor_window} must be positive")
-        for name in ("user_features", "context_features"):
-            self._validate_features(name, getattr(self, name))
-        if self.num_items is None:
-            return
-        for name in ("num_items", "item_text_length"):
-            _require(getattr(self, name) > 0, f"{name}={getattr(self, name)} must be positive")
-        _require(
-            self.tie_item_embeddings,
-            f"num_items={self.num_items} clashes with tie_item_embeddings=False: items of text are scored by the "
-            "vectors that they are read by; leave tie_item_embeddings, or unset num_items",
-        )
-        _require(
-            self.pooling != "latent",
-            f"num_items={self.num_items} clashes with pooling='latent', which items of text can't have; set mean or "
-            "last_token",
-        )
-
-    def _validate_features(self, name: str, columns: Any) -> None:
-        if columns is None:
-            return
-        is_table = isinstance(columns, dict) and all(isinstance(values, list) for values in columns.values())
-        _require(is_table, f"{name} must be columns with lists of their known values, or None; it is {columns!r:.60}")
-        for column, values in columns.items():
-            _require(values, f"{name}[{column!r}] has no values; name those that are known, or leave the column out")
-            seen: set[str] = set()
-            for value in values:
-                _require(isinstance(value, str), f"{name}[{column!r}] has {value!r}, which is no text; quote it")
-                _require(value not in seen, f"{name}[{column!r}] has the value {value!r} twice; leave one out")
-                seen.add(value)
-
-    def _validate_embedding(self) -> None:
-        _require_word("pooling", self.pooling, POOLINGS)
-        temperature = self.contrastive_temperature
-        _require(temperature > 0, f"contrastive_temperature={temperature} must be positive")
-        for size in self.matryoshka_sizes or ():
-            _require(
-                0 < size <= self.hidden_size,
-                f"matryoshka_sizes has {size}, which must be between 1 and hidden_size={self.hidden_size}",
-            )
-        if self.pooling == "latent":
-            heads = self.num_pooling_heads
-            _require(self.num_pooling_latents > 0, f"num_pooling_latents={self.num_pooling_latents} must be positive")
-            _require(
-                heads > 0 and self.hidden_size % heads == 0,
-                f"num_pooling_heads={heads} must divide hidden_size={self.hidden_size}",
-            )
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(f"DeepSeekConfig: {message}")
-
-
-def _require_word(where: str, word: Any, known: tuple[str, ...]) -> None:
-    if word not in known:
-        nearest = difflib.get_close_matches(str(word), known, n=1)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else "use one of " + ", ".join(map(repr, known))
-        raise ValueError(f"DeepSeekConfig: {where} has the unknown word {word!r}; {hint}")
+        check_all(self)
