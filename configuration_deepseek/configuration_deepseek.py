@@ -13,7 +13,7 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from .official import from_official
-from .validation import validate, validate_layers
+from .validation import require, validate, validate_layers
 
 CACHE_LAYER_TYPES = {"mha": "deepseek_kv", "mla": "deepseek_latent", "dsa": "deepseek_latent_indexed"}
 HEADS_BY_AUTO_CLASS = {
@@ -294,7 +294,7 @@ class DeepSeekConfig(PreTrainedConfig):
 
     def _take_derived(self, name: str, value: Any, fields_behind: str) -> None:
         derived = getattr(self, name)
-        _require(
+        require(
             value == derived, f"{name}={value} contradicts {derived}, which follows from {fields_behind}; set these"
         )
 

@@ -14,7 +14,8 @@ TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 ATTENTION_DIRECTIONS = ("causal", "prefix", "bidirectional")
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError with the message unless the condition holds."""
     if not condition:
         raise ValueError(f"DeepSeekConfig: {message}")
 
@@ -34,7 +35,7 @@ def validate(config: Any) -> None:
     words = config.specs
     if any(spec.attention in ("mla", "dsa") for spec in words):
         validate_mla(config)
-    _require(
+    require(
         config.index_topk is None or config.kv_lora_rank is not None,
         f"index_topk={config.index_topk} asks for sparse attention, but kv_lora_rank is None; set kv_lora_rank, or "
         "index_topk=None",
@@ -52,13 +53,13 @@ def validate(config: Any) -> None:
 
 def validate_sizes(config: Any) -> None:
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
-        _require(getattr(config, name) > 0, f"{name}={getattr(config, name)} must be positive")
+        require(getattr(config, name) > 0, f"{name}={getattr(config, name)} must be positive")
     for name in ("attention_dropout", "hidden_dropout"):
         value = getattr(config, name)
-        _require(0 <= value < 1, f"{name}={value} must be at least 0 and below 1")
+        require(0 <= value < 1, f"{name}={value} must be at least 0 and below 1")
     for name in ("num_nextn_predict_layers", "mtp_loss_weight"):
-        _require(getattr(config, name) >= 0, f"{name}={getattr(config, name)} must be at least 0")
-    _require(
+        require(getattr(config, name) >= 0, f"{name}={getattr(config, name)} must be at least 0")
+    require(
         not config.mtp_loss_weight or config.num_nextn_predict_layers > 0,
         f"mtp_loss_weight={config.mtp_loss_weight} clashes with num_nextn_predict_layers=0: there is nothing to "
         "train; set the number of prediction layers, or the weight to 0",
@@ -66,27 +67,27 @@ def validate_sizes(config: Any) -> None:
 
 
 def validate_layers(config: Any) -> None:
-    _require(config.moe_layer_freq >= 1, f"moe_layer_freq={config.moe_layer_freq} must be at least 1")
+    require(config.moe_layer_freq >= 1, f"moe_layer_freq={config.moe_layer_freq} must be at least 1")
     if config.layer_specs is None:
         return
-    _require(
+    require(
         len(config.layer_specs) == config.num_hidden_layers,
         f"layer_specs has {len(config.layer_specs)} entries but num_hidden_layers={config.num_hidden_layers}; "
         "give one pair of words per layer",
     )
     for i, spec in enumerate(config.layer_specs):
-        _require(len(spec) == 2, f"layer_specs[{i}]={spec} must be a pair (attention, feed_forward)")
+        require(len(spec) == 2, f"layer_specs[{i}]={spec} must be a pair (attention, feed_forward)")
         for word, known in zip(spec, (ATTENTION_WORDS, FEED_FORWARD_WORDS), strict=True):
             _require_word(f"layer_specs[{i}]", word, known)
-        _require(
+        require(
             spec[0] == "mha" or config.kv_lora_rank is not None,
             f"layer_specs[{i}] says {spec[0]!r} but kv_lora_rank is None; set kv_lora_rank, or say 'mha'",
         )
-        _require(
+        require(
             spec[0] != "dsa" or config.index_topk is not None,
             f"layer_specs[{i}] says 'dsa' but index_topk is None; set index_topk, or say 'mla'",
         )
-        _require(
+        require(
             spec[1] != "moe" or config.n_routed_experts is not None,
             f"layer_specs[{i}] says 'moe' but n_routed_experts is None; set n_routed_experts, or say 'dense'",
         )
@@ -94,16 +95,16 @@ def validate_layers(config: Any) -> None:
 
 def validate_mla(config: Any) -> None:
     for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
-        _require(getattr(config, name) > 0, f"{name}={getattr(config, name)} must be positive")
+        require(getattr(config, name) > 0, f"{name}={getattr(config, name)} must be positive")
     for name in ("use_qk_norm", "attention_out_bias"):
-        _require(not getattr(config, name), f"{name} belongs to multi-head attention; unset it, or kv_lora_rank")
+        require(not getattr(config, name), f"{name} belongs to multi-head attention; unset it, or kv_lora_rank")
     if config.q_lora_rank is not None:
-        _require(config.q_lora_rank > 0, f"q_lora_rank={config.q_lora_rank} must be positive, or None for no latent")
-    _require(
+        require(config.q_lora_rank > 0, f"q_lora_rank={config.q_lora_rank} must be positive, or None for no latent")
+    require(
         config.qk_rope_head_dim % 2 == 0,
         f"qk_rope_head_dim={config.qk_rope_head_dim} is odd, but rotary pairs need an even width; make it even",
     )
-    _require(
+    require(
         config.num_key_value_heads == config.num_attention_heads,
         f"num_key_value_heads={config.num_key_value_heads} clashes with num_attention_heads="
         f"{config.num_attention_heads}: latent attention has no grouped heads; make them equal",
@@ -113,13 +114,13 @@ def validate_mla(config: Any) -> None:
 def validate_indexer(config: Any) -> None:
     for name in ("index_n_heads", "index_head_dim", "index_topk"):
         value = getattr(config, name)
-        _require(value is not None and value > 0, f"{name}={value} must be positive for sparse attention")
-    _require(
+        require(value is not None and value > 0, f"{name}={value} must be positive for sparse attention")
+    require(
         config.q_lora_rank is not None,
         "q_lora_rank is None, but the indexer of sparse attention reads the query latent; set q_lora_rank, or "
         "index_topk=None",
     )
-    _require(
+    require(
         config.index_head_dim >= config.qk_rope_head_dim,
         f"index_head_dim={config.index_head_dim} has no room for qk_rope_head_dim={config.qk_rope_head_dim}; make it "
         "at least as wide",
@@ -127,12 +128,12 @@ def validate_indexer(config: Any) -> None:
 
 
 def validate_mha(config: Any) -> None:
-    _require(
+    require(
         config.num_key_value_heads > 0 and config.num_attention_heads % config.num_key_value_heads == 0,
         f"num_attention_heads={config.num_attention_heads} is no multiple of num_key_value_heads="
         f"{config.num_key_value_heads}; change one of them",
     )
-    _require(
+    require(
         config.head_dim > 0 and config.head_dim % 2 == 0,
         f"head_dim={config.head_dim} (hidden_size={config.hidden_size}, num_attention_heads="
         f"{config.num_attention_heads}) is odd, but rotary pairs need an even width; make it even",
@@ -143,35 +144,35 @@ def validate_moe(config: Any) -> None:
     experts, top_k = config.n_routed_experts, config.num_experts_per_tok
     for name in ("n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"):
         value = getattr(config, name)
-        _require(value is not None and value > 0, f"{name}={value} must be positive where there are experts")
-    _require(
+        require(value is not None and value > 0, f"{name}={value} must be positive where there are experts")
+    require(
         top_k <= experts,
         f"num_experts_per_tok={top_k} exceeds n_routed_experts={experts}; choose at most {experts} experts",
     )
     _require_word("scoring_func", config.scoring_func, SCORING_FUNCTIONS)
     _require_word("topk_method", config.topk_method, TOPK_METHODS)
-    _require(
+    require(
         (config.topk_method == "noaux_tc") == (config.scoring_func == "sigmoid"),
         f"scoring_func={config.scoring_func!r} clashes with topk_method={config.topk_method!r}; use 'sigmoid' with "
         "'noaux_tc', and 'softmax' with 'greedy' or 'group_limited_greedy'",
     )
     if config.topk_method == "greedy":
         return
-    _require(
+    require(
         experts % config.n_group == 0,
         f"n_routed_experts={experts} is no multiple of n_group={config.n_group}; change one of them",
     )
-    _require(
+    require(
         config.topk_group <= config.n_group,
         f"topk_group={config.topk_group} exceeds n_group={config.n_group}; choose at most {config.n_group} groups",
     )
     reachable = experts // config.n_group * config.topk_group
-    _require(
+    require(
         top_k <= reachable,
         f"num_experts_per_tok={top_k} exceeds the {reachable} experts in topk_group={config.topk_group} of "
         f"n_group={config.n_group} groups; raise topk_group or lower num_experts_per_tok",
     )
-    _require(
+    require(
         config.topk_method != "noaux_tc" or experts // config.n_group >= 2,
         f"n_group={config.n_group} leaves one of n_routed_experts={experts} per group, but noaux_tc ranks groups "
         "by their two best; lower n_group",
@@ -181,10 +182,10 @@ def validate_moe(config: Any) -> None:
 def validate_rope_words(config: Any) -> None:
     rope = config.rope_parameters
     _require_word("rope_parameters['rope_type']", rope["rope_type"], ROPE_TYPES)
-    _require(rope["rope_theta"] > 0, f"rope_theta={rope['rope_theta']} must be positive")
+    require(rope["rope_theta"] > 0, f"rope_theta={rope['rope_theta']} must be positive")
     if rope["rope_type"] != "default":
         factor = rope.get("factor")
-        _require(
+        require(
             isinstance(factor, (int, float)) and factor >= 1,
             f"rope_parameters['factor']={factor} must be a number of at least 1 for rope_type={rope['rope_type']!r}",
         )
@@ -194,23 +195,23 @@ def validate_recommendation(config: Any) -> None:
     if config.item_loss is not None:
         _require_word("item_loss", config.item_loss, ITEM_LOSSES)
     _require_word("item_text_encoder", config.item_text_encoder, ITEM_TEXT_ENCODER_WORDS)
-    _require(config.num_item_negatives > 0, f"num_item_negatives={config.num_item_negatives} must be positive")
-    _require(0 <= config.gbce_calibration <= 1, f"gbce_calibration={config.gbce_calibration} must be between 0 and 1")
+    require(config.num_item_negatives > 0, f"num_item_negatives={config.num_item_negatives} must be positive")
+    require(0 <= config.gbce_calibration <= 1, f"gbce_calibration={config.gbce_calibration} must be between 0 and 1")
     for name in ("num_item_neighbors", "item_neighbor_weight", "item_transition_weight"):
-        _require(getattr(config, name) >= 0, f"{name}={getattr(config, name)} must not be negative")
-    _require(config.item_neighbor_window > 0, f"item_neighbor_window={config.item_neighbor_window} must be positive")
+        require(getattr(config, name) >= 0, f"{name}={getattr(config, name)} must not be negative")
+    require(config.item_neighbor_window > 0, f"item_neighbor_window={config.item_neighbor_window} must be positive")
     for name in ("user_features", "context_features"):
         validate_features(config, name, getattr(config, name))
     if config.num_items is None:
         return
     for name in ("num_items", "item_text_length"):
-        _require(getattr(config, name) > 0, f"{name}={getattr(config, name)} must be positive")
-    _require(
+        require(getattr(config, name) > 0, f"{name}={getattr(config, name)} must be positive")
+    require(
         config.tie_item_embeddings,
         f"num_items={config.num_items} clashes with tie_item_embeddings=False: items of text are scored by the "
         "vectors that they are read by; leave tie_item_embeddings, or unset num_items",
     )
-    _require(
+    require(
         config.pooling != "latent",
         f"num_items={config.num_items} clashes with pooling='latent', which items of text can't have; set mean or "
         "last_token",
@@ -221,29 +222,29 @@ def validate_features(config: Any, name: str, columns: Any) -> None:
     if columns is None:
         return
     is_table = isinstance(columns, dict) and all(isinstance(values, list) for values in columns.values())
-    _require(is_table, f"{name} must be columns with lists of their known values, or None; it is {columns!r:.60}")
+    require(is_table, f"{name} must be columns with lists of their known values, or None; it is {columns!r:.60}")
     for column, values in columns.items():
-        _require(values, f"{name}[{column!r}] has no values; name those that are known, or leave the column out")
+        require(values, f"{name}[{column!r}] has no values; name those that are known, or leave the column out")
         seen: set[str] = set()
         for value in values:
-            _require(isinstance(value, str), f"{name}[{column!r}] has {value!r}, which is no text; quote it")
-            _require(value not in seen, f"{name}[{column!r}] has the value {value!r} twice; leave one out")
+            require(isinstance(value, str), f"{name}[{column!r}] has {value!r}, which is no text; quote it")
+            require(value not in seen, f"{name}[{column!r}] has the value {value!r} twice; leave one out")
             seen.add(value)
 
 
 def validate_embedding(config: Any) -> None:
     _require_word("pooling", config.pooling, POOLINGS)
     temperature = config.contrastive_temperature
-    _require(temperature > 0, f"contrastive_temperature={temperature} must be positive")
+    require(temperature > 0, f"contrastive_temperature={temperature} must be positive")
     for size in config.matryoshka_sizes or ():
-        _require(
+        require(
             0 < size <= config.hidden_size,
             f"matryoshka_sizes has {size}, which must be between 1 and hidden_size={config.hidden_size}",
         )
     if config.pooling == "latent":
         heads = config.num_pooling_heads
-        _require(config.num_pooling_latents > 0, f"num_pooling_latents={config.num_pooling_latents} must be positive")
-        _require(
+        require(config.num_pooling_latents > 0, f"num_pooling_latents={config.num_pooling_latents} must be positive")
+        require(
             heads > 0 and config.hidden_size % heads == 0,
             f"num_pooling_heads={heads} must divide hidden_size={config.hidden_size}",
         )
