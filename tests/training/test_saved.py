@@ -21,9 +21,9 @@ from finetune_deepseek.retrieval.reranker import Reranker
 from finetune_deepseek.training.arguments import ModelArguments
 from finetune_deepseek.training.loading import pretrained_model, served_model
 from finetune_deepseek.training.model_card import without_local
-from finetune_deepseek.training.stages.resume import find_checkpoint
 from finetune_deepseek.training.run import run_stages
 from finetune_deepseek.training.saved import RECORD_FILE, Saved, check_place, fingerprint_of, write
+from finetune_deepseek.training.stages.resume import find_checkpoint
 from finetune_deepseek.translation.arguments import TranslateArguments, TranslationArguments
 from finetune_deepseek.translation.task import Translation
 from finetune_deepseek.translation.translator import prompts_of
