@@ -17,8 +17,25 @@ def truncated(embeddings: torch.Tensor, size: int | None) -> torch.Tensor:
     return F.normalize(embeddings[..., :size].float(), dim=-1).to(embeddings.dtype)
 
 
+def equal_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """Which rows [Q, S] are of the same tokens: [Q, Q] booleans. What a mask [Q, S] hides is not compared."""
+    if attention_mask is not None and getattr(attention_mask, "ndim", 0) == 2:
+        input_ids = input_ids.masked_fill(attention_mask.to(input_ids.device) == 0, -1)
+    return (input_ids.unsqueeze(0) == input_ids.unsqueeze(1)).all(-1)
+
+
+def right_passages(same_query: torch.Tensor, targets: torch.Tensor, num_passages: int) -> torch.Tensor:
+    """Which passages some row of the same query names as its own: [Q, Q], [Q] -> [Q, P] booleans."""
+    own = F.one_hot(targets, num_passages)
+    return (same_query.unsqueeze(-1) & own.bool()).any(1)
+
+
 def in_batch_loss(
-    queries: torch.Tensor, passages: torch.Tensor, targets: torch.Tensor, temperature: float
+    queries: torch.Tensor,
+    passages: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float,
+    right: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Mean cross entropy of each query's own passage among all passages of the batch (InfoNCE with in-batch negatives;
     Karpukhin et al., arXiv 2004.04906, section 3.2), their scores being products divided by the temperature.
@@ -28,8 +45,12 @@ def in_batch_loss(
         passages: [P, D], of length 1. A passage that belongs to several queries stands here once: a second copy would
             be a negative of its own query.
         targets: [Q], which passage is the query's.
+        right: [Q, P] booleans, which passages answer the query; those beside its target are no negatives of it.
     """
     scores = F.linear(queries, passages).float() / temperature  # [Q, P]
+    if right is not None:
+        is_own = F.one_hot(targets, scores.shape[1]).bool()
+        scores = scores.masked_fill(right & ~is_own, float("-inf"))
     return F.cross_entropy(scores, targets)
 
 
@@ -39,11 +60,12 @@ def matryoshka_loss(
     targets: torch.Tensor,
     temperature: float,
     sizes: Sequence[int] | None = None,
+    right: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The sum of `in_batch_loss` over embeddings cut to each size and scaled to length 1 again (Kusupati et al., arXiv
     2205.13147, equation 1 with equal weights). Without sizes, over whole embeddings only. Arguments as there."""
     losses = [
-        in_batch_loss(truncated(queries, size), truncated(passages, size), targets, temperature)
+        in_batch_loss(truncated(queries, size), truncated(passages, size), targets, temperature, right)
         for size in sizes or (None,)
     ]
     return torch.stack(losses).sum()

@@ -11,7 +11,8 @@ from transformers.utils.generic import can_return_tuple
 
 from .cache import takes_cache
 from .configuration_deepseek import DeepSeekConfig
-from .contrastive import matryoshka_loss, truncated
+from .contrastive import equal_rows, matryoshka_loss, truncated
+from .contrastive import right_passages as right_of
 from .modeling_deepseek import DeepSeekModel
 from .pooling import POOLING_FUNCTIONS, LatentAttentionPooling, which_are_tokens
 from .pretrained import DeepSeekPreTrainedModel
@@ -68,6 +69,7 @@ class DeepSeekForEmbedding(DeepSeekPreTrainedModel):
         passage_input_ids: torch.Tensor | None = None,
         passage_attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        right_passages: torch.Tensor | None = None,
         **kwargs,
     ) -> DeepSeekEmbeddingOutput:
         """Arguments as in `DeepSeekModel.forward`, without a cache, and for training
@@ -76,6 +78,8 @@ class DeepSeekForEmbedding(DeepSeekPreTrainedModel):
         passage_attention_mask: [P, T].
         labels: [B], which passage is each query's. Passages that are nobody's are hard negatives. With several
             processes, each query is compared with the passages of its own process.
+        right_passages: [B, P] booleans, which passages answer each query, so that those beside its own are no
+            negatives of it; absent, those that equal queries of the batch name.
 
         Raises:
             ValueError: for a cache, and for labels without passages.
@@ -98,13 +102,11 @@ class DeepSeekForEmbedding(DeepSeekPreTrainedModel):
             states = self.model(passage_input_ids, passage_attention_mask, use_cache=False).last_hidden_state
             passages = self.pool(states, passage_input_ids, passage_attention_mask)
         if labels is not None:
-            config = self.config
+            config, labels = self.config, labels.to(embeddings.device)
+            if right_passages is None and input_ids is not None:
+                right_passages = right_of(equal_rows(input_ids, attention_mask), labels, len(passages))
             loss = matryoshka_loss(
-                embeddings,
-                passages,
-                labels.to(embeddings.device),
-                config.contrastive_temperature,
-                config.matryoshka_sizes,
+                embeddings, passages, labels, config.contrastive_temperature, config.matryoshka_sizes, right_passages
             )
         return DeepSeekEmbeddingOutput(
             loss=loss,

@@ -50,11 +50,25 @@ class EmbeddingCollator(CausalCollator):
             for negative in feature.get("negative_ids") or ():
                 places.setdefault(tuple(negative), len(places))
         batch["labels"] = torch.tensor(labels)
+        if "other_ids" in features[0]:
+            right = torch.zeros(len(features), len(places), dtype=torch.bool)
+            for row, feature in enumerate(features):
+                known = [places.get(tuple(ids)) for ids in [feature["passage_ids"], *feature["other_ids"]]]
+                right[row, [place for place in known if place is not None]] = True
+            batch["right_passages"] = right
         batch["passage_input_ids"], batch["passage_attention_mask"] = self._pad([list(ids) for ids in places])
         for name in ("row", "query_number", "passage_number"):
             if name in features[0]:
                 batch[name] = torch.tensor([f[name] for f in features])
         return batch
+
+
+def right_texts(queries: Sequence[str], passages: Sequence[str]) -> dict[str, list[str]]:
+    """The passages of each query, in their order, each once."""
+    right: dict[str, dict[str, None]] = {}
+    for query, passage in zip(queries, passages, strict=True):
+        right.setdefault(query, {})[passage] = None
+    return {query: [*texts] for query, texts in right.items()}
 
 
 class Embedding(Task):
@@ -150,6 +164,7 @@ class Embedding(Task):
                 f"{arguments.max_passage_length} tokens"
             )
         passages = [ids[text] for text in rows["target"]]
+        right = right_texts(rows["source"], rows["target"])
         features: dict[str, list[Any]] = {
             "query_ids": queries,
             "passage_ids": passages,
@@ -159,6 +174,9 @@ class Embedding(Task):
             others = [[ids[text] for text in texts] for texts in rows["negatives"]]
             if arguments.negatives_column:
                 features["negative_ids"] = others
+            if len(right) < len(rows["source"]):
+                pairs = zip(rows["source"], rows["target"], strict=True)
+                features["other_ids"] = [[ids[t] for t in right[query] if t != text] for query, text in pairs]
             # At most: passages that several rows share stand in a batch once.
             features["sizes"] = [
                 [[1, len(query)], [1 + len(more), max(map(len, [passage, *more]))]]
@@ -193,10 +211,16 @@ class Embedding(Task):
     def split_loss(self, outputs: np.ndarray) -> float:
         """The contrastive loss of all queries over all passages of the split: within batches it would depend on their
         size, and on how many processes there are."""
-        queries, passages, targets, _ = vectors(outputs)
-        given, found, right = (torch.from_numpy(part) for part in (queries, passages, targets))
+        queries, passages, targets, distinct = vectors(outputs)
+        asked = [self.queries[number] for number in outputs[:, 0].astype(int)]
+        places = {self.passages[number]: place for place, number in enumerate(distinct)}
+        of_query = right_texts(asked, [self.passages[distinct[target]] for target in targets])
+        right = torch.zeros(len(asked), len(places), dtype=torch.bool)
+        for row, query in enumerate(asked):
+            right[row, [places[text] for text in of_query[query]]] = True
+        given, found, own = (torch.from_numpy(part) for part in (queries, passages, targets))
         temperature, sizes = self.config.contrastive_temperature, self.config.matryoshka_sizes
-        return float(matryoshka_loss(given, found, right, temperature, sizes))
+        return float(matryoshka_loss(given, found, own, temperature, sizes, right))
 
     def decode(self, outputs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
         """The passage's rank among all passages of the rows, and the best passages."""

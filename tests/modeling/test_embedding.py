@@ -133,6 +133,24 @@ def test_hard_negatives_and_shared_passages_take_part_in_the_loss():
     assert_close(result.loss, torch.nn.functional.cross_entropy(scores, labels))
 
 
+def test_another_right_passage_of_a_query_is_no_negative():
+    """By hand: rows 0 and 2 ask the same, with padding on other sides, and are answered by passages 0 and 2."""
+    model = tiny("tiny_llm", DeepSeekForEmbedding)
+    queries = torch.tensor([[7, 8, 9, 9], [5, 6, 7, 8], [7, 8, 30, 30]])
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0]])
+    passages, labels = token_ids(4, 6, seed=1), torch.tensor([0, 1, 2])
+    given = {"attention_mask": mask, "passage_input_ids": passages, "labels": labels}
+    with torch.no_grad():
+        found = model(queries, **given).loss
+        scores = model(queries, mask).embeddings @ model(passages).embeddings.T / model.config.contrastive_temperature
+        log = torch.nn.functional.log_softmax
+        rows = [log(scores[0, [0, 1, 3]], -1)[0], log(scores[1], -1)[1], log(scores[2, [1, 2, 3]], -1)[1]]
+        assert_close(found, -torch.stack(rows).mean())
+        right = torch.tensor([[1, 0, 1, 1], [0, 1, 0, 0], [0, 0, 1, 0]]).bool()
+        rows = [log(scores[0, :2], -1)[0], log(scores[1], -1)[1], log(scores[2], -1)[2]]
+        assert_close(model(queries, **given, right_passages=right).loss, -torch.stack(rows).mean())
+
+
 def test_training_brings_queries_to_their_passages():
     torch.manual_seed(0)
     model = DeepSeekForEmbedding(preset("tiny_v3", initializer_range=0.1, matryoshka_sizes=[8, 32])).train()

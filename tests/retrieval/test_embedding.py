@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import re
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 
+from configuration_deepseek import preset
 from finetune_deepseek.checkpoints.export import export_bundle
 from finetune_deepseek.commands.parsing import parse_command
 from finetune_deepseek.retrieval.arguments import FUSED, EmbeddingArguments
@@ -151,6 +153,24 @@ def test_a_batch_holds_each_passage_once():
     assert batch["passage_input_ids"].tolist() == [[5, 6, 0], [7, 0, 0], [8, 9, 10]]
     assert batch["passage_attention_mask"].tolist() == [[1, 1, 0], [1, 0, 0], [1, 1, 1]]
     assert batch["input_ids"].tolist() == [[1, 0], [2, 3], [4, 0]]
+
+
+def test_a_batch_says_which_passages_answer_its_queries():
+    """Those of the data set that stand in the batch: the first query's other one does, as the second's own."""
+    rows = [([3], [10], [[11], [12]]), ([4], [11], []), ([5], [13], [])]
+    features = [dict(zip(("query_ids", "passage_ids", "other_ids"), row, strict=True)) for row in rows]
+    batch = EmbeddingCollator(0)(features)
+    assert batch["right_passages"].int().tolist() == [[1, 1, 0], [0, 1, 0], [0, 0, 1]]
+
+
+def test_the_loss_of_a_split_takes_no_right_passage_for_a_negative():
+    task = Embedding(EmbeddingArguments(), 0)
+    task.config = preset("tiny_llm", contrastive_temperature=1.0)
+    task.queries, task.passages = ["a", "a", "b"], ["p", "q", "r"]
+    vectors = np.eye(3)
+    outputs = np.concatenate((np.arange(3)[:, None], np.arange(3)[:, None], vectors, vectors), axis=1)
+    ahead, behind = math.log(1 + math.exp(-1)), math.log(1 + 2 * math.exp(-1))
+    assert task.split_loss(outputs) == pytest.approx((2 * ahead + behind) / 3)
 
 
 def test_ranks_count_ties_against_the_passage():
