@@ -13,8 +13,9 @@ from finetune_deepseek.classification.arguments import ClassificationArguments
 from finetune_deepseek.commands.parsing import parse_command
 from finetune_deepseek.question_answering.answering import Reader
 from finetune_deepseek.question_answering.arguments import QuestionAnsweringArguments
-from finetune_deepseek.recommendation.arguments import RecommendationArguments
-from finetune_deepseek.recommendation.serving import load
+from finetune_deepseek.recommendation.arguments import RecommendArguments, RecommendationArguments
+from finetune_deepseek.recommendation.requests import read_histories
+from finetune_deepseek.recommendation.serving import history_settings, load
 from finetune_deepseek.retrieval.arguments import EmbeddingArguments
 from finetune_deepseek.retrieval.passage_index import Retriever
 from finetune_deepseek.retrieval.reranker import Reranker
@@ -415,3 +416,13 @@ def test_without_a_checkpoint_the_beginning_is_said(tmp_path, capsys):
     assert find_checkpoint("true", tmp_path) is None
     assert f"no checkpoint in {tmp_path} to go on from" in capsys.readouterr().out
     assert find_checkpoint(None, tmp_path) is find_checkpoint("false", tmp_path) is None
+
+
+def test_recommend_makes_histories_as_training_did(tmp_path):
+    path = tmp_path / "clicks.csv"
+    path.write_text("user_id,item_id,timestamp\nu,b,1\nu,a,1\nu,c,2\nu,b,3\n")
+    arguments = RecommendArguments(history=str(path))
+    assert read_histories(arguments)[0] == {"u": ["b", "a", "c"]}
+    record(tmp_path, task="recommendation", settings={"keep_repeats": True, "tie_rule": "item"})
+    settings = history_settings(Saved.open(None, str(tmp_path)))
+    assert read_histories(arguments, (), settings)[0] == {"u": ["a", "b", "c", "b"]}
