@@ -25,14 +25,11 @@ from .passage_index import Retriever
 
 try:
     from sentence_transformers import __version__
+    from sentence_transformers.base.modules import InputModule
 except ImportError as error:
     raise ImportError(
         'sentence-transformers is not installed: pip install "deepseek-hf[sentence-transformers]"'
     ) from error
-try:
-    from sentence_transformers.base.modules import InputModule
-except ImportError:  # before sentence-transformers 5.4
-    from sentence_transformers.models import InputModule  # type: ignore[no-redef]
 
 
 def prompts(config: DeepSeekConfig) -> dict[str, str]:
@@ -67,8 +64,6 @@ class SentenceModule(InputModule):  # type: ignore[misc]
 
     def get_embedding_dimension(self) -> int:
         return self.model.config.hidden_size
-
-    get_sentence_embedding_dimension = get_embedding_dimension  # the name before sentence-transformers 5.4
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         self.model.save_pretrained(output_path)
