@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional as F
 
+from .losses import cross_entropy
+
 
 def truncated(embeddings: torch.Tensor, size: int | None) -> torch.Tensor:
     """The first `size` numbers of each embedding (None: all), scaled to length 1 again: [..., D] -> [..., size].
@@ -26,8 +28,12 @@ def equal_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> 
 
 def right_passages(same_query: torch.Tensor, targets: torch.Tensor, num_passages: int) -> torch.Tensor:
     """Which passages some row of the same query names as its own: [Q, Q], [Q] -> [Q, P] booleans."""
-    own = F.one_hot(targets, num_passages)
-    return (same_query.unsqueeze(-1) & own.bool()).any(1)
+    return (same_query.unsqueeze(-1) & is_own(targets, num_passages)).any(1)
+
+
+def is_own(targets: torch.Tensor, num_passages: int) -> torch.Tensor:
+    """[Q] -> [Q, P] booleans; an unknown target (-100) is none's."""
+    return targets.unsqueeze(-1) == torch.arange(num_passages, device=targets.device)
 
 
 def in_batch_loss(
@@ -44,14 +50,13 @@ def in_batch_loss(
         queries: [Q, D], of length 1.
         passages: [P, D], of length 1. A passage that belongs to several queries stands here once: a second copy would
             be a negative of its own query.
-        targets: [Q], which passage is the query's.
+        targets: [Q], which passage is the query's; -100 leaves a query out.
         right: [Q, P] booleans, which passages answer the query; those beside its target are no negatives of it.
     """
     scores = F.linear(queries, passages).float() / temperature  # [Q, P]
     if right is not None:
-        is_own = F.one_hot(targets, scores.shape[1]).bool()
-        scores = scores.masked_fill(right & ~is_own, float("-inf"))
-    return F.cross_entropy(scores, targets)
+        scores = scores.masked_fill(right & ~is_own(targets, scores.shape[1]), float("-inf"))
+    return cross_entropy(scores, targets)
 
 
 def matryoshka_loss(

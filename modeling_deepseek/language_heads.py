@@ -25,7 +25,7 @@ from .cache import refuse_cache_implementation, takes_cache
 from .checkpoint_files import CheckpointError
 from .checkpoint_keys import differing_copies, shared_mtp_keys
 from .configuration_deepseek import DeepSeekConfig
-from .losses import cross_entropy, labels_ahead
+from .losses import IGNORED, cross_entropy, labels_ahead, num_targets
 from .modeling_deepseek import DeepSeekModel, DeepSeekMTPLayer
 from .outputs import DeepSeekCausalLMOutput, DeepSeekSequenceOutput
 from .pooling import last_token, which_are_tokens
@@ -53,6 +53,12 @@ def labelled_positions(hidden_states: torch.Tensor, labels: torch.Tensor | None)
     targets = labels[:, 1:].to(hidden_states.device)
     is_target = targets != -100
     return hidden_states[:, :-1][is_target].unsqueeze(0), targets[is_target].unsqueeze(0)
+
+
+def inside(positions: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """[B], [B, S] -> [B], positions outside of the row made a label that is left out."""
+    positions = positions.to(scores.device).view(-1)
+    return positions.masked_fill((positions < 0) | (positions >= scores.shape[1]), IGNORED)
 
 
 def tells_prompt(prepare_inputs: Callable) -> None:
@@ -143,21 +149,22 @@ class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_states, shift_labels = outputs.last_hidden_state, None
+        hidden_states = outputs.last_hidden_state
         if isinstance(logits_to_keep, str):
-            hidden_states, shift_labels = labelled_positions(hidden_states, labels)
+            hidden_states, kwargs["shift_labels"] = labelled_positions(hidden_states, labels)
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             hidden_states = hidden_states[:, kept]
         logits = self.lm_head(hidden_states)
         loss = None
         if labels is not None:
+            targets = labels[..., 1:] if kwargs.get("shift_labels") is None else kwargs["shift_labels"]
+            count = num_targets(targets.to(logits.device), kwargs.get("num_items_in_batch"))
             loss = self.loss_function(
                 logits=logits,
                 labels=labels,
                 vocab_size=self.config.vocab_size,
-                **({} if shift_labels is None else {"shift_labels": shift_labels}),
-                **kwargs,
+                **kwargs | {"num_items_in_batch": count},
             )
         mtp_loss = None
         if learns_ahead:
@@ -305,7 +312,10 @@ class DeepSeekForSequenceClassification(DeepSeekPreTrainedModel):
         logits = self.score(last_token(hidden_states, is_token))
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+            count = num_targets(labels.to(logits.device)) if not labels.is_floating_point() else None
+            loss = self.loss_function(
+                logits=logits, labels=labels, pooled_logits=logits, config=self.config, num_items_in_batch=count
+            )
         return DeepSeekSequenceOutput(  # type: ignore[call-arg]  # the word of 5.24
             loss=loss,
             logits=logits,
@@ -356,6 +366,7 @@ class DeepSeekForTokenClassification(DeepSeekPreTrainedModel):
         logits = self.score(self.dropout(outputs.last_hidden_state))
         loss = None
         if labels is not None:
+            kwargs["num_items_in_batch"] = num_targets(labels.to(logits.device), kwargs.get("num_items_in_batch"))
             loss = self.loss_function(logits, labels, self.config, **kwargs)
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
@@ -421,7 +432,10 @@ class DeepSeekForQuestionAnswering(DeepSeekPreTrainedModel):
         start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
-            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
+            pairs = ((start_logits, start_positions), (end_logits, end_positions))
+            count = kwargs.get("num_items_in_batch")
+            losses = [cross_entropy(scores, inside(places, scores), count) for scores, places in pairs]
+            loss = torch.stack(losses).mean()
         return QuestionAnsweringModelOutput(
             loss=loss,
             start_logits=start_logits,

@@ -37,18 +37,24 @@ def labels_ahead(
     return ahead
 
 
+def num_targets(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor | int:
+    """What a summed loss is divided by: `num_items_in_batch`, or how many labels count; 1 at least, for a batch
+    without targets adds nothing."""
+    if num_items_in_batch is None:
+        return (labels != IGNORED).sum().clamp(min=1)
+    is_tensor = isinstance(num_items_in_batch, torch.Tensor)
+    return num_items_in_batch.clamp(min=1).to(labels.device) if is_tensor else max(num_items_in_batch, 1)
+
+
 def cross_entropy(
     logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
 ) -> torch.Tensor:
     """Mean over the labels that count, or their sum divided by `num_items_in_batch`; 0 if none counts.
 
     Args:
-        logits: [B, S, V]; labels: [B, S], already aligned with them.
+        logits: [..., V]; labels: [...], already aligned with them.
     """
     labels = labels.to(logits.device)
-    total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
-    if num_items_in_batch is None:
-        num_items_in_batch = (labels != IGNORED).sum().clamp(min=1)
-    elif isinstance(num_items_in_batch, torch.Tensor):
-        num_items_in_batch = num_items_in_batch.to(total.device)
-    return total / num_items_in_batch
+    scores = logits.reshape(-1, logits.shape[-1]).float()
+    total = F.cross_entropy(scores, labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total / num_targets(labels, num_items_in_batch)

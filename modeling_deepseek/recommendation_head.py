@@ -26,7 +26,7 @@ from .item_counts import NO_ITEM, DeepSeekItemCounts
 from .item_losses import FULL_SOFTMAX_ITEMS, draw_negatives, item_loss
 from .item_ranking import allowed_items, pad_histories, top_k
 from .item_texts import NO_TOKEN, DeepSeekItemTexts
-from .losses import cross_entropy
+from .losses import IGNORED, cross_entropy, num_targets
 from .modeling_deepseek import DeepSeekModel
 from .outputs import DeepSeekSequenceOutput
 from .pooling import last_token, which_are_tokens
@@ -209,7 +209,7 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
         if labels is None or candidates is not None or not self.training:
             logits = self.score(hidden_states, picked, input_ids, attention_mask, candidates)
         if labels is not None and candidates is not None:
-            loss = cross_entropy(logits.unsqueeze(0), labels.unsqueeze(0), num_items_in_batch)
+            loss = cross_entropy(logits, labels, num_items_in_batch)
         return DeepSeekSequenceOutput(  # type: ignore[call-arg]  # the word of 5.24
             loss=loss,
             logits=logits,
@@ -300,7 +300,7 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
             picked.negatives,
             num_items - 1,
         )
-        return total / (known.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+        return total / num_targets(targets.masked_fill(~known, IGNORED), num_items_in_batch)
 
     def last_states(self, input_ids: torch.Tensor, **kwargs) -> torch.Tensor:
         """Histories [B, S], padded on the right -> [B, D], whose products with the item_embeddings are the scores,

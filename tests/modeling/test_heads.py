@@ -236,3 +236,66 @@ def test_accumulated_gradients_of_a_classifier_equal_those_of_the_whole_batch(tm
         return model.score.weight.detach()
 
     torch.testing.assert_close(trained(4, 1), trained(2, 2), rtol=1e-5, atol=1e-7)
+
+
+UNKNOWN = {
+    "tokens": (DeepSeekForCausalLM, {}, lambda ids: {"labels": torch.full_like(ids, -100)}),
+    "labelled": (
+        DeepSeekForCausalLM,
+        {},
+        lambda ids: {"labels": torch.full_like(ids, -100), "logits_to_keep": "labelled"},
+    ),
+    "tokens ahead": (
+        DeepSeekForCausalLM,
+        {"num_nextn_predict_layers": 1, "mtp_loss_weight": 0.3},
+        lambda ids: {"labels": torch.full_like(ids, -100), "num_items_in_batch": torch.tensor(0)},
+    ),
+    "classes": (DeepSeekForSequenceClassification, {}, lambda ids: {"labels": torch.full((2,), -100)}),
+    "token classes": (DeepSeekForTokenClassification, {}, lambda ids: {"labels": torch.full_like(ids, -100)}),
+    "no answer": (
+        DeepSeekForQuestionAnswering,
+        {},
+        lambda ids: {"start_positions": torch.tensor([7, -100]), "end_positions": torch.tensor([9, -1])},
+    ),
+    "items": (
+        DeepSeekForRecommendation,
+        {},
+        lambda ids: {"labels": torch.full_like(ids, -100), "num_items_in_batch": 0},
+    ),
+    "candidates": (
+        DeepSeekForRecommendation,
+        {},
+        lambda ids: {"labels": torch.full((2,), -100), "candidates": ids[:, :3]},
+    ),
+    "passages": (
+        DeepSeekForEmbedding,
+        {},
+        lambda ids: {"passage_input_ids": ids, "labels": torch.full((2,), -100)},
+    ),
+}
+
+
+@pytest.mark.parametrize("what", UNKNOWN)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_batch_without_targets_adds_nothing(what, training):
+    head, fields, targets = UNKNOWN[what]
+    model, ids = tiny("tiny_v3", head, **fields).train(training), token_ids(2, 7)
+    loss = model(ids, **targets(ids)).loss
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+def test_rows_without_targets_leave_the_mean_of_the_others():
+    ids, rows = token_ids(3, 7), torch.tensor([0, 2])
+    for head in (DeepSeekForSequenceClassification, DeepSeekForTokenClassification):
+        model = tiny("tiny_llm", head)
+        targets = labels_for(model, ids)["labels"]
+        known = targets.clone()
+        known[1] = -100
+        assert_close(model(ids, labels=known).loss, model(ids[rows], labels=targets[rows]).loss)
+    model = tiny("tiny_llm", DeepSeekForQuestionAnswering)
+    starts, ends = torch.tensor([1, 2, 3]), torch.tensor([2, -100, 6])
+    found = model(ids, start_positions=starts, end_positions=ends)
+    expected = (F.cross_entropy(found.start_logits, starts) + F.cross_entropy(found.end_logits[rows], ends[rows])) / 2
+    assert_close(found.loss, expected)
