@@ -8,7 +8,9 @@ import sys
 import pytest
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-from tokenization_deepseek import CHAT_TEMPLATES, DeepSeekTokenizer
+from configuration_deepseek import preset
+from modeling_deepseek import DeepSeekModel
+from tokenization_deepseek import CHAT_TEMPLATES, DeepSeekTokenizer, train_tokenizer
 from tokenization_deepseek.tokenization_deepseek import BOS
 
 TEXTS = ["hi", "深度求索 12345 é ", "<｜User｜>Straße<｜Assistant｜>\n", " a , b ."]
@@ -117,3 +119,19 @@ def test_auto_tokenizer_gives_our_class_once_registered(trained, tmp_path):
     assert type(tokenizer) is DeepSeekTokenizer
     assert tokenizer(BOS + "hi").input_ids == trained("hi").input_ids
     assert AutoTokenizer.from_pretrained(tmp_path, add_bos_token=False)("").input_ids == []
+
+
+@pytest.mark.parametrize("template", sorted(CHAT_TEMPLATES))
+def test_sentence_transformers_own_module_reads_our_templates(template, tmp_path):
+    """It takes a template that names a part's type for one that wants contents as lists of parts."""
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    from sentence_transformers.models import Pooling, Transformer
+
+    tokenizer = train_tokenizer(["one two birds three", "red green blue"] * 3, 300)
+    tokenizer.chat_template = CHAT_TEMPLATES[template]
+    tokenizer.save_pretrained(tmp_path)
+    fields = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    DeepSeekModel(preset("tiny_v3", **fields)).save_pretrained(tmp_path)
+    model = sentence_transformers.SentenceTransformer(modules=[Transformer(str(tmp_path)), Pooling(32)])
+    assert model.encode(["one two", "three"]).shape == (2, 32)
+    assert model.encode([[{"role": "user", "content": "one two"}]]).shape == (1, 32)
