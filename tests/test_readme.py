@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -133,15 +134,39 @@ def test_translation_commands_run(tmp_path):
     assert (tmp_path / "german.txt").read_text(encoding="utf-8").count("\n") == 3
 
 
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory):
+    """The quickstart's folder."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    command = [sys.executable, "-m", "finetune_deepseek", "translation", "--output_dir", str(folder)]
+    run(command, folder, PYTHONPATH=str(ROOT))
+    return folder
+
+
 @pytest.mark.slow
-def test_quickstart_reaches_what_it_promises(tmp_path):
-    run(
-        [sys.executable, "-m", "finetune_deepseek", "translation", "--output_dir", str(tmp_path)],
-        tmp_path,
-        PYTHONPATH=str(ROOT),
-    )
-    results = json.loads((tmp_path / "all_results.json").read_text())
+def test_quickstart_reaches_what_it_promises(quickstart):
+    results = json.loads((quickstart / "all_results.json").read_text())
     assert results["test_exact_match"] >= 0.75
     assert results["test_exact_match"] > results["baseline_exact_match"]
     assert results["adapter_exact_match"] > results["adapter_baseline_exact_match"]
     assert results["adapter_parameters_trainable_share"] <= 0.1
+
+
+@pytest.mark.slow
+def test_the_wheel_alone_translates_as_the_tested_versions_do(quickstart, tmp_path):
+    """Installed without constraints.txt, so with the newest of everything."""
+    unwanted = shutil.ignore_patterns(".*", "__pycache__", "runs", "build", "dist", "*.egg-info")
+    shutil.copytree(ROOT, tmp_path / "project", ignore=unwanted)  # else an old build folder is packed too
+    run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", ".", "./project"], tmp_path)
+    run([sys.executable, "-m", "venv", "bare"], tmp_path)
+    bin_folder = tmp_path / "bare" / "bin"
+    install = [str(bin_folder / "python"), "-m", "pip", "install", "-q", str(next(tmp_path.glob("*.whl")))]
+    run(install, tmp_path, PYTHONPATH="")
+    predictions = (quickstart / "generated_predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    sources = [json.loads(line)["source"] for line in predictions[:200]]
+    (tmp_path / "sources.txt").write_text("\n".join(sources) + "\n", encoding="utf-8")
+    arguments = ["translate", str(quickstart), "--input", "sources.txt", "--output"]
+    run([sys.executable, "-m", "finetune_deepseek", *arguments, "tested.txt"], tmp_path, PYTHONPATH=str(ROOT))
+    run([str(bin_folder / "deepseek-hf"), *arguments, "newest.txt"], tmp_path, PYTHONPATH="")
+    tested, newest = ((tmp_path / name).read_text(encoding="utf-8") for name in ("tested.txt", "newest.txt"))
+    assert tested.count("\n") == 200 and newest == tested
