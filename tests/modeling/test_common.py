@@ -219,7 +219,8 @@ def test_bfloat16_is_close_and_keeps_float32_where_it_must(model):
     assert torch.equal(half.base_model.rotary_emb.inv_freq, model.base_model.rotary_emb.inv_freq)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     got, expected = outputs(half, ids), outputs(model, ids)
-    assert got.dtype == torch.bfloat16
+    # A recommender's scores are float32 in any type: rounded ones would tie.
+    assert got.dtype == (torch.float32 if isinstance(half, DeepSeekForRecommendation) else torch.bfloat16)
     # Rounded activations may change a token's experts, so only the bulk is compared.
     assert (got.float() - expected).abs().median() < 0.05 * expected.abs().max()
 

@@ -95,7 +95,7 @@ def test_training_ends_with_the_time(finetune, data, tmp_path, monkeypatch):
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     rates = [entry["learning_rate"] for entry in history if "learning_rate" in entry]
     assert 10 <= len(rates) <= 31  # of 3 seconds; a step looks once, saving and the like too
-    assert max(rates) == pytest.approx(0.01, rel=0.2) and rates[-1] < 0.15 * max(rates)
+    assert max(rates) == pytest.approx(0.01, rel=0.2) and rates[-1] < 0.2 * max(rates)
 
 
 def test_two_processes_end_with_the_first_ones_time(data, tmp_path):

@@ -89,8 +89,8 @@ def test_an_interrupted_generation_leaves_nothing(settings, tmp_path, monkeypatc
         ({"back_translation_model": None}, "--back_translation_file and --back_translation_model need each other"),
         ({"back_translation_file": "missing"}, "--back_translation_file missing: no such file"),
         ({"back_translation_model": "missing"}, "--back_translation_model missing: no such folder"),
-        ({"target_lang": "zh"}, "--source_lang zh --target_lang en: by its card, .* is for de to en; name another"),
-        ({"source_lang": "de", "target_lang": "en"}, "--source_lang en --target_lang de: by its card"),
+        ({"target_lang": "zh"}, "--source_lang zh --target_lang en: .* is for de to en; name another"),
+        ({"source_lang": "de", "target_lang": "en"}, "--source_lang en --target_lang de: .* is for de to en"),
         ({"preprocess": "moses_lower"}, "was trained with --preprocess none, this run has moses_lower"),
     ],
 )
@@ -114,7 +114,7 @@ def test_a_broken_file_of_pairs_is_not_used(settings, tmp_path):
 
 
 def test_another_base_of_the_adapter_is_another_model(settings, reverse, finetune, tmp_path):
-    """The same adapter and text: what is kept is that of the base too."""
+    """Nothing is translated, or taken from what is kept, by an adapter on other weights than its training's."""
     import shutil
 
     import torch
@@ -131,5 +131,5 @@ def test_another_base_of_the_adapter_is_another_model(settings, reverse, finetun
     assert len(list(tmp_path.glob("mono.de.adapter-*.jsonl"))) == 1
     weights = load_file(base / "model.safetensors")
     save_file({name: torch.zeros_like(w) for name, w in weights.items()}, base / "model.safetensors", {"format": "pt"})
-    load(**settings)
-    assert len(list(tmp_path.glob("mono.de.adapter-*.jsonl"))) == 2
+    with pytest.raises(ValueError, match="its base model"):  # the adapter was trained on other weights
+        load(**settings)

@@ -7,7 +7,6 @@ import os
 import datasets
 import pytest
 from datasets import Dataset
-from huggingface_hub import ModelCard
 
 from finetune_deepseek.__main__ import guarded
 from finetune_deepseek.commands.translate import translate
@@ -214,7 +213,7 @@ def test_a_run_with_default_lengths_can_be_asked(finetune, data, tmp_path):
     """128 and 128 tokens on 128 positions: what is saved fits, and a longer line is translated to the model's end."""
     folder = str(tmp_path / "out")
     finetune(**data, output_dir=folder, do_train=True, max_steps=1, max_target_length=None)
-    settings = ModelCard.load(tmp_path / "out" / "README.md").data.deepseek_hf
+    settings = json.loads((tmp_path / "out" / "deepseek_hf.json").read_text())["settings"]
     assert settings["max_source_length"] + settings["max_target_length"] <= 128
     prompts, how = prompts_of(folder, TranslateArguments()), TranslateArguments()
     model, tokenizer = open_translator(folder, how, "cpu")
@@ -288,7 +287,9 @@ def test_moses_text_in_and_out(finetune, tmp_path):
     assert results["test_exact_match"] == 1.0
     assert "test_bleu" not in results and results["test_bleu_tokenized"] == results["baseline_bleu_tokenized"]
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    assert "preprocess: moses_lower" in card and "tokenised BLEU" in card and "tokenizer -l de by sacremoses" in card
+    settings = json.loads((tmp_path / "out" / "deepseek_hf.json").read_text())["settings"]
+    assert settings["preprocess"] == "moses_lower"
+    assert "tokenised BLEU" in card and "tokenizer -l de by sacremoses" in card
     lines, output = tmp_path / "in.txt", tmp_path / "out.txt"
     lines.write_text("One, two.\n")
     translate([str(tmp_path / "out"), f"--input={lines}", f"--output={output}"])

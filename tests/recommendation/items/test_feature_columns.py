@@ -32,7 +32,7 @@ from tests.small_runs import flags
 from ..test_recommendation import SMALL
 
 USERS, LENGTH = 60, 8  # as many pairs as steps, so that no item comes again
-SHORT = {"max_steps": 60, "max_length": 3}
+SHORT = {"max_steps": 90, "max_length": 3}
 
 
 def write(folder):

@@ -153,10 +153,8 @@ def test_pefts_own_targets_for_a_native_model():
     model = apply_lora(LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes)), lora(lora_target=["peft"]))
     targets = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     assert targets == {"q_proj", "v_proj"}
-    with pytest.raises(
-        ValueError, match="--lora_target peft: PEFT has no targets for model_type 'deepseek'; name gro"
-    ):
-        apply_lora(make_model(), lora(lora_target=["peft"]))
+    ours = apply_lora(make_model(), lora(lora_target=["peft"]))  # by the targets that importing us enters
+    assert any(isinstance(module, LoraLayer) for module in ours.modules())
     with pytest.raises(ValueError, match="peft leaves the choice to PEFT; use it alone"):
         apply_lora(make_model(), lora(lora_target=["peft", "dense"]))
 
