@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 import transformers
-from transformers import DynamicCache, GenerationMixin, LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import DynamicCache, GenerationMixin, StaticCache
 
 import modeling_deepseek
 from modeling_deepseek.language_heads import tells_prompt
@@ -104,19 +104,6 @@ def test_generate_takes_a_cache_under_both_words(word):
     cache = DynamicCache(config=model.config)
     assert torch.equal(model.generate(ids, **{word: cache}, **arguments), model.generate(ids, **arguments))
     assert cache.get_seq_length() == 11
-
-
-@pytest.fixture(scope="module")
-def native_compiles():
-    """Skips where a model of transformers breaks the graph by itself, as on torch 2.6."""
-    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
-    native = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=1))
-    try:
-        torch.compile(native, backend="eager", fullgraph=True)(token_ids(1, 4) % 8, use_cache=False)
-    except torch._dynamo.exc.Unsupported as error:
-        pytest.skip(f"torch {torch.__version__} finds no whole graph in transformers' own Llama: {str(error)[:80]}")
-    finally:
-        torch._dynamo.reset()
 
 
 @pytest.mark.usefixtures("native_compiles")

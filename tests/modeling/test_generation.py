@@ -265,6 +265,7 @@ def test_speculation_on_a_static_cache_compiles_its_steps(compiled):
 
 
 # Rows of a static cache: fewer than the latent is wide (32) are expanded.
+@pytest.mark.usefixtures("native_compiles")
 @pytest.mark.parametrize(("compiled", "length"), [("tiny_v2_lite", 16), ("tiny_v3", 48), ("tiny_v32", 48)])
 def test_decoding_with_an_adapter_compiles_whole_and_once(compiled, length):
     """Also when another adapter is written into the first one's memory, as servers swap them."""

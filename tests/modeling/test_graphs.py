@@ -29,7 +29,9 @@ def batch(rows, length, seed=0):
 
 @pytest.mark.parametrize(("name", "strict"), [*((name, False) for name in TINY), ("tiny_v32", True)])
 @torch.no_grad()
-def test_torch_export(name, strict):
+def test_torch_export(name, strict, request):
+    if strict:  # by the same tracer as torch.compile
+        request.getfixturevalue("native_compiles")
     model, free = Logits(tiny(name)), {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
     exported = torch.export.export(model, batch(2, 9), dynamic_shapes=(free, free), strict=strict).module()
     other = batch(3, 12, seed=1)

@@ -84,6 +84,7 @@ class WithPositions(Logits):
         return self.model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
 
 
+@pytest.mark.usefixtures("native_compiles")
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @torch.no_grad()
 def test_a_graph_tells_documents_apart(implementation):
