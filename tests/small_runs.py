@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from finetune_deepseek.commands.parsing import parse_command
+from finetune_deepseek.commands.parsing.runs import parse_command
 from finetune_deepseek.training.run import run_stages
 from finetune_deepseek.translation.task import Translation
 

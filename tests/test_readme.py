@@ -14,7 +14,7 @@ import pytest
 from finetune_deepseek import TASKS
 from finetune_deepseek.commands.finetune import task_flags
 from finetune_deepseek.commands.help import VERBS as ALL_VERBS
-from finetune_deepseek.commands.parsing import draft_command
+from finetune_deepseek.commands.parsing.runs import draft_command
 
 ROOT = Path(__file__).parent.parent
 READMES = ("README.md", "README.zh-CN.md")

@@ -60,13 +60,7 @@ def test_the_module_that_sentence_transformers_folders_name_is_that_of_the_room(
 
 def test_every_task_and_verb_has_its_file():
     assert {task_class(name).name for name in TASKS} == set(TASKS)
-    assert {path.stem for path in (PACKAGE / "commands").glob("*.py")} == {
-        *VERBS,
-        "__init__",
-        "flags",
-        "parsing",
-        "transformers_flags",
-    }
+    assert {path.stem for path in (PACKAGE / "commands").glob("*.py")} == {*VERBS, "__init__"}
     assert all(find_spec(f"finetune_deepseek.{room}.task") for room in (*APPLICATIONS, "retrieval"))
 
 

@@ -10,7 +10,7 @@ from ..data.arguments import check_path
 from ..data.files import json_line, read_lines, write_text
 from ..data.hub import check_named, check_source
 from ..question_answering.arguments import AnswerArguments
-from .flags import parse_verb
+from .parsing.verbs import parse_verb
 
 if TYPE_CHECKING:
     from ..question_answering.answering import Answer

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from ..data.hub import check_named, check_source
-from .flags import Parser
+from .parsing.verbs import Parser
 
 FORMS, DTYPES = ("native", "bundle", "gguf"), ("bf16", "fp32", "fp8")  # those of checkpoints/, which imports torch
 

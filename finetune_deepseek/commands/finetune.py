@@ -60,7 +60,7 @@ def finetune(argv: Sequence[str]) -> None:
         ValueError: with one line, for bad input.
     """
     name, flags = argv[0], task_flags(argv[0])
-    from .parsing import draft_command
+    from .parsing.runs import draft_command
 
     run(name, draft_command(name, flags, argv[1:], flags.RECIPE))
 
@@ -78,7 +78,7 @@ def score(verb: str, flag: str, argv: Sequence[str]) -> None:
     if set(argv) & {"-h", "--help", "--help_all"}:
         return finetune(argv)
     name, flags = argv[0], task_flags(argv[0])
-    from .parsing import ArgumentParser, draft_command
+    from .parsing.runs import ArgumentParser, draft_command
 
     if len(argv) < 2 or argv[1].startswith("-"):
         raise ValueError(f"{verb} {name}: name the model next: a folder or a Hub id.")

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from ..data.hub import check_source
-from .flags import Parser
+from .parsing.verbs import Parser
 
 if TYPE_CHECKING:
     from ..checkpoints.inspection import Inspection

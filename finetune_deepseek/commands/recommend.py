@@ -12,7 +12,7 @@ from ..data.arguments import check_path
 from ..data.files import json_line
 from ..data.hub import check_source
 from ..recommendation.arguments import RecommendArguments
-from .flags import parse_verb
+from .parsing.verbs import parse_verb
 
 EXAMPLES = """examples:
   deepseek-hf recommend runs/movies --history items.json --k 10

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..data.files import read_lines, write_text
 from ..data.hub import check_source
 from ..translation.arguments import TranslateArguments
-from .flags import parse_verb
+from .parsing.verbs import parse_verb
 
 EXAMPLES = """examples:
   deepseek-hf translate runs/en-de --input english.txt --output german.txt

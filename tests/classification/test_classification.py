@@ -21,7 +21,7 @@ from finetune_deepseek.classification.arguments import ClassificationArguments
 from finetune_deepseek.classification.metrics import LabelSetF1, RegressionErrors
 from finetune_deepseek.classification.problems import PROBLEMS, MultiLabel, Regression, SingleLabel
 from finetune_deepseek.classification.task import Classification, ClassificationCollator
-from finetune_deepseek.commands.parsing import parse_command
+from finetune_deepseek.commands.parsing.runs import parse_command
 from finetune_deepseek.data.sources import DatasetColumns
 from finetune_deepseek.data.words import pair_text
 from finetune_deepseek.training.arguments import ModelArguments

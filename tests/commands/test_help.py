@@ -17,8 +17,8 @@ from finetune_deepseek.checkpoints import export as checkpoint_export
 from finetune_deepseek.commands import export
 from finetune_deepseek.commands.finetune import task_class, task_flags
 from finetune_deepseek.commands.help import OWN_HELP, VERBS
-from finetune_deepseek.commands.parsing import FIRST, ArgumentParser, draft_command, examples, parse_command
-from finetune_deepseek.commands.transformers_flags import training_flags
+from finetune_deepseek.commands.parsing.runs import FIRST, ArgumentParser, draft_command, examples, parse_command
+from finetune_deepseek.commands.parsing.transformers_flags import training_flags
 from finetune_deepseek.training.trainer_arguments import TrainingArguments
 
 HEAVY = ("torch", "datasets", "peft", "pandas", "scipy", "sklearn", "accelerate", "pyarrow", "transformers.trainer")

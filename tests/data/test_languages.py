@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 from huggingface_hub import ModelCard
 
-from finetune_deepseek.commands.parsing import parse_command
+from finetune_deepseek.commands.parsing.runs import parse_command
 from finetune_deepseek.data.languages import (
     LETTERS,
     bleu_tokenizer,

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForQuestionAnswering, AutoTokenizer
 
 from finetune_deepseek import __main__ as command
-from finetune_deepseek.commands.parsing import parse_command
+from finetune_deepseek.commands.parsing.runs import parse_command
 from finetune_deepseek.question_answering.answering import Reader
 from finetune_deepseek.question_answering.arguments import QuestionAnsweringArguments
 from finetune_deepseek.question_answering.extractive import NOWHERE, best_spans

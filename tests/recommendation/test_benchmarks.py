@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from finetune_deepseek.commands.parsing import parse_command
+from finetune_deepseek.commands.parsing.runs import parse_command
 from finetune_deepseek.recommendation.arguments import RecommendationArguments
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

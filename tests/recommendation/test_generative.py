@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import finetune_deepseek
 from configuration_deepseek import preset
 from finetune_deepseek.__main__ import guarded
-from finetune_deepseek.commands.parsing import parse_command
+from finetune_deepseek.commands.parsing.runs import parse_command
 from finetune_deepseek.recommendation.arguments import GenerativeRecommendationArguments, RecommendationArguments
 from finetune_deepseek.recommendation.generative import GenerativeRecommendation
 from finetune_deepseek.recommendation.item_vectors import neighbour_vectors, read_item_vectors

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from finetune_deepseek.__main__ import guarded
 from finetune_deepseek.checkpoints.export import export_bundle
-from finetune_deepseek.commands.parsing import parse_command
+from finetune_deepseek.commands.parsing.runs import parse_command
 from finetune_deepseek.recommendation.arguments import NewsArguments
 from finetune_deepseek.recommendation.items.mind import prediction_text, read_behaviors, read_news
 from finetune_deepseek.recommendation.news import NewsCollator, NewsRecommendation

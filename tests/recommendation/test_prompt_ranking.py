@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import finetune_deepseek
 from configuration_deepseek import preset
-from finetune_deepseek.commands.parsing import parse_command
+from finetune_deepseek.commands.parsing.runs import parse_command
 from finetune_deepseek.recommendation import prompt_ranking
 from finetune_deepseek.recommendation.items.titles import read_titles, with_titles
 from finetune_deepseek.recommendation.prompt_ranking import (

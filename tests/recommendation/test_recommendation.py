@@ -12,7 +12,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
 
 import finetune_deepseek
 from finetune_deepseek.__main__ import guarded
-from finetune_deepseek.commands.parsing import parse_command
+from finetune_deepseek.commands.parsing.runs import parse_command
 from finetune_deepseek.recommendation.arguments import RecommendationArguments
 from finetune_deepseek.recommendation.baselines import baseline_ranks
 from finetune_deepseek.recommendation.items.catalogue import item_tokenizer

@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from configuration_deepseek import preset
 from finetune_deepseek.checkpoints.export import export_bundle
-from finetune_deepseek.commands.parsing import parse_command
+from finetune_deepseek.commands.parsing.runs import parse_command
 from finetune_deepseek.retrieval.arguments import FUSED, EmbeddingArguments
 from finetune_deepseek.retrieval.encoding import encode, token_ids
 from finetune_deepseek.retrieval.passage_index import Retriever

@@ -4,7 +4,7 @@ import pytest
 
 from finetune_deepseek import TASKS
 from finetune_deepseek.__main__ import guarded
-from finetune_deepseek.commands.parsing import parse_command
+from finetune_deepseek.commands.parsing.runs import parse_command
 from finetune_deepseek.training.loading import parse_overrides
 from finetune_deepseek.training.stages.folders import check_output_dir
 from finetune_deepseek.translation.task import Translation

@@ -9,7 +9,7 @@ import torch
 
 from finetune_deepseek.__main__ import guarded
 from finetune_deepseek.classification.task import Classification
-from finetune_deepseek.commands.parsing import parse_command
+from finetune_deepseek.commands.parsing.runs import parse_command
 from finetune_deepseek.data.files import json_line, write_json
 from finetune_deepseek.training.run import run_stages
 from finetune_deepseek.training.trainer_arguments import TrainingArguments

@@ -13,7 +13,7 @@ import torch
 from sklearn.metrics import log_loss
 
 from finetune_deepseek.classification.task import Classification
-from finetune_deepseek.commands.parsing import parse_command
+from finetune_deepseek.commands.parsing.runs import parse_command
 from finetune_deepseek.question_answering.task import QuestionAnswering
 from finetune_deepseek.recommendation.task import Recommendation
 from finetune_deepseek.retrieval.task import Embedding

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from finetune_deepseek.classification.task import Classification
-from finetune_deepseek.commands.parsing import parse_command
+from finetune_deepseek.commands.parsing.runs import parse_command
 from finetune_deepseek.question_answering.task import QuestionAnswering
 from finetune_deepseek.recommendation.news import NewsRecommendation
 from finetune_deepseek.recommendation.task import Recommendation

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 import finetune_deepseek
 from finetune_deepseek import Entry
 from finetune_deepseek.commands.finetune import finetune
-from finetune_deepseek.commands.parsing import parse_command
+from finetune_deepseek.commands.parsing.runs import parse_command
 from finetune_deepseek.data.arguments import TaskFlags
 from finetune_deepseek.training.optimization import IGNORED_LABEL
 from finetune_deepseek.training.run import run_stages

@@ -7,7 +7,7 @@ from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from torch.utils.data import DataLoader
 
 from finetune_deepseek.classification.task import Classification
-from finetune_deepseek.commands.parsing import parse_command
+from finetune_deepseek.commands.parsing.runs import parse_command
 from finetune_deepseek.recommendation.task import Recommendation
 from finetune_deepseek.training import trainer as trainer_module
 from finetune_deepseek.training.batches import RowSampler, TokenBatchSampler

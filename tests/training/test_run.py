@@ -41,7 +41,7 @@ def continue_prompt(model, tokenizer, prompt):
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory):
     """One run that learned the three rows, shared by the tests that look at its folder."""
-    from finetune_deepseek.commands.parsing import parse_command
+    from finetune_deepseek.commands.parsing.runs import parse_command
     from finetune_deepseek.translation.task import Translation
     from tests.small_runs import TINY, flags
 
@@ -305,7 +305,7 @@ def test_streaming_equals_reading_whole_in_its_first_step(finetune, data, tmp_pa
 
 
 def test_stages_run_in_order_and_report_together(data, tmp_path):
-    from finetune_deepseek.commands.parsing import parse_command
+    from finetune_deepseek.commands.parsing.runs import parse_command
     from finetune_deepseek.translation.task import Translation
     from tests.small_runs import TINY, flags
 

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from configuration_deepseek import preset
 from finetune_deepseek.__main__ import guarded
 from finetune_deepseek.classification.arguments import ClassificationArguments
-from finetune_deepseek.commands.parsing import parse_command
+from finetune_deepseek.commands.parsing.runs import parse_command
 from finetune_deepseek.question_answering.answering import Reader
 from finetune_deepseek.question_answering.arguments import QuestionAnsweringArguments
 from finetune_deepseek.recommendation.arguments import RecommendArguments, RecommendationArguments

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from finetune_deepseek.__main__ import guarded
-from finetune_deepseek.commands.parsing import parse_command
+from finetune_deepseek.commands.parsing.runs import parse_command
 from finetune_deepseek.training import run as run_module
 from finetune_deepseek.training.run import run_stages
 from finetune_deepseek.training.task import Scores

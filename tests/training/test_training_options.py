@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from configuration_deepseek import preset
 from finetune_deepseek.__main__ import guarded
-from finetune_deepseek.commands.parsing import parse_command
+from finetune_deepseek.commands.parsing.runs import parse_command
 from finetune_deepseek.training import run as run_module
 from finetune_deepseek.training import trainer_arguments
 from finetune_deepseek.training.arguments import ModelArguments

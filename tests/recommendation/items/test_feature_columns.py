@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from finetune_deepseek.__main__ import guarded
-from finetune_deepseek.commands.parsing import parse_command
+from finetune_deepseek.commands.parsing.runs import parse_command
 from finetune_deepseek.recommendation.arguments import GenerativeRecommendationArguments, RecommendationArguments
 from finetune_deepseek.recommendation.items.catalogue import item_tokenizer
 from finetune_deepseek.recommendation.items.feature_columns import known_values, number_values, read_users

@@ -57,7 +57,7 @@ def test_the_census_says_so(finetune, data, tmp_path, capsys):
 
 RUNS = """
 import json, sys
-from finetune_deepseek.commands.parsing import parse_command
+from finetune_deepseek.commands.parsing.runs import parse_command
 from finetune_deepseek.training.run import run_stages
 from finetune_deepseek.translation.task import Translation
 for argv in json.loads(sys.argv[1]):

@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from ..training.arguments import TrainingFlags
+from ...training.arguments import TrainingFlags
 
 CLASSES = (("training_args.py", "TrainingArguments"), ("training_args_seq2seq.py", "Seq2SeqTrainingArguments"))
 FACTORIES: dict[str, Any] = {"list": list, "dict": dict}

@@ -6,8 +6,8 @@ from typing import NoReturn, TypeVar
 
 from transformers import HfArgumentParser
 
-from ..data.words import nearest_match
-from .parsing import HelpFormatter
+from ...data.words import nearest_match
+from .runs import HelpFormatter
 
 Arguments = TypeVar("Arguments")
 

@@ -25,13 +25,13 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from transformers import HfArgumentParser
 
-from ..data.arguments import TaskFlags
-from ..data.words import nearest_match
-from ..training.arguments import MULTI_STEP, LoraArguments, ModelArguments
+from ...data.arguments import TaskFlags
+from ...data.words import nearest_match
+from ...training.arguments import MULTI_STEP, LoraArguments, ModelArguments
 from .transformers_flags import training_flags
 
 if TYPE_CHECKING:
-    from ..training.trainer_arguments import Stage
+    from ...training.trainer_arguments import Stage
 
 # What --help shows beside the task's own first flags; --help_all shows every one.
 FIRST = (
@@ -149,7 +149,7 @@ class Draft:
         Raises:
             ValueError: with one line, for what doesn't fit.
         """
-        from ..training.trainer_arguments import Stage, TrainingArguments
+        from ...training.trainer_arguments import Stage, TrainingArguments
 
         return Stage(self.name, self.model, self.lora, self.data, TrainingArguments(**self.training), self.given)
 
