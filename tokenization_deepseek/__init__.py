@@ -1,15 +1,18 @@
 """Text to ids and back: the tokenizer, its training, chat formats, and control tokens kept out of users' text."""
 
 from .chat import CHAT_TEMPLATES
-from .control_tokens import Control, control_tokens, encode_chat, encode_parts, encode_text
+from .chat_encoding import AnsweredChat, encode_answers, encode_chat
+from .control_tokens import Control, control_tokens, encode_parts, encode_text
 from .tokenization_deepseek import DeepSeekTokenizer
 from .training import train_tokenizer
 
 __all__ = [
     "CHAT_TEMPLATES",
+    "AnsweredChat",
     "Control",
     "DeepSeekTokenizer",
     "control_tokens",
+    "encode_answers",
     "encode_chat",
     "encode_parts",
     "encode_text",

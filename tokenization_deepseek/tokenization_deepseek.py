@@ -23,7 +23,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 
-from .control_tokens import encode_chat, holds_control, strings, twin_of
+from .chat_encoding import encode_chat
+from .control_tokens import holds_control, strings, twin_of
 from .encoding_call import Call, view
 from .whole_folders import current, writing_beside
 
