@@ -53,7 +53,7 @@ class DeepSeekSparseAttention(DeepSeekMultiHeadLatentAttention):
             index_keys = self.indexer.keys(hidden_states, position_embeddings).to(rows.dtype)  # [B, 1, S, W]
         seen: int | torch.Tensor = 0
         if cache is not None:
-            seen = cache.get_seq_length(self.layer_idx)
+            seen = self.check_cached(rows, cache)
             seen = seen if isinstance(seen, int) else seen.clone()  # the update counts on in place
             rows, index_keys = cache.update(rows, index_keys, self.layer_idx)
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 from .attention_core import attend
-from .cache import takes_cache
+from .cache import refuse_foreign_rows, takes_cache
 from .layers import DeepSeekRMSNorm
 from .rope import apply_rotary, yarn_softmax_factor
 from .weight_state import state_of
@@ -84,10 +84,26 @@ class DeepSeekMultiHeadLatentAttention(nn.Module):
         rows = self.latent_rows(hidden_states, position_embeddings)  # [B, 1, S, R + r]
         seen: int | torch.Tensor = 0
         if cache is not None:
-            seen = cache.get_seq_length(self.layer_idx)
+            seen = self.check_cached(rows, cache)
             rows, _ = cache.update(rows, rows[..., :0], self.layer_idx)
         output, weights = self.attend_all(query, rows, seen, attention_mask, cache, **kwargs)
         return self.o_proj(output.flatten(2)), weights
+
+    def check_cached(self, rows: torch.Tensor, cache: Cache) -> int | torch.Tensor:
+        """How many rows are cached before those of this call.
+
+        Raises:
+            ValueError: if they are of another kind, or an activated LoRA would be put on the wrong ones of them.
+        """
+        refuse_foreign_rows(cache, self.layer_idx, rows)
+        seen = cache.get_seq_length(self.layer_idx)
+        follows = seen > 0 if isinstance(seen, int) else rows.shape[2] == 1
+        if follows and is_activated_lora(self.kv_b_proj):
+            raise ValueError(
+                "an activated LoRA (alora_invocation_tokens) on kv_b_proj would change tokens before its invocation "
+                "too, for latents are projected anew at each step; leave kv_b_proj out of target_modules"
+            )
+        return seen
 
     def attend_all(
         self,
@@ -218,6 +234,12 @@ def is_plain_linear(module: nn.Module) -> bool:
         and module.bias is None
         and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
     )
+
+
+def is_activated_lora(projection: nn.Module) -> bool:
+    """Whether PEFT has just told the module from which token on its adapter holds."""
+    hooks = projection._forward_pre_hooks.values()
+    return any("alora_offsets" in getattr(hook, "keywords", ()) for hook in hooks)
 
 
 def bias_is_possible(module: nn.Module) -> bool | None:

@@ -66,6 +66,18 @@ def takes_cache(forward: Callable) -> Callable:
     return with_cache
 
 
+def refuse_foreign_rows(cache: Cache, layer_idx: int, rows: torch.Tensor) -> None:
+    """Raise ValueError for a latent cache that others have put keys and values of heads into."""
+    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    keys = getattr(layer, "keys", None)
+    if keys is not None and keys.ndim == 4 and keys.shape[1::2] != rows.shape[1::2]:
+        raise ValueError(
+            f"the cache holds keys of {keys.shape[1]} heads with {keys.shape[3]} numbers where multi-head latent "
+            f"attention keeps one row of {rows.shape[3]}; it was made for another model, or by PEFT's prefix tuning, "
+            "which has no form for latents: take PromptTuningConfig, or LoRA"
+        )
+
+
 class _Buffer:
     """[B, H, capacity, W] of which the first `length` rows count; doubles when full, so that a step costs O(1)."""
 
