@@ -77,6 +77,8 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
     }
 
     def __init__(self, config: DeepSeekConfig):
+        if config.attention_direction == "bidirectional":
+            config.use_cache = False  # a config that was made otherwise and set to this has it still
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(DeepSeekDecoderLayer(config, i) for i in range(config.num_hidden_layers))

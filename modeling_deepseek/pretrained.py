@@ -10,6 +10,7 @@ from transformers import initialization as init
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import PreTrainedModel
 
+from .adapters import PLACE, tell_what_differs, with_changes
 from .checkpoint_files import CheckpointError, in_turn, naming_the_broken_file, open_slices, unlisted
 from .checkpoint_keys import LAYER, register_conversions, take_mtp_keys
 from .configuration_deepseek import DeepSeekConfig
@@ -70,11 +71,20 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As transformers', but a damaged file is named, and a killed save is seen as done or not begun."""
+        """As transformers', but a damaged file is named, a killed save is seen as done or not begun, and an adapter's
+        base is as the adapter's training left it."""
         tell_if_untested()
         source = pretrained_model_name_or_path and current(pretrained_model_name_or_path, "config.json")
         with naming_the_broken_file(source):
+            source, kwargs = with_changes(cls, source, kwargs)
             return super().from_pretrained(source, *args, **kwargs)
+
+    def load_adapter(self, peft_model_id=None, *args, **kwargs):
+        """As transformers', but says so where the adapter was trained on another config of this model."""
+        if peft_model_id is not None:
+            place = kwargs.get("adapter_kwargs") or {}
+            tell_what_differs(self.config, peft_model_id, **{name: place[name] for name in PLACE if name in place})
+        return super().load_adapter(peft_model_id, *args, **kwargs)
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):

@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel
 
 from .optimization import recipe
-from .saved import Saved, differences
+from .saved import Saved, differences, numbered
 from .trainer_arguments import Stage
 from .weights.freezing import trained_weights
 
@@ -101,10 +101,8 @@ def opening(model: Any, name: str, head: str, base: Saved | None) -> dict[str, s
     model_class = type(model.get_base_model())
     is_ours = model_class.__module__.startswith("modeling_deepseek")
     opener = model_class.__name__ if is_ours else f"AutoModelFor{head}"
-    changes = differences(base.config, model.config.to_dict())
+    changes = numbered(differences(base.config, model.config.to_dict()))
     changes.pop("label2id", None)  # follows from id2label
-    if "id2label" in changes:
-        changes["id2label"] = {int(number): label for number, label in changes["id2label"].items()}
     options = "".join(f", {field}={value!r}" for field, value in changes.items())
     return {
         # Not AutoPeftModel: it knows nothing of the changes, and may take another class than training did.

@@ -375,8 +375,8 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]
 
 
 def known_fields(changes: dict[str, Any], fields: Iterable[str]) -> dict[str, Any]:
-    """The changes, if all of them are fields of the config. Others would be arguments of `from_pretrained`, which no
-    file may give.
+    """The changes, labels by numbers, if all of them are fields of the config. Others would be arguments of
+    `from_pretrained`, which no file may give.
 
     Raises:
         ValueError: for any other.
@@ -384,7 +384,13 @@ def known_fields(changes: dict[str, Any], fields: Iterable[str]) -> dict[str, An
     foreign = sorted(changes.keys() - set(fields) - LABEL_FIELDS)
     if foreign:
         raise ValueError(f"{foreign[0]} is no field of the config, so nothing that training can have changed.")
-    return changes
+    return numbered(changes)
+
+
+def numbered(changes: dict[str, Any]) -> dict[str, Any]:
+    """The changes with numbers for the keys of `id2label`, which are text in JSON."""
+    labels = changes.get("id2label")
+    return changes if labels is None else changes | {"id2label": {int(n): label for n, label in labels.items()}}
 
 
 # Writing -------------------------------------------------------------------------------------------------------------

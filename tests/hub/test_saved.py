@@ -57,6 +57,7 @@ def use(folder):
     from finetune_deepseek.commands.inspect import inspect
     from finetune_deepseek.retrieval.passage_index import Retriever
     from finetune_deepseek.training.saved import Saved
+    from modeling_deepseek import AutoModelForEmbedding, DeepSeekForEmbedding
 
     facts = {}
     rows = f"{folder}/rows.jsonl"
@@ -66,6 +67,11 @@ def use(folder):
     saved = Saved.open(None, "alice/adapter")
     facts["base"] = [saved.base.name, saved.base.commit, saved.adapter["revision"]]
     local = Retriever.load(f"{folder}/adapter").encode(["what is red"], is_query=True)
+    for name, opener in {"class": DeepSeekForEmbedding, "auto": AutoModelForEmbedding}.items():
+        with torch.no_grad():
+            model, expected = (opener.from_pretrained(where).eval() for where in ("alice/adapter", f"{folder}/adapter"))
+            ids = torch.tensor([[5, 6, 7]])
+            facts[name] = [float((model(ids).embeddings - expected(ids).embeddings).abs().max()), model.config.pooling]
     facts["same"] = bool(torch.allclose(Retriever.load("alice/adapter").encode(["what is red"], is_query=True), local))
     finetune(
         ["embedding", *common, "--train_file", rows, "--model_name_or_path", "alice/adapter", "--max_steps", "1"]
@@ -96,6 +102,12 @@ def test_an_adapter_by_its_id_is_the_adapter(facts):
     assert found["loss"] == pytest.approx(pushed["loss"], rel=1e-4)
     assert found["same"] and found["trained"] > 0
     assert found["further"]["pooling"] == "last_token" and found["further"]["query_prefix"] == "q: "
+
+
+@pytest.mark.parametrize("way", ["class", "auto"])
+def test_transformers_opens_it_on_the_base_of_its_training(facts, way):
+    difference, pooling = facts[1][way]
+    assert difference < 1e-5 and pooling == "last_token"
 
 
 def test_its_base_is_the_commit_of_its_training(facts):
