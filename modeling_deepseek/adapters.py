@@ -56,7 +56,8 @@ def with_changes(model_class: type, source: Any, kwargs: dict[str, Any]) -> tupl
 
 def record_of(adapter: Any, **place: Any) -> dict[str, Any]:
     """deepseek_hf.json beside an adapter; empty if there is none."""
-    file = cached_file(current(adapter, RECORD_FILE), RECORD_FILE, _raise_exceptions_for_missing_entries=False, **place)
+    place |= {"_raise_exceptions_for_missing_entries": False}
+    file = cached_file(current(adapter, RECORD_FILE), RECORD_FILE, **place)
     if file is None:
         return {}
     with open(file, encoding="utf-8") as opened:

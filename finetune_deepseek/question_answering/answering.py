@@ -14,7 +14,6 @@ Below `--min_score` the answer is none.
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -55,6 +54,11 @@ class Answer:
     start: int | None  # of the answer in the passage, in characters; None if it isn't there word by word
 
 
+def note(text: str) -> None:
+    """Tell it on standard error, for standard output is for answers."""
+    print(text, file=sys.stderr)
+
+
 # Reading -------------------------------------------------------------------------------------------------------------
 
 
@@ -93,6 +97,9 @@ class Reader:
         arguments.saved = saved
         tokenizer = load_tokenizer(arguments, task, {}, None)
         model = load_model(arguments, task, tokenizer, {}, is_trained=False).eval()
+        if positions := getattr(model.config, "max_position_embeddings", None):
+            task.reader.note = note
+            task.fit_lengths(positions, tokenizer)
         if torch.accelerator.is_available():
             model = model.to(torch.accelerator.current_accelerator())
         return cls(task, model, tokenizer, batch_size)
@@ -100,7 +107,7 @@ class Reader:
     @torch.no_grad()
     def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[str, float]]:
         """The answer ("" for none) to each question from its passage, and the confidence in it."""
-        task = self.task.afresh(partial(print, file=sys.stderr))  # standard output is for answers
+        task = self.task.afresh(note)
         features: Any = task.features(Dataset.from_list(_rows(pairs)), self.tokenizer, is_training=False)
         collate = task.collator(self.tokenizer)
         read = self._point if isinstance(task.reader, ExtractiveReader) else self._write

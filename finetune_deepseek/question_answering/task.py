@@ -190,13 +190,13 @@ class QuestionAnswering(Task):
     def fit_lengths(self, positions: int, tokenizer: PreTrainedTokenizerBase) -> None:
         """The other lengths keep their share of a window, where it has become smaller."""
         asked = self.arguments.max_seq_length
-        lower(self.arguments, positions, max_seq_length=positions)
+        lower(self.arguments, positions, self.reader.note, max_seq_length=positions)
         if asked > positions:
             shares = {
                 name: getattr(self.arguments, name) * positions // asked
                 for name in ("doc_stride", "max_question_length")
             }
-            lower(self.arguments, positions, **shares)
+            lower(self.arguments, positions, self.reader.note, **shares)
 
     def afresh(self, note: Callable[[str], Any]) -> "QuestionAnswering":
         """This task without anything of the rows that it has read, its notes on rows going to `note`."""

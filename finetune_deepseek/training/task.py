@@ -240,12 +240,12 @@ class CausalCollator:
         return ids, mask
 
 
-def lower(arguments: Any, positions: int, **limits: int) -> None:
-    """Lower flags to limits that a model of so many positions sets, with a line for each that was above."""
+def lower(arguments: Any, positions: int, note: Callable[[str], Any] = print, **limits: int) -> None:
+    """Lower flags to limits that a model of so many positions sets; `note` gets a line for each that was above."""
     for name, limit in limits.items():
         asked = getattr(arguments, name)
         if asked > limit:
-            print(f"--{name} {asked} becomes {limit}: the model has {positions} positions (max_position_embeddings)")
+            note(f"--{name} {asked} becomes {limit}: the model has {positions} positions (max_position_embeddings)")
             setattr(arguments, name, limit)
 
 

@@ -67,9 +67,10 @@ def use(folder):
     saved = Saved.open(None, "alice/adapter")
     facts["base"] = [saved.base.name, saved.base.commit, saved.adapter["revision"]]
     local = Retriever.load(f"{folder}/adapter").encode(["what is red"], is_query=True)
+    local_folder = f"{folder}/adapter"
     for name, opener in {"class": DeepSeekForEmbedding, "auto": AutoModelForEmbedding}.items():
         with torch.no_grad():
-            model, expected = (opener.from_pretrained(where).eval() for where in ("alice/adapter", f"{folder}/adapter"))
+            model, expected = (opener.from_pretrained(where).eval() for where in ("alice/adapter", local_folder))
             ids = torch.tensor([[5, 6, 7]])
             facts[name] = [float((model(ids).embeddings - expected(ids).embeddings).abs().max()), model.config.pooling]
     facts["same"] = bool(torch.allclose(Retriever.load("alice/adapter").encode(["what is red"], is_query=True), local))

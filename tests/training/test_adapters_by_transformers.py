@@ -27,7 +27,8 @@ CASES = {
     "latent": (DeepSeekForEmbedding, AutoModelForEmbedding, {"pooling": "latent"}, ["pooling"]),
     "labels": (DeepSeekForSequenceClassification, AutoModelForSequenceClassification, LABELS, ["score"]),
     "both ways": (
-        DeepSeekForQuestionAnswering, AutoModelForQuestionAnswering, BOTH_WAYS, ["qa_outputs", "token_type_embeddings"],
+        DeepSeekForQuestionAnswering, AutoModelForQuestionAnswering, BOTH_WAYS,
+        ["qa_outputs", "token_type_embeddings"],
     ),
 }  # fmt: skip
 

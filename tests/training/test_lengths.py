@@ -4,15 +4,20 @@ import json
 
 import pytest
 
+from configuration_deepseek import preset
 from finetune_deepseek.classification.task import Classification
 from finetune_deepseek.commands.parsing.runs import parse_command
+from finetune_deepseek.question_answering.answering import Reader
 from finetune_deepseek.question_answering.task import QuestionAnswering
 from finetune_deepseek.recommendation.news import NewsRecommendation
 from finetune_deepseek.recommendation.task import Recommendation
 from finetune_deepseek.retrieval.task import Embedding
 from finetune_deepseek.training.run import run_stages
+from finetune_deepseek.training.saved import write
 from finetune_deepseek.translation.task import Translation
+from modeling_deepseek import DeepSeekForQuestionAnswering
 from tests.small_runs import TINY, flags
+from tokenization_deepseek import train_tokenizer
 
 FILES = {"train_file": "unread.json"}
 
@@ -60,3 +65,34 @@ def test_a_long_text_is_cut_to_the_model(tmp_path, capsys):
     results = run_stages(Classification, parse_command("classification", Classification.arguments_class, argv))
     assert results["train_samples"] == 4
     assert "cut 4 of 4 texts to --max_length 128 tokens" in capsys.readouterr().out
+
+
+def test_rows_are_counted_as_long_by_the_limits_that_hold(tmp_path):
+    """128 target tokens are the default and become 64, half of the model's positions; of two rows one has more."""
+    path = tmp_path / "rows.jsonl"
+    rows = [{"en": "a bird", "de": "zwölf " * count} for count in (1, 40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = TINY | {"max_target_length": None, "max_steps": 1, "train_file": path, "output_dir": tmp_path / "out"}
+    tokenizer = train_tokenizer(["abcdefghijklmnopqrstuvwxyzö "], vocab_size=276)  # a token for each byte or so
+    assert len(tokenizer("zwölf " * 40)["input_ids"]) > 64
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    settings |= {"tokenizer_name": tmp_path / "tokenizer", "vocab_size": None}
+    results = run_stages(Translation, parse_command("translation", Translation.arguments_class, flags(settings)))
+    report = json.loads((tmp_path / "out" / "data_report.json").read_text())
+    assert report["train"]["long_rows"]["count"] == 1 and results["train_samples"] == 2
+
+
+def test_a_reader_saved_with_longer_windows_than_its_positions_reads(tmp_path, capsys):
+    """As folders have them that were saved before lengths were fitted."""
+    folder = tmp_path / "reader"
+    tokenizer = train_tokenizer(["where is the red fox? the red fox is in the den."], vocab_size=300)
+    model = DeepSeekForQuestionAnswering(preset("tiny_v3", vocab_size=300, max_position_embeddings=32))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    settings = {"answer_mode": "extractive", "max_seq_length": 384, "doc_stride": 128, "max_question_length": 64}
+    write(folder, "question_answering", settings)
+    passage = "the red fox is in the den. " * 20
+    ((answer, confidence),) = Reader.load(str(folder))([("where is the red fox?", passage)])
+    assert answer in passage and 0 <= confidence <= 1
+    told = capsys.readouterr()
+    assert not told.out and "--max_seq_length 384 becomes 32: the model has 32 positions" in told.err

@@ -67,11 +67,11 @@ def build(prepared: Prepared) -> Built:
         ValueError: with one line, for what doesn't fit: model, tokenizer, data, lengths, options of training.
     """
     tokenizer = load_tokenizer(prepared.stage.model, prepared.task, prepared.splits, prepared.checkpoint)
-    report = check_data(prepared, tokenizer)
     model = build_model(prepared, tokenizer)
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions:
         prepared.task.fit_lengths(positions, tokenizer)
+    report = check_data(prepared, tokenizer)  # by the lengths that hold
     features, examples = make_features(prepared, tokenizer)
     check_lengths(features, positions)
     scorer = Scorer(prepared.task, tokenizer, examples)
