@@ -3,7 +3,9 @@
 "coder" Coder:     BOS, system, then `### Instruction:`, `### Response:` and EOS, each on lines of its own. Its release
                    opens chats without a system message by a text about itself, which is left out here.
 "v2"    LLM, V2:   BOS, system and an empty line, `User: ...` and an empty line, `Assistant: ...` EOS.
-"v3"    V3, R1:    BOS, system, `<｜User｜>...<｜Assistant｜>...` EOS, nothing between; also named "r1".
+"v2.5"  V2.5:      BOS, system, `<｜User｜>...<｜Assistant｜>...` EOS, nothing between; no reasoning.
+"v3"    V3, R1:    the same; also named "r1". R1 as updated in February 2025, whose generation prompt opens the thought
+                   by `<think>` and a line feed, is named "r1-think".
 "v3.1"  V3.1:      as V3, and an answer opens with `</think>` right after `<｜Assistant｜>`. The generation prompt ends
                    with `</think>`, or with `<think>` when rendered with thinking=True (or enable_thinking=True); so
                    does the opening of an answer with `prefix` then. Tools follow the system message.
@@ -12,44 +14,22 @@ Reasoning is cut from answers, up to the last `</think>` (V3, R1) or up to the f
 tool outputs. `reasoning_content` is written before an answer behind the last user message and left out of earlier
 ones, as in use; thinking=False leaves it out of all. An answer that opens with `<think>` and doesn't close it
 (a prefilled one) is left open.
-Several system messages are joined by an empty line. Contents are texts or lists of text parts. Answers and their EOS
-stand in `{% generation %}`, so `apply_chat_template(..., return_assistant_tokens_mask=True)` marks what a model should
-learn to write. What a format has no place for (tools, tool calls, documents, reasoning, other parts than texts, roles)
-is refused in one line.
-R1's format puts tool arguments into a json fence, V3.1's follows the name with bare arguments. Unlike the released R1
-template, a second round of tool calls is written like the first one (there it loses its opening).
+System messages stand where they are (Coder, V2) or first, joined by an empty line. Contents are texts or lists of text
+parts. Answers and their EOS stand in `{% generation %}`, so `apply_chat_template(...,
+return_assistant_tokens_mask=True)` marks what a model should learn to write. What a format has no place for (tools,
+tool calls, documents, reasoning, other parts than texts, roles, results without calls) is refused in one line.
+Tool arguments stand in a json fence (V2.5 to R1) or bare behind the name (V3.1). Unlike the released templates, a
+second round of tool calls is written like the first one (there it loses its opening), V2.5's single call has its end,
+and its system messages are all there, not only the last. "v3.2" is in chat_dsml.py.
 """
 
-
-def _one_line(template: str) -> str:
-    """Drop line breaks and indentation: they are for the reader, and each engine treats them differently."""
-    return "".join(line.strip() for line in template.splitlines())
-
-
-def _refuse(what: str) -> str:
-    """`what` is a Jinja expression."""
-    return "{{ raise_exception('this chat format has no place for ' ~ " + what + ") }}"
-
+from .chat_dsml import DSML_TEMPLATES
+from .chat_parts import RESULT_WITHOUT_CALL, TEXT, UNKNOWN_ROLE, one_line, refuse
 
 _OPENING = (
-    r"""
-{% macro text(content) %}
-  {% if content is string %}{{ content }}
-  {% else %}
-    {% for part in content or [] %}
-      {% if part is string %}{{ part }}
-      {% elif part['type'] == 'text' %}{{ part['text'] }}
-      {% else %}"""
-    + _refuse("'a part of type ' ~ part['type']")
-    + r"""{% endif %}
-    {% endfor %}
-  {% endif %}
-{% endmacro %}
-{% if documents %}"""
-    + _refuse("'documents'")
-    + r"""{% endif %}
-{% if thinking is not defined %}{% set thinking = enable_thinking %}{% endif %}
-{% set ns = namespace(system='', apart='', after='', last_user=-1) %}
+    TEXT
+    + r"""
+{% set ns = namespace(system='', apart='', after='', last_user=-1, calls=0) %}
 {% for message in messages %}
   {% if message['role'] == 'user' %}{% set ns.last_user = loop.index0 %}
   {% elif message['role'] == 'system' %}
@@ -60,25 +40,31 @@ _OPENING = (
 {{ bos_token }}
 """
 )
-_NO_TOOLS = "{% if tools %}" + _refuse("'tools; describe them in the system message'") + "{% endif %}"
-_NO_SWITCH = "{% if thinking %}" + _refuse("'thinking=True'") + "{% endif %}"
-_NO_CALLS = "{% if message['tool_calls'] %}" + _refuse("'tool calls'") + "{% endif %}"
-_UNKNOWN_ROLE = "{{ raise_exception('this chat format has no role ' ~ message['role']) }}"
+_NO_TOOLS = "{% if tools %}" + refuse("'tools; describe them in the system message'") + "{% endif %}"
+_NO_SWITCH = "{% if thinking %}" + refuse("'thinking=True'") + "{% endif %}"
+_NO_CALLS = "{% if message['tool_calls'] %}" + refuse("'tool calls'") + "{% endif %}"
 _REASONING = """
 {% set reasoning = '' %}
 {% if loop.index0 > ns.last_user and thinking != false %}
   {% set reasoning = text(message['reasoning_content']) %}
 {% endif %}
 """
-_NO_REASONING = "{% if reasoning %}" + _refuse("'reasoning_content; thinking=False leaves it out'") + "{% endif %}"
+_NO_REASONING = "{% if reasoning %}" + refuse("'reasoning_content; thinking=False leaves it out'") + "{% endif %}"
 _NO_REASONING_AFTER_TOOLS = (
     "{% if reasoning and ns.after == 'tool' %}"
-    + _refuse("'reasoning_content in an answer to tool outputs; thinking=False leaves it out'")
+    + refuse("'reasoning_content in an answer to tool outputs; thinking=False leaves it out'")
     + "{% endif %}"
 )
 _ARGUMENTS = """
 {% set arguments = call['function']['arguments'] %}
 {% if arguments is not string %}{% set arguments = arguments | tojson %}{% endif %}
+"""
+_WAITED_FOR = "{% if not ns.calls %}" + RESULT_WITHOUT_CALL + "{% endif %}"
+_REMEMBER = """
+{% if message['role'] != 'system' %}{% set ns.after = message['role'] %}{% endif %}
+{% if message['role'] not in ['system', 'tool'] %}
+  {% set ns.calls = (message['tool_calls'] or []) | length %}
+{% endif %}
 """
 
 _CODER = (
@@ -86,22 +72,22 @@ _CODER = (
     + _NO_TOOLS
     + _NO_SWITCH
     + r"""
-{{ ns.system }}
 {% for message in messages %}
-  {% if message['role'] == 'user' %}{{ '### Instruction:\n' + text(message['content']) + '\n' }}
+  {% if message['role'] == 'system' %}{{ text(message['content']) }}
+  {% elif message['role'] == 'user' %}{{ '### Instruction:\n' + text(message['content']) + '\n' }}
   {% elif message['role'] == 'assistant' %}"""
     + _NO_CALLS
     + _REASONING
     + _NO_REASONING
     + r"""
-    {{ '### Response:' }}
-    {% generation %}{{ '\n' + text(message['content']) + '\n' + eos_token }}{% endgeneration %}
+    {{ '### Response:\n' }}
+    {% generation %}{{ text(message['content']) + '\n' + eos_token }}{% endgeneration %}
     {{ '\n' }}
-  {% elif message['role'] != 'system' %}"""
-    + _UNKNOWN_ROLE
-    + """{% endif %}
+  {% else %}"""
+    + UNKNOWN_ROLE
+    + r"""{% endif %}
 {% endfor %}
-{% if add_generation_prompt %}{{ '### Response:' }}{% endif %}
+{% if add_generation_prompt %}{{ '### Response:\n' }}{% endif %}
 """
 )
 
@@ -121,17 +107,18 @@ _V2 = (
     {{ 'Assistant:' }}
     {% generation %}{{ ' ' + text(message['content']) + eos_token }}{% endgeneration %}
   {% else %}"""
-    + _UNKNOWN_ROLE
+    + UNKNOWN_ROLE
     + """{% endif %}
 {% endfor %}
 {% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}
 """
 )
 
+
 _V3 = (
     _OPENING
     + _NO_TOOLS
-    + _NO_SWITCH
+    + "SWITCH"
     + r"""
 {{ ns.system }}
 {% for message in messages %}
@@ -141,9 +128,9 @@ _V3 = (
     + _REASONING
     + _NO_REASONING_AFTER_TOOLS
     + r"""
-    {% if ns.after != 'tool' %}{{ '<｜Assistant｜>' }}{% endif %}
+    {% if ns.after != 'tool' %}{{ '<｜Assistant｜>' }}FORCED{% endif %}
     {% generation %}
-    {% if reasoning %}{{ '<think>\n' + reasoning + '\n</think>\n\n' }}{% endif %}
+    {% if reasoning %}{{ 'OPENING' + reasoning + '\n</think>\n\n' }}{% endif %}
     {% if message['tool_calls'] %}
       {{ content + '<｜tool▁calls▁begin｜>' }}
       {% for call in message['tool_calls'] %}"""
@@ -155,21 +142,43 @@ _V3 = (
       {% endfor %}
       {{ '<｜tool▁calls▁end｜>' }}
     {% elif ns.after == 'tool' %}{{ content }}
-    {% else %}{{ content.split('</think>')[-1] }}{% endif %}
+    {% else %}{{ content CUT }}{% endif %}
     {{ eos_token }}
     {% endgeneration %}
-  {% elif message['role'] == 'tool' %}
-    {% if ns.after != 'tool' %}{{ '<｜tool▁outputs▁begin｜>' }}{% endif %}
+  {% elif message['role'] == 'tool' %}"""
+    + _WAITED_FOR
+    + r"""
+    {% if ns.after != 'tool' %}{{ '<｜tool▁outputs▁begin｜>' }}JOINT{% endif %}
     {{ '<｜tool▁output▁begin｜>' + content + '<｜tool▁output▁end｜>' }}
     {% if loop.last or loop.nextitem['role'] != 'tool' %}{{ '<｜tool▁outputs▁end｜>' }}{% endif %}
   {% elif message['role'] != 'system' %}"""
-    + _UNKNOWN_ROLE
-    + """{% endif %}
-  {% if message['role'] != 'system' %}{% set ns.after = message['role'] %}{% endif %}
+    + UNKNOWN_ROLE
+    + """{% endif %}"""
+    + _REMEMBER
+    + """
 {% endfor %}
-{% if add_generation_prompt and ns.after != 'tool' %}{{ '<｜Assistant｜>' }}{% endif %}
+{% if add_generation_prompt and ns.after != 'tool' %}{{ '<｜Assistant｜>' }}PROMPT{% endif %}
 """
 )
+
+
+def _v3(**pieces: str) -> str:
+    """V3's form with some pieces as another release has them."""
+    usual = {"SWITCH": _NO_SWITCH, "FORCED": "", "OPENING": r"<think>\n", "CUT": ".split('</think>')[-1]", "JOINT": ""}
+    template = _V3
+    for name, piece in {**usual, "PROMPT": "", **pieces}.items():
+        template = template.replace(name, piece)
+    return template
+
+
+_THINK = r"{{ '<think>\n' }}"
+_FORCED = {
+    "SWITCH": "",
+    "FORCED": "{% if reasoning %}" + _THINK + "{% endif %}",
+    "OPENING": "",
+    "PROMPT": "{% if thinking != false %}" + _THINK + "{% endif %}",
+}
+_V2_5 = _v3(CUT="", JOINT=r"{% else %}{{ '\n' }}").replace(_NO_REASONING_AFTER_TOOLS, _NO_REASONING)
 
 # The text about tools is the one of the model card of V3.1, section "ToolCall"; models were trained on it.
 _V3_1_TOOLS = r"""
@@ -220,11 +229,14 @@ _V3_1 = (
     {% else %}{{ content.split('</think>', 1)[-1] }}{% endif %}
     {{ eos_token }}
     {% endgeneration %}
-  {% elif message['role'] == 'tool' %}{{ '<｜tool▁output▁begin｜>' + content + '<｜tool▁output▁end｜>' }}
+  {% elif message['role'] == 'tool' %}"""
+    + _WAITED_FOR
+    + """{{ '<｜tool▁output▁begin｜>' + content + '<｜tool▁output▁end｜>' }}
   {% elif message['role'] != 'system' %}"""
-    + _UNKNOWN_ROLE
-    + """{% endif %}
-  {% if message['role'] != 'system' %}{% set ns.after = message['role'] %}{% endif %}
+    + UNKNOWN_ROLE
+    + """{% endif %}"""
+    + _REMEMBER
+    + """
 {% endfor %}
 {% if add_generation_prompt and ns.after == 'user' %}
   {{ '<｜Assistant｜>' + ('<think>' if thinking else '</think>') }}
@@ -233,9 +245,12 @@ _V3_1 = (
 )
 
 CHAT_TEMPLATES: dict[str, str] = {
-    "coder": _one_line(_CODER),
-    "v2": _one_line(_V2),
-    "v3": _one_line(_V3),
-    "r1": _one_line(_V3),
-    "v3.1": _one_line(_V3_1),
+    "coder": one_line(_CODER),
+    "v2": one_line(_V2),
+    "v2.5": one_line(_V2_5),
+    "v3": one_line(_v3()),
+    "r1": one_line(_v3()),
+    "r1-think": one_line(_v3(**_FORCED)),
+    "v3.1": one_line(_V3_1),
+    **DSML_TEMPLATES,
 }

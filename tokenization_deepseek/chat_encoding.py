@@ -8,12 +8,13 @@ Both serve any fast tokenizer; DeepSeekTokenizer's own `apply_chat_template` is 
 
 import dataclasses
 import inspect
+import json
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -26,6 +27,8 @@ _TEMPLATE_OPTIONS = _SPECIAL.union(inspect.signature(PreTrainedTokenizerBase.app
 _SWITCHES: tuple[dict[str, bool], ...] = tuple(
     {"thinking": thinks, "enable_thinking": thinks} for thinks in (False, True)
 )
+# How a template goes through the arguments of a tool call, as a mapping.
+_WALKS = re.compile(r"arguments\s*(\.items\(|\|\s*(items|dictsort)\b)")
 Span = tuple[int, int]
 
 
@@ -112,13 +115,47 @@ def _filled(
     tokenizer: Any, conversation: Any, tools: Any, documents: Any, options: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
     """The tokenizer that encodes the rendered text, and what the template gets. Takes its variables out of options."""
-    given = {"conversation": _plain(conversation), "tools": _plain(tools), "documents": _plain(documents)}
+    template = tokenizer.get_chat_template(options.get("chat_template"), tools)
+    given = {"conversation": plain_chat(conversation, template), "tools": _plain(tools)}
+    given |= {"documents": _plain(documents)}
     given |= {name: options.pop(name) for name in options.keys() - _TEMPLATE_OPTIONS}
     pattern = pattern_of(control_tokens(tokenizer))
     if _changed(given, lambda text: pattern.sub("", text)) != given or _joins_into_control(given, pattern):
         twin = twin_of(tokenizer, given)
         given, tokenizer = _changed(given, twin.mark, twin.closing), twin_view(tokenizer, twin, twin.respell_unmarked)
     return tokenizer, given
+
+
+def plain_chat(conversation: Any, template: str) -> Any:
+    """Conversations as lists and dictionaries, arguments of tool calls as the template takes them.
+
+    Arguments may be JSON or a dictionary. A template that walks through them gets a dictionary.
+    Raises ValueError, naming the message, for arguments that are no JSON object.
+    """
+    conversation = _plain(conversation)
+    chats = conversation if conversation and isinstance(conversation[0], list) else [conversation]
+    walks = _WALKS.search(template) is not None
+    for chat in chats:
+        for number, message in enumerate(chat, 1):
+            for call in (message.get("tool_calls") if isinstance(message, dict) else None) or ():
+                function = call.get("function", call)
+                arguments = _arguments(function, number)
+                if walks:
+                    function["arguments"] = arguments
+    return conversation
+
+
+def _arguments(function: dict[str, Any], number: int) -> dict[str, Any]:
+    given, why = function.get("arguments") or {}, ""
+    arguments = given
+    try:
+        arguments = json.loads(given) if isinstance(given, str) else given
+    except ValueError as error:
+        why = f" ({error})"
+    if not isinstance(arguments, dict):
+        call = f"message {number}: the arguments of the tool call {function.get('name')!r}"
+        raise ValueError(f"{call} are no JSON object{why}: {given!r}")
+    return arguments
 
 
 def _plain(value: Any) -> Any:
@@ -241,7 +278,7 @@ def _appended(
             _rendered(tokenizer, beginning, given, options, **switches, add_generation_prompt=prompt)[0]
             for prompt in (False, True)
         )
-    except TemplateError:  # a format without thinking, or one that refuses such a beginning
+    except import_module("jinja2").TemplateError:  # a format without thinking, or one that refuses such a beginning
         return []
     return [with_prompt.removeprefix(without)] if with_prompt.startswith(without) else []
 

@@ -23,7 +23,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 
-from .chat_encoding import encode_chat
+from .chat_encoding import encode_chat, plain_chat
 from .control_tokens import holds_control, strings, twin_of
 from .encoding_call import Call, view
 from .whole_folders import current, writing_beside
@@ -193,6 +193,7 @@ class DeepSeekTokenizer(PreTrainedTokenizerFast):
         kwargs |= {"tools": tools, "documents": documents, "continue_final_message": continue_final_message}
         if tokenize:
             return encode_chat(self, conversation, **kwargs)
+        conversation = plain_chat(conversation, self.get_chat_template(chat_template, tools))
         return super().apply_chat_template(conversation, tokenize=False, **kwargs)
 
     # ---- added tokens, which byte-level decoding may misread

@@ -33,13 +33,19 @@ PLAIN = [
 ANSWERS = ["hello", "", f"b {HOSTILE}"]
 # by template: the header that its prompt supplies, and how it writes an answer
 FORMS = {
-    "coder": ("### Response:", "\n{}\n" + EOS),
+    "coder": ("### Response:\n", "{}\n" + EOS),
     "v2": ("Assistant:", " {}" + EOS),
+    "v2.5": (ASSISTANT, "{}" + EOS),
     "v3": (ASSISTANT, "{}" + EOS),
     "r1": (ASSISTANT, "{}" + EOS),
+    "r1-think": (ASSISTANT, "{}" + EOS),
     "v3.1": (f"{ASSISTANT}</think>", "{}" + EOS),
+    "v3.2": (f"{ASSISTANT}</think>", "{}" + EOS),
 }
 JSON_CALL = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>get\n```json\n{}\n```<｜tool▁call▁end｜>".format
+DSML_CALL = '\n\n<｜DSML｜function_calls>\n<｜DSML｜invoke name="get">\n<｜DSML｜parameter name="c" string="true">北京'
+DSML_CALL += '</｜DSML｜parameter>\n</｜DSML｜invoke>\n<｜DSML｜invoke name="get">\n\n</｜DSML｜invoke>\n'
+DSML_CALL += "</｜DSML｜function_calls>"
 BARE_CALL = "<｜tool▁call▁begin｜>get<｜tool▁sep｜>{}<｜tool▁call▁end｜>".format
 CALLS = [turn("user", "weather?"), calls('{"c": "北京"}', "{}"), turn("tool", "rain"), turn("tool", ASSISTANT)]
 CALLS += [turn("assistant", "wet"), turn("user", "why?"), turn("assistant", "so", reasoning_content="hm")]
@@ -72,7 +78,7 @@ def test_ids_and_masks_are_those_of_apply_chat_template(trained, template):
     assert not any(a and p for a, p in zip(chat.assistant_mask, chat.prompt_mask, strict=True))
 
 
-@pytest.mark.parametrize("template", ["coder", "v2", "v3", "r1", "v3.1"])
+@pytest.mark.parametrize("template", CHAT_TEMPLATES)
 def test_stock_transformers_marks_the_same_tokens(trained, template, tmp_path):
     chat = [turn("user", "a b"), turn("assistant", "c"), turn("user", "d"), turn("assistant", "e f")]
     trained.save_pretrained(tmp_path)
@@ -102,6 +108,26 @@ def test_tool_calls_and_reasoning_are_written_by_the_model(trained, template, wr
     expected = [called + EOS, "wet" + EOS, reasoned + EOS]
     assert masked(trained, chat.input_ids, chat.assistant_mask) == expected
     assert masked(trained, chat.input_ids, chat.prompt_mask) == supplied
+
+
+def test_r1_think_supplies_the_opening_of_the_thought(trained):
+    chat = encode_answers(trained, CALLS, chat_template=CHAT_TEMPLATES["r1-think"])
+    assert masked(trained, chat.input_ids, chat.prompt_mask) == [ASSISTANT, f"{ASSISTANT}<think>\n"]
+    assert masked(trained, chat.input_ids, chat.assistant_mask)[-1] == f"hm\n</think>\n\nso{EOS}"
+
+
+def test_v3_2_supplies_a_tag_behind_tool_results(trained):
+    calling = CALLS[1] | {"reasoning_content": "I look."}
+    chat = [CALLS[0], calling, *CALLS[2:4], turn("assistant", "wet", reasoning_content="rain")]
+    encoded = encode_answers(trained, chat, chat_template=CHAT_TEMPLATES["v3.2"])
+    written = [f"I look.</think>{DSML_CALL}{EOS}", f"rain</think>wet{EOS}"]
+    assert masked(trained, encoded.input_ids, encoded.assistant_mask) == written
+    supplied = [f"{ASSISTANT}<think>", "\n\n<think>"]
+    assert masked(trained, encoded.input_ids, encoded.prompt_mask) == supplied
+    encoded = encode_answers(trained, chat, chat_template=CHAT_TEMPLATES["v3.2"], thinking=False)
+    assert masked(trained, encoded.input_ids, encoded.assistant_mask) == [f"{DSML_CALL}{EOS}", f"wet{EOS}"]
+    supplied = [f"{ASSISTANT}</think>", "\n\n</think>"]
+    assert masked(trained, encoded.input_ids, encoded.prompt_mask) == supplied
 
 
 def test_a_tag_that_the_answer_itself_opens_is_the_prompts(trained):

@@ -238,18 +238,22 @@ def test_coder_by_plain_strings(render):
     chat = [turn("system", "Be brief."), turn("user", "hi"), turn("assistant", "hello"), turn("user", "2+2?")]
     answered = f"{BOS}Be brief.### Instruction:\nhi\n### Response:\nhello\n{EOS}\n"
     assert render("coder", chat) == f"{answered}### Instruction:\n2+2?\n"
-    assert render("coder", chat, add_generation_prompt=True) == f"{answered}### Instruction:\n2+2?\n### Response:"
+    assert render("coder", chat, add_generation_prompt=True) == f"{answered}### Instruction:\n2+2?\n### Response:\n"
 
 
 CALLS = turn("assistant", None, tool_calls=[call("get", "{}")])
 REASONED = turn("assistant", "x", reasoning_content="so")
+NO_TOOLS, NO_THINKING = ("coder", "v2", "v2.5", "v3", "r1", "r1-think"), ("coder", "v2", "v2.5", "v3", "r1")
 REFUSED = [
-    *((template, PLAIN[1:2], {"tools": [TOOL]}, "tools; describe") for template in ("coder", "v2", "v3", "r1")),
-    *((template, PLAIN[1:2], {"thinking": True}, "thinking=True") for template in ("coder", "v2", "v3", "r1")),
+    *((template, PLAIN[1:2], {"tools": [TOOL]}, "tools; describe") for template in NO_TOOLS),
+    *((template, PLAIN[1:2], {"thinking": True}, "thinking=True") for template in NO_THINKING),
     *((template, PLAIN[1:2], {"documents": [{"text": "x"}]}, "documents") for template in CHAT_TEMPLATES),
     *((template, [CALLS], {}, "tool calls") for template in ("coder", "v2")),
-    *((template, [REASONED], {}, "reasoning_content; thinking=False leaves it out") for template in ("coder", "v2")),
-    *((template, [*TOOLS[:3], REASONED], {}, "reasoning_content in an answer to tool") for template in ("v3", "v3.1")),
+    *((name, [REASONED], {}, "reasoning_content; thinking=False leaves it out") for name in ("coder", "v2", "v2.5")),
+    *(
+        (name, [*TOOLS[:3], REASONED], {}, "reasoning_content in an answer to tool")
+        for name in ("v3", "r1-think", "v3.1")
+    ),
 ]
 
 
@@ -282,7 +286,7 @@ def test_sentence_transformers_reads_texts_through_our_templates(trained, tmp_pa
 
 @pytest.mark.parametrize(
     "template, learned",
-    [("coder", "\nb\n" + EOS), ("v2", " b" + EOS), ("v3", "b" + EOS), ("r1", "b" + EOS), ("v3.1", "b" + EOS)],
+    [(template, {"coder": "b\n", "v2": " b"}.get(template, "b") + EOS) for template in CHAT_TEMPLATES],
 )
 def test_the_assistant_mask_covers_answers_and_their_eos(trained, template, learned):
     chat = [turn("user", "a"), turn("assistant", "b"), turn("user", "b"), turn("assistant", "b")]
@@ -295,11 +299,14 @@ def test_the_assistant_mask_covers_answers_and_their_eos(trained, template, lear
 
 @pytest.mark.parametrize("template", CHAT_TEMPLATES)
 def test_a_prompt_is_the_beginning_of_its_answered_chat(render, template):
-    chat = [turn("system", "s"), turn("user", "a"), turn("assistant", "b")]
+    reasoned = {"reasoning_content": "c"} if template == "r1-think" else {}
+    chat = [turn("system", "s"), turn("user", "a"), turn("assistant", "b", **reasoned)]
     assert render(template, chat).startswith(render(template, chat[:2], add_generation_prompt=True))
 
 
-@pytest.mark.parametrize("template, role", [("coder", "tool"), ("v2", "tool"), ("v3", "critic"), ("v3.1", "critic")])
+@pytest.mark.parametrize(
+    "template, role", [("coder", "tool"), ("v2", "tool"), *((name, "critic") for name in CHAT_TEMPLATES)]
+)
 def test_unknown_roles_are_refused(render, template, role):
     with pytest.raises(TemplateError, match=f"this chat format has no role {role}"):
         render(template, [turn(role, "x")])
@@ -309,3 +316,75 @@ def test_a_chat_has_one_bos(trained):
     for template in CHAT_TEMPLATES.values():
         ids = trained.apply_chat_template(PLAIN, chat_template=template)["input_ids"]
         assert ids.count(trained.bos_token_id) == 1 and ids[0] == trained.bos_token_id
+
+
+RESULTS = {
+    "v3": ([turn("user", "a"), turn("tool", "b")], "message 2 is a tool result, but no call waits for one"),
+    "v3.1": (
+        [CALLS, turn("tool", "b"), turn("user", "c"), turn("tool", "d")],
+        "message 4 is a tool result, but no call",
+    ),
+    "v3.2": ([CALLS, turn("tool", "b"), turn("tool", "c")], "message 3 is a tool result, but no call waits for one"),
+}
+
+
+@pytest.mark.parametrize("template", RESULTS)
+def test_a_tool_result_without_a_call_is_refused(render, template):
+    with pytest.raises(TemplateError, match=RESULTS[template][1]):
+        render(template, RESULTS[template][0])
+
+
+def test_an_answer_before_all_results_is_refused(render):
+    chat = [TOOLS[0], TOOLS[1], TOOLS[2], turn("assistant", "rain")]
+    with pytest.raises(TemplateError, match="message 3: 2 tool calls have 1 results"):
+        render("v3.2", chat)
+
+
+@pytest.mark.parametrize("wrong", ['{"c": ', "[1]", "7", ["c"]])
+def test_arguments_that_are_no_json_object_are_refused(trained, wrong):
+    chat = [turn("user", "a"), turn("assistant", None, tool_calls=[call("get", wrong)])]
+    for template in ("v2.5", "v3", "v3.1", "v3.2"):
+        for tokenize in (False, True):
+            with pytest.raises(
+                ValueError, match="message 2: the arguments of the tool call 'get' are no JSON obj"
+            ) as error:
+                trained.apply_chat_template(chat, chat_template=CHAT_TEMPLATES[template], tokenize=tokenize)
+            assert "\n" not in str(error.value)
+
+
+def test_arguments_as_text_and_as_a_dictionary_are_one(trained):
+    """Where a template walks through arguments (V3.2's does), stock transformers wants a dictionary; we take both."""
+    arguments = {"city": "Köln", "n": 1.0, "deep": {"a": [None, True]}}
+    for template in ("v2.5", "v3", "v3.1", "v3.2"):
+        texts = {
+            trained.apply_chat_template(
+                [CALLS | {"tool_calls": [call("get", form)]}], chat_template=form_of, tokenize=False
+            )
+            for form in (arguments, json.dumps(arguments, ensure_ascii=False))
+            for form_of in (CHAT_TEMPLATES[template],)
+        }
+        assert len(texts) == 1
+    foreign = "{% for k, v in messages[0].tool_calls[0].function.arguments | items %}{{ k ~ v }}{% endfor %}"
+    chat = [turn("assistant", "", tool_calls=[call("get", '{"a": 1}')])]
+    assert trained.apply_chat_template(chat, chat_template=foreign, tokenize=False) == "a1"
+
+
+def test_v3_2_thinks_where_an_answer_has_reasoning(render):
+    ask, answer = turn("user", "a"), turn("assistant", "d", reasoning_content="D")
+    start = f"{BOS}{USER}a{ASSISTANT}"
+    assert render("v3.2", [ask, answer]) == f"{start}<think>D</think>d{EOS}"
+    assert render("v3.2", [ask, answer], thinking=False) == f"{start}</think>d{EOS}"
+    assert render("v3.2", [ask, answer, ask]) == f"{start}</think>d{EOS}{USER}a"
+    assert render("v3.2", [ask], add_generation_prompt=True, enable_thinking=True) == f"{start}<think>"
+
+
+@pytest.mark.parametrize("template", ["v3.2"])
+def test_a_prefilled_thought_is_left_open(render, template):
+    ask, start = turn("user", "hi"), render(template, [turn("user", "hi")])
+    so = turn("assistant", "<think>so")
+    assert render(template, [ask, so], continue_final_message=True) == f"{start}{ASSISTANT}<think>so"
+    thought = turn("assistant", "", reasoning_content="so")
+    continued = render(template, [ask, thought], continue_final_message="reasoning_content")
+    assert continued == f"{start}{ASSISTANT}<think>so"
+    answer = turn("assistant", "yes", reasoning_content="so")
+    assert render(template, [ask, answer], continue_final_message=True) == f"{start}{ASSISTANT}<think>so</think>yes"

@@ -15,13 +15,22 @@ from tokenization_deepseek.tokenization_deepseek import BOS
 
 TEXTS = ["hi", "深度求索 12345 é ", "<｜User｜>Straße<｜Assistant｜>\n", " a , b ."]
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "你好"}]
+TOOLS = [{"type": "function", "function": {"name": "get", "description": "", "parameters": {}}}]
+CALL = {"type": "function", "function": {"name": "get", "arguments": {"c": "北京", "n": [1.5, None]}}}
+CALLED = {"role": "assistant", "content": "", "reasoning_content": "so", "tool_calls": [CALL]}
+CALLS = [[CHAT[0], CALLED, {"role": "tool", "content": "rain"}, CHAT[1]], CHAT]  # a batch
+CALLING = {"chat_template": CHAT_TEMPLATES["v3.2"], "return_assistant_tokens_mask": True, "padding": True}
 
 CHILD = """
 import json, sys
 for name in ("configuration_deepseek", "modeling_deepseek", "tokenization_deepseek", "finetune_deepseek"):
     sys.modules[name] = None
 from transformers import AutoTokenizer
-texts, chat, folders = json.loads(sys.argv[1])
+texts, chat, calls, tools, template, folders = json.loads(sys.argv[1])
+as_text = json.loads(json.dumps(calls[0]))
+function = as_text[1]["tool_calls"][0]["function"]
+function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+options, masked = {"tools": tools, "chat_template": template}, {"return_assistant_tokens_mask": True, "padding": True}
 answers = {}
 for name, (folder, trust) in folders.items():
     tokenizer = AutoTokenizer.from_pretrained(folder, **({"trust_remote_code": True} if trust else {}))
@@ -33,6 +42,9 @@ for name, (folder, trust) in folders.items():
         "padded": tokenizer(texts, padding=True).input_ids,
         "chat": tokenizer.apply_chat_template(chat)["input_ids"],
         "length": tokenizer.model_max_length,
+        "calls": (batch := tokenizer.apply_chat_template(calls, **options, **masked))["input_ids"],
+        "masks": batch["assistant_masks"],
+        "given_as_text": trust and tokenizer.apply_chat_template(as_text, **options)["input_ids"],
         "double": tokenizer("<｜begin▁of▁sentence｜>hi").input_ids.count(tokenizer.bos_token_id),
         "thoughts": tokenizer.apply_chat_template([{"role": "user", "content": "<think>"}])["input_ids"].count(
             tokenizer.convert_tokens_to_ids("<think>")
@@ -50,6 +62,8 @@ def answers_of(tokenizer: DeepSeekTokenizer) -> dict:
         "padded": tokenizer(TEXTS, padding=True).input_ids,
         "chat": tokenizer.apply_chat_template(CHAT)["input_ids"],
         "length": tokenizer.model_max_length,
+        "calls": tokenizer.apply_chat_template(CALLS, tools=TOOLS, **CALLING)["input_ids"],
+        "masks": tokenizer.apply_chat_template(CALLS, tools=TOOLS, **CALLING)["assistant_masks"],
     }
 
 
@@ -80,7 +94,7 @@ def stranger(tokenizers, tmp_path_factory) -> dict[str, dict]:
         DeepSeekTokenizer._auto_class = None
     folders["remote"] = (str(root / "remote"), True)
     child = subprocess.run(
-        [sys.executable, "-c", CHILD, json.dumps([TEXTS, CHAT, folders])],
+        [sys.executable, "-c", CHILD, json.dumps([TEXTS, CHAT, CALLS, TOOLS, CALLING["chat_template"], folders])],
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
@@ -104,6 +118,7 @@ def test_our_class_travels_when_asked_to(stranger, tokenizers):
     assert answers["class"] == "DeepSeekTokenizer" and (answers["double"], answers["thoughts"]) == (1, 0)
     for key, expected in answers_of(tokenizers["trained"]).items():
         assert answers[key] == expected, key
+    assert answers["given_as_text"] == answers["calls"][0]  # the longer one of the batch
 
 
 def test_auto_tokenizer_gives_our_class_once_registered(trained, tmp_path):
