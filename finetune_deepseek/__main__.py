@@ -27,6 +27,9 @@ def guarded(argv: Sequence[str], verb: str = "finetune") -> int:
     try:
         # Imported by name, since torch and transformers take seconds and --help of the command needs neither.
         getattr(importlib.import_module(f"{__package__}.commands.{verb}"), verb)(argv)
+    except BrokenPipeError:  # who reads standard output, as `head` does, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (ValueError, OSError, FloatingPointError, SafetensorError, StrictDataclassError) as error:
         if os.environ.get("DEEPSEEK_HF_TRACEBACK"):
             raise

@@ -19,7 +19,7 @@ from finetune_deepseek.commands.parsing.runs import draft_command
 ROOT = Path(__file__).parent.parent
 READMES = ("README.md", "README.zh-CN.md")
 PAIRS = [("one", "eins"), ("two", "zwei"), ("three", "drei")]
-VERBS = ("evaluate", "predict", "translate", "export", "inspect")
+VERBS = ("evaluate", "predict", "generate", "translate", "export", "inspect")
 # What makes a run of the README's commands small; appended, so it wins.
 SMALL = ["--max_steps", "1", "--vocab_size", "300", "--per_device_train_batch_size", "2", "--max_target_length", "8"]
 
@@ -119,7 +119,7 @@ def test_translation_commands_run(tmp_path):
     shown = [command for command in commands("README.md") if "--train_file" in command or "--help" in command]
     assert len(shown) == 3
     verbs = [command for command in commands("README.md") if command[1] in VERBS]
-    assert len(verbs) == 8
+    assert len(verbs) == 9
     (tmp_path / "english.txt").write_text("one\n\ntwo\n")
     for command in shown + verbs:
         assert command[0] == "deepseek-hf"
@@ -131,6 +131,7 @@ def test_translation_commands_run(tmp_path):
     assert (tmp_path / "runs/predict-en-de-lora/generated_predictions.jsonl").is_file()
     for name in ("native/config.json", "merged/config.json", "en-de.gguf", "adapter/adapter_model.safetensors"):
         assert (tmp_path / "exported" / name).is_file()
+    assert (tmp_path / "completions.jsonl").read_text(encoding="utf-8").count("\n") == 3
     assert (tmp_path / "german.txt").read_text(encoding="utf-8").count("\n") == 3
 
 

@@ -81,7 +81,7 @@ def folder(tmp_path_factory):
 
 def small(verb: str, task: str, *rest: str) -> list[str]:
     if verb != "finetune":
-        return [] if verb in ("translate", "recommend", "answer") else QUIET
+        return [] if verb in ("generate", "translate", "recommend", "answer") else QUIET
     if task == "news_recommendation":  # MIND's small set has no third part to evaluate on
         return [*QUIET, "--max_steps", "1", "--vocab_size", "300"]
     random_weights = [] if "--model_name_or_path" in rest else ["--vocab_size", "300"]
@@ -91,7 +91,15 @@ def small(verb: str, task: str, *rest: str) -> list[str]:
 def test_both_languages_show_the_same_code():
     english, chinese = ((commands(name), [*blocks(name, "json"), *blocks(name, "python")]) for name in RECIPES)
     assert english == chinese
-    assert {argv[1] for argv in english[0]} == {"finetune", "evaluate", "predict", "translate", "recommend", "answer"}
+    assert {argv[1] for argv in english[0]} == {
+        "finetune",
+        "evaluate",
+        "predict",
+        "generate",
+        "translate",
+        "recommend",
+        "answer",
+    }
 
 
 def test_every_example_is_a_recipe_and_every_flag_is_there():
@@ -128,5 +136,6 @@ def test_recipes_run_in_order(folder, monkeypatch, capsys):
         exec(code, {})
     assert "where.txt:1 It is there." in capsys.readouterr().out
     assert (folder / "recommended.parquet").is_file()
+    assert (folder / "completions.jsonl").read_text("utf-8").count("\n") == 3
     assert (folder / "german.txt").read_text("utf-8").count("\n") == 3
     assert (folder / "chinese.txt").read_text("utf-8").count("\n") == 3

@@ -11,6 +11,7 @@ from ..data.words import nearest_match
 USAGE = f"""usage: deepseek-hf finetune TASK [config.yaml] [--flag value ...]
        deepseek-hf evaluate TASK MODEL [config.yaml] [--flag value ...]
        deepseek-hf predict TASK MODEL [config.yaml] [--flag value ...]
+       deepseek-hf generate MODEL ["PROMPT" ...] [--input FILE] [--output FILE] [--flag value ...]
        deepseek-hf translate MODEL [--input FILE] [--output FILE] [--flag value ...]
        deepseek-hf answer [MODEL] --knowledge PATH [--flag value ...] "QUESTION" ...
        deepseek-hf recommend MODEL --history FILE [--output FILE] [--flag value ...]
@@ -25,6 +26,7 @@ tasks: {", ".join(TASKS)}
   finetune    train a model or an adapter, then evaluate and predict
   evaluate    score a saved model on the validation split; with the settings of its training
   predict     the same on the test split, and write every prediction
+  generate    go on with the prompts of a file, of standard input or of the command line
   translate   translate the lines of a file or of standard input
   answer      answer questions from a folder or file of texts
   recommend   the best next items for the histories in a file
@@ -40,7 +42,8 @@ tasks: {", ".join(TASKS)}
 """
 
 RUNS = ("finetune", "evaluate", "predict")  # verbs of a task
-OWN_HELP = ("translate", "answer", "recommend", "export", "inspect", "presets")  # they say themselves what they take
+# They say themselves what they take.
+OWN_HELP = ("generate", "translate", "answer", "recommend", "export", "inspect", "presets")
 VERBS = (*RUNS, *OWN_HELP, "help")
 
 

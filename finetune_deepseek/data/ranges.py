@@ -20,7 +20,7 @@ RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             *("back_translation_beams", "max_source_length", "max_target_length", "max_seq_length"),
             *("n_best_size", "max_answer_length", "max_question_length", "matryoshka_sizes", "max_text_length"),
             *("k_core", "max_history", "num_non_clicks", "num_levels", "num_beams", "examples_per_history"),
-            *("negatives", "k", "batch_size"),
+            *("negatives", "k", "batch_size", "max_new_tokens", "num_return_sequences"),
         ),
     ),
     (
@@ -37,7 +37,7 @@ RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
         (
             *("learning_rate", "warmup_steps", "weight_decay", "l1", "train_last_n_layers", "max_grad_norm"),
             *("neftune_noise_alpha", "eval_steps", "eval_delay", "save_steps", "save_total_limit"),
-            *("dataloader_num_workers", "doc_stride", "fusion_weights", "examples_shown"),
+            *("dataloader_num_workers", "doc_stride", "fusion_weights", "examples_shown", "temperature", "top_k"),
         ),
     ),
     (
@@ -45,7 +45,7 @@ RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
         lambda value: value > 0,
         (
             *("num_train_epochs", "train_minutes", "logging_steps", "adam_epsilon", "lr_milestones"),
-            "contrastive_temperature",
+            *("contrastive_temperature", "repetition_penalty"),
         ),
     ),
     (
@@ -58,7 +58,8 @@ RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ),
     ("above 0 and below 1", lambda value: 0 < value < 1, ("lr_factor",)),
     ("above 0 and below 0.5", lambda value: 0 < value < 0.5, ("time_share",)),
-    ("from 0 to 1", lambda value: 0 <= value <= 1, ("min_score",)),
+    ("above 0 and at most 1", lambda value: 0 < value <= 1, ("top_p",)),
+    ("from 0 to 1", lambda value: 0 <= value <= 1, ("min_score", "min_p")),
     ("from 0 to 4294967295", lambda value: 0 <= value < 2**32, ("seed", "data_seed")),  # numpy takes no others
     ("1 or more, or -1 for none", lambda value: value >= 1 or value == -1, ("max_steps",)),
     ("-1 or more", lambda value: value >= -1, ("local_rank",)),

@@ -10,6 +10,7 @@ from finetune_deepseek import TASKS
 from finetune_deepseek.__main__ import guarded
 from finetune_deepseek.commands.finetune import task_class
 from finetune_deepseek.data.ranges import ANY, RANGES
+from finetune_deepseek.language.serving.arguments import ChatArguments, GenerateArguments
 from finetune_deepseek.question_answering.arguments import AnswerArguments
 from finetune_deepseek.recommendation.arguments import RecommendArguments
 from finetune_deepseek.training.arguments import LoraArguments, ModelArguments
@@ -25,6 +26,7 @@ NEEDED = {
     "NewsArguments": {"train_dir": "MIND"},
 }
 CLASSES = [ModelArguments, LoraArguments, TrainingArguments, AnswerArguments, RecommendArguments, TranslateArguments]
+CLASSES += [ChatArguments, GenerateArguments]
 CLASSES += [task_class(name).arguments_class for name in TASKS]
 
 

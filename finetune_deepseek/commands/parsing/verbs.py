@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from typing import NoReturn, TypeVar
 
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from ...data.words import nearest_match
 from .runs import HelpFormatter
 
 Arguments = TypeVar("Arguments")
+TRUTHS = ("yes", "true", "t", "y", "1", "no", "false", "f", "n", "0")
 
 
 class VerbParser(HfArgumentParser):
@@ -17,6 +19,15 @@ class VerbParser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; see {self.prog} --help.")
+
+    def with_switches(self, argv: Sequence[str]) -> list[str]:
+        """The words with `--flag` of yes or no as `--flag=true`, so that it doesn't take a prompt for its value."""
+        found = []
+        for word, follower in zip(argv, [*argv[1:], ""], strict=False):
+            action = self._option_string_actions.get(word)
+            is_switch = action is not None and action.type is string_to_bool and action.nargs != 0
+            found.append(f"{word}=true" if is_switch and follower.lower() not in TRUTHS else word)
+        return found
 
 
 def parse_verb(
@@ -49,7 +60,7 @@ def parse_verb(
         raise SystemExit(0)
     if argv[0].startswith("-"):
         raise ValueError(f"{verb}: the model comes first (a folder or a Hub id), found {argv[0]}.")
-    namespace, rest = parser.parse_known_args(list(argv[1:]))
+    namespace, rest = parser.parse_known_args(parser.with_switches(argv[1:]))
     unknown = [word for word in rest if words is None or word.startswith("--")]
     if unknown:
         near = nearest_match(unknown[0].partition("=")[0], parser._option_string_actions)

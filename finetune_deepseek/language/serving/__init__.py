@@ -1,0 +1,1 @@
+"""A language model in use: prompts continued in batches, and a conversation in the terminal."""
