@@ -1,5 +1,6 @@
 """Text to ids and back: the tokenizer, its training, chat formats, and control tokens kept out of users' text."""
 
+from .answer_parsing import AnswerParser
 from .chat import CHAT_TEMPLATES
 from .chat_encoding import AnsweredChat, encode_answers, encode_chat
 from .control_tokens import Control, control_tokens, encode_parts, encode_text
@@ -8,6 +9,7 @@ from .training import train_tokenizer
 
 __all__ = [
     "CHAT_TEMPLATES",
+    "AnswerParser",
     "AnsweredChat",
     "Control",
     "DeepSeekTokenizer",

@@ -23,6 +23,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 
+from .answer_parsing import FORMS, AnswerParser, Form, form_of, parse_answer
 from .chat_encoding import encode_chat, plain_chat
 from .control_tokens import holds_control, strings, twin_of
 from .encoding_call import Call, view
@@ -195,6 +196,58 @@ class DeepSeekTokenizer(PreTrainedTokenizerFast):
             return encode_chat(self, conversation, **kwargs)
         conversation = plain_chat(conversation, self.get_chat_template(chat_template, tools))
         return super().apply_chat_template(conversation, tokenize=False, **kwargs)
+
+    # ---- generated text back into messages
+
+    def parse_response(self, response, schema=None, *, prefix=None, tools=None):
+        """A generated answer, or a batch of them, as messages: role, content and, if there are any,
+        reasoning_content, tool_calls, and invalid_tool_calls with the reason and the text of each.
+
+        Args:
+            response: text or ids (list, array, tensor), or several of them. What follows the end of sentence is
+                padding.
+            schema: the form of answers by name (`answer_parsing.FORMS`); None: the one of the chat template. A
+                response template of transformers' own is followed as there.
+            prefix: the prompt, as text or ids, once or for each answer: its end may have opened the reasoning. Without
+                it, reasoning is what ends with `</think>`.
+            tools: as for `apply_chat_template`; by their schemas texts are read as numbers and the like.
+
+        Raises ValueError: no such form; a chat template of no known generation.
+        """
+        if isinstance(schema, dict) or (schema is None and self.response_template is not None):
+            return super().parse_response(response, schema, prefix=prefix, tools=tools)
+        form = self._form(schema)
+        texts, is_batch = self._texts(response)
+        prefixes = [None] if prefix is None else self._texts(prefix)[0]
+        prefixes = prefixes * len(texts) if len(prefixes) == 1 else prefixes
+        if len(prefixes) != len(texts):
+            raise ValueError(f"{len(texts)} answers have {len(prefixes)} prefixes; give one, or one for each")
+        messages = [parse_answer(form, text, start, tools) for text, start in zip(texts, prefixes, strict=True)]
+        return messages if is_batch else messages[0]
+
+    def get_response_parser(self, response_template=None, *, prefix=None, tools=None):
+        """A parser for an answer that comes in pieces: `feed(text)` gives events, `finalize()` the message.
+
+        As `parse_response`; without a prefix the text begins with the answer, outside reasoning.
+        """
+        if isinstance(response_template, dict) or (response_template is None and self.response_template is not None):
+            return super().get_response_parser(response_template, prefix=prefix, tools=tools)
+        start = None if prefix is None else self._texts(prefix)[0][0]
+        return AnswerParser(self._form(response_template), start, tools)
+
+    def _form(self, name: str | None) -> Form:
+        if name is None:
+            return form_of(self.get_chat_template())
+        if name not in FORMS:
+            raise ValueError(f"there is no form of answers named {name!r}; there are {', '.join(FORMS)}")
+        return FORMS[name]
+
+    def _texts(self, given: Any) -> tuple[list[str], bool]:
+        """Texts or ids as texts, and whether they are several."""
+        if isinstance(given, (list, tuple)) and given and isinstance(given[0], str):
+            return list(given), True
+        text = given if isinstance(given, str) else self.decode(given)
+        return ([text], False) if isinstance(text, str) else (text, True)
 
     # ---- added tokens, which byte-level decoding may misread
 
