@@ -182,7 +182,9 @@ def validate_moe(config: Any) -> None:
 def validate_rope_words(config: Any) -> None:
     rope = config.rope_parameters
     _require_word("rope_parameters['rope_type']", rope["rope_type"], ROPE_TYPES)
-    require(rope["rope_theta"] > 0, f"rope_theta={rope['rope_theta']} must be positive")
+    for name in ("rope_theta", "original_max_position_embeddings"):
+        value = rope.get(name, 1)
+        require(isinstance(value, (int, float)) and value > 0, f"{name}={value} must be positive")
     if rope["rope_type"] != "default":
         factor = rope.get("factor")
         require(

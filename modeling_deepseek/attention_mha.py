@@ -24,13 +24,11 @@ class DeepSeekMultiHeadAttention(nn.Module):
         self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
         self.attention_dropout = config.attention_dropout
         self.scaling = config.head_dim**-0.5
-        query_width = config.num_attention_heads * config.head_dim
-        key_width = config.num_key_value_heads * config.head_dim
+        query_width, key_width = config.mha_query_width, config.mha_key_width
         self.q_proj = nn.Linear(config.hidden_size, query_width, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_width, bias=config.attention_bias)
-        out_bias = config.attention_bias if config.attention_out_bias is None else config.attention_out_bias
-        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=out_bias)
+        self.o_proj = nn.Linear(query_width, config.hidden_size, bias=config.mha_out_bias)
         self.q_norm = self.k_norm = None
         if config.use_qk_norm:
             self.q_norm = DeepSeekRMSNorm(config.head_dim, config.rms_norm_eps)

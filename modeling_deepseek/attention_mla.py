@@ -57,7 +57,7 @@ class DeepSeekMultiHeadLatentAttention(nn.Module):
         self.nope, self.rope, self.latent = config.qk_nope_head_dim, config.qk_rope_head_dim, config.kv_lora_rank
         self.scaling = config.qk_head_dim**-0.5 * yarn_softmax_factor(config.rope_parameters)
 
-        query_width, bias = self.num_heads * config.qk_head_dim, config.attention_bias
+        query_width, bias = config.mla_query_width, config.attention_bias
         self.q_proj: nn.Linear | None = None
         if config.q_lora_rank is None:
             self.q_proj = nn.Linear(config.hidden_size, query_width, bias=False)
@@ -65,10 +65,10 @@ class DeepSeekMultiHeadLatentAttention(nn.Module):
             self.q_a_proj = nn.Linear(config.hidden_size, config.q_lora_rank, bias=bias)
             self.q_a_layernorm = DeepSeekRMSNorm(config.q_lora_rank)
             self.q_b_proj = nn.Linear(config.q_lora_rank, query_width, bias=False)
-        self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, self.latent + self.rope, bias=bias)
+        self.kv_a_proj_with_mqa = nn.Linear(config.hidden_size, config.mla_latent_width, bias=bias)
         self.kv_a_layernorm = DeepSeekRMSNorm(self.latent)
-        self.kv_b_proj = nn.Linear(self.latent, self.num_heads * (self.nope + config.v_head_dim), bias=False)
-        self.o_proj = nn.Linear(self.num_heads * config.v_head_dim, config.hidden_size, bias=bias)
+        self.kv_b_proj = nn.Linear(self.latent, config.mla_up_width, bias=False)
+        self.o_proj = nn.Linear(config.mla_value_width, config.hidden_size, bias=bias)
 
     @takes_cache
     def forward(

@@ -9,9 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-
-class CheckpointError(ValueError, RuntimeError):
-    """A checkpoint that doesn't fit the model; a RuntimeError too, because transformers raises that."""
+from .weight_names import CheckpointError
 
 
 def open_slices(files: list[str]) -> dict[str, Any]:

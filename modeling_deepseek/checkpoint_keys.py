@@ -5,12 +5,13 @@ experts, stored one by one (`mlp.experts.3.gate_proj.weight`) and held fused (`m
 copies of embedding and head that prediction layers are stored with.
 """
 
-import re
 from typing import Any
 
 import torch
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
+from .weight_names import shared_mtp_keys
 
 
 def expert_converters() -> list[WeightConverter]:
@@ -32,29 +33,6 @@ def expert_converters() -> list[WeightConverter]:
 def register_conversions() -> None:
     """Make transformers' loader and saver use `expert_converters` for models of type "deepseek"."""
     register_checkpoint_conversion_mapping("deepseek", expert_converters(), overwrite=True)
-
-
-LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
-SHARED_WITH = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
-
-
-def shared_mtp_keys(config: Any) -> dict[str, str]:
-    """Keys of the copies in prediction layers -> the key of the weight that they repeat."""
-    first, count = config.num_hidden_layers, config.num_nextn_predict_layers
-    layers = range(first, first + count)
-    return {f"model.layers.{i}.{name}": shared for i in layers for name, shared in SHARED_WITH.items()}
-
-
-def take_mtp_keys(weights: dict[str, Any], config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Part a checkpoint into what the trunk and the heads have, and the keys of prediction layers."""
-    rest: dict[str, Any] = {}
-    ahead: dict[str, Any] = {}
-    first = config.num_hidden_layers
-    for key, entry in weights.items():
-        layer = LAYER.match(key)
-        is_ahead = layer is not None and first <= int(layer[1]) < first + config.num_nextn_predict_layers
-        (ahead if is_ahead else rest)[key] = entry
-    return rest, ahead
 
 
 def differing_copies(weights: dict[str, Any], config: Any, rows: int = 4096) -> list[str]:

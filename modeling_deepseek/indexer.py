@@ -35,7 +35,7 @@ class DeepSeekIndexer(nn.Module):
         super().__init__()
         self.num_heads, self.head_dim, self.rope = config.index_n_heads, config.index_head_dim, config.qk_rope_head_dim
         self.topk = config.index_topk
-        self.wq_b = nn.Linear(config.q_lora_rank, self.num_heads * self.head_dim, bias=False)
+        self.wq_b = nn.Linear(config.q_lora_rank, config.index_query_width, bias=False)
         self.wk = nn.Linear(config.hidden_size, self.head_dim, bias=False)
         self.k_norm = nn.LayerNorm(self.head_dim, eps=1e-6)
         self.weights_proj = Float32Linear(config.hidden_size, self.num_heads, bias=False)

@@ -22,8 +22,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .attention_mla import keeps_weights
 from .cache import refuse_cache_implementation, takes_cache
-from .checkpoint_files import CheckpointError
-from .checkpoint_keys import differing_copies, shared_mtp_keys
+from .checkpoint_keys import differing_copies
 from .configuration_deepseek import DeepSeekConfig
 from .losses import IGNORED, cross_entropy, labels_ahead, num_targets
 from .modeling_deepseek import DeepSeekModel, DeepSeekMTPLayer
@@ -31,6 +30,7 @@ from .outputs import DeepSeekCausalLMOutput, DeepSeekSequenceOutput
 from .pooling import last_token, which_are_tokens
 from .pretrained import DeepSeekPreTrainedModel
 from .transformers_names import create_masks_for_generate, in_library_words
+from .weight_names import CheckpointError, shared_mtp_keys
 
 logger = logging.get_logger(__name__)
 

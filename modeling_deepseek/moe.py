@@ -84,7 +84,7 @@ class DeepSeekMoE(nn.Module):
         self.experts = DeepSeekExperts(config)
         self.shared_experts = None
         if config.n_shared_experts:
-            self.shared_experts = DeepSeekMLP(config, config.moe_intermediate_size * config.n_shared_experts)
+            self.shared_experts = DeepSeekMLP(config, config.shared_expert_width)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[B, S, D] -> [B, S, D]."""

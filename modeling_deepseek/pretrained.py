@@ -11,13 +11,14 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import PreTrainedModel
 
 from .adapters import PLACE, tell_what_differs, with_changes
-from .checkpoint_files import CheckpointError, in_turn, naming_the_broken_file, open_slices, unlisted
-from .checkpoint_keys import LAYER, register_conversions, take_mtp_keys
+from .checkpoint_files import in_turn, naming_the_broken_file, open_slices, unlisted
+from .checkpoint_keys import register_conversions
 from .configuration_deepseek import DeepSeekConfig
 from .moe import DeepSeekExperts
 from .quantization import DequantizedSlice, dequantized
 from .routers import DeepSeekTopKRouter
 from .tested_versions import tell_if_untested
+from .weight_names import LAYER, CheckpointError, take_mtp_keys
 from .whole_folders import current, writing_beside
 
 register_conversions()

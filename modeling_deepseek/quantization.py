@@ -5,25 +5,14 @@ the last blocks of a row or column being partial: w = q * factor of its block. F
 (ue8m0, V3.1). The block comes from the config: a grid of scales does not tell it.
 """
 
-import re
 from typing import Any
 
 import torch
 
-from .checkpoint_files import CheckpointError
+from .weight_names import SCALE, CheckpointError, grid_of
 
-SCALE = "weight_scale_inv"
-# The weights that the releases quantize: not norms, router, embedding, head, eh_proj, and the indexer's weights_proj.
-QUANTIZED = re.compile(
-    r".*\.(?:self_attn\.\w+_proj\w*|self_attn\.indexer\.(?:wq_b|wk)|mlp\.(?:.*\.)?(?:gate|up|down)_proj)\.weight"
-)
 E4M3_MAX = 448.0
 FP8_WORD = "F8_E4M3"  # as safetensors' headers have it
-
-
-def grid_of(shape: torch.Size | list[int], block: list[int]) -> list[int]:
-    """How many blocks a weight [R, C] has along each dimension."""
-    return [-(-size // step) for size, step in zip(shape, block, strict=True)]
 
 
 def dequantize_blocks(weight: torch.Tensor, scale: torch.Tensor, block: list[int]) -> torch.Tensor:

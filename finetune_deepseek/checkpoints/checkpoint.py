@@ -1,37 +1,39 @@
-"""A checkpoint on disk, opened by its headers: what it is, its weights under official names, merged, in a type."""
+"""A checkpoint on disk, described by its headers: what it is, its weights under official names, in a type.
+
+Whether the weights are those that the config describes is told without building the model, where weight_names.py
+knows its head; see opening.py for merging and for what else needs torch.
+"""
 
 import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import PreTrainedModel
-
-from configuration_deepseek import DeepSeekConfig
+from configuration_deepseek.fields import FIELD_NAMES, FILES_BY_CLASS, DeepSeekFields
 from configuration_deepseek.official import from_official
-from modeling_deepseek.checkpoint_files import CheckpointError
-from modeling_deepseek.checkpoint_keys import LAYER, shared_mtp_keys, take_mtp_keys
-from modeling_deepseek.quantization import QUANTIZED
-from modeling_deepseek.register import MODELS_BY_AUTO_CLASS
-
-from ..training.loading import named_errors
-from ..training.saved import Saved, known_fields
-from .merging import Adapter, merge, open_adapter, resized_vocabulary
-from .shards import (
-    LazyTensor,
-    Tensors,
-    cast,
-    dequantize,
-    open_checkpoint,
-    quantize,
-    split_experts,
-    unread,
-    with_weights,
+from configuration_deepseek.plain import PlainConfig, Unread, plain_config
+from configuration_deepseek.weight_names import (
+    LAYER,
+    QUANTIZED,
+    CheckpointError,
+    Shapes,
+    shared_mtp_keys,
+    take_mtp_keys,
 )
 
-HEADS = {model_class.__name__.removeprefix("DeepSeek"): model_class for model_class in MODELS_BY_AUTO_CLASS.values()}
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp8": torch.bfloat16}  # fp8: of what isn't quantized
+from ..training.saved import Saved, known_fields, named_errors
+from .tensors import LazyTensor, Tensors, cast, dequantize, quantize, split_experts, unread, word_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from configuration_deepseek import DeepSeekConfig
+
+    from .merging import Adapter
+
+HEADS = tuple(name.removeprefix("DeepSeek") for name in FILES_BY_CLASS)
+DTYPES = {"bf16": "BF16", "fp32": "F32", "fp8": "BF16"}  # fp8: of what isn't quantized
 FP8_BLOCKS = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 FLOAT32_WEIGHTS = ("e_score_correction_bias",)  # whatever the type of the rest
 
@@ -41,76 +43,61 @@ class Checkpoint:
     """A model on disk: its config, the class that it is of, and its weights under official names."""
 
     folder: Path
-    config: DeepSeekConfig
-    head: str  # a key of HEADS
+    config: "DeepSeekConfig"  # or a PlainConfig, where all that is done with it is to look at it
+    head: str  # of HEADS
     tensors: Tensors
     source: Tensors = field(default_factory=dict)  # the weights before an adapter or a type changes them
-    adapter: Adapter | None = None
+    adapter: "Adapter | None" = None
     saved: Saved | None = None  # what knows its task: the adapter, if there is one
 
-    def skeleton(self) -> PreTrainedModel:
+    def skeleton(self) -> "PreTrainedModel":
         """The model without storage."""
+        import torch  # its package and the model's take seconds
+
+        from modeling_deepseek.register import MODELS_BY_AUTO_CLASS
+
+        classes = {model_class.__name__: model_class for model_class in MODELS_BY_AUTO_CLASS.values()}
         with torch.device("meta"):
-            return HEADS[self.head](self.config)
+            config: Any = self.config.whole() if isinstance(self.config, PlainConfig) else self.config
+            return classes[f"DeepSeek{self.head}"](config)
+
+    def expected(self) -> Shapes:
+        """Names and shapes of what the config describes."""
+        known = self.config.weight_shapes(self.head)
+        if known is not None:
+            return known
+        return {name: tensor.shape for name, tensor in official_weights(self.skeleton()).items()}
 
 
-def open_model(
-    source: str | os.PathLike, adapter: str | os.PathLike | None = None, dtype: str | None = None
-) -> Checkpoint:
-    """Read the headers of a checkpoint, check that they are the model's, merge an adapter, choose the type.
-
-    Args:
-        source: a folder or a Hub id, of any form that `DeepSeekConfig` reads.
-        adapter: the folder or Hub id of a LoRA adapter.
-        dtype: "bf16", "fp32", "fp8", or None for the types that the weights are stored in; FP8 with an adapter
-            becomes bf16, since rounding again would lose what the adapter learned.
-
-    Raises:
-        ValueError: for a config of another family; for a file that is missing or damaged; for weights that are
-            missing, misshapen, or of another architecture; for an adapter that doesn't fit.
-    """
-    base = Saved.open(None, str(source)).require_model()
-    if base.is_adapter:
-        raise ValueError(
-            f"{source} is an adapter: name its base model, and the adapter after --merge-adapter; or rewrite it alone "
-            "with --adapter-format per-expert"
-        )
-    saved = base if adapter is None else Saved.open("merge-adapter", str(adapter))
-    folder, config = with_weights(base), config_of(base, saved)
-    head = f"For{saved.head}" if adapter is not None and saved.head else head_of(source, config)
-    if adapter is not None:
-        config.vocab_size = resized_vocabulary(saved, config, has_head=head == "ForCausalLM")
-    stored = split_experts(open_checkpoint(folder))
-    checkpoint = Checkpoint(folder, config, head, dequantize_at(folder, stored, config), saved=saved)
-    loaded = None
-    if adapter is not None:
-        drop_absent_predictions(checkpoint)
-        loaded = open_adapter(saved, checkpoint.skeleton())
-    tensors = check_weights(checkpoint, {} if loaded is None else loaded.replaced)
-    checkpoint = replace(checkpoint, source=tensors, adapter=loaded)
-    is_quantized = any(tensor.dtype == torch.float8_e4m3fn for tensor in stored.values())
-    if is_quantized and loaded is None and dtype in (None, "fp8"):
-        scales = {f"{name}_scale_inv" for name in tensors}
-        tensors = {name: tensor for name, tensor in stored.items() if name in tensors or name in scales}
-        return in_type(replace(checkpoint, tensors=tensors), None)
-    if loaded is not None:
-        tensors = merge(tensors, loaded)
-    return in_type(replace(checkpoint, tensors=tensors), "bf16" if is_quantized and dtype is None else dtype)
-
-
-def config_of(base: Saved, saved: Saved) -> DeepSeekConfig:
+def config_of(base: Saved, saved: Saved) -> "DeepSeekConfig":
     """The config of a model, with what the training of an adapter has changed there if `saved` is one.
 
     Raises:
         ValueError: for a config of another family, or changes of what is no field of it.
     """
+    from configuration_deepseek import DeepSeekConfig
+
     changes = saved.changes_to(base.config) if saved.is_adapter else {}
     with named_errors(base.where):
-        fields = from_official(dict(base.config)) | known_fields(changes, DeepSeekConfig.__annotations__)
+        fields = from_official(dict(base.config)) | known_fields(changes, FIELD_NAMES)
         return DeepSeekConfig.from_dict(fields)
 
 
-def dequantize_at(folder: Path, tensors: Tensors, config: DeepSeekConfig) -> Tensors:
+def plain_config_of(saved: Saved) -> "DeepSeekConfig":
+    """The config of a model to be looked at: a PlainConfig, if there is no more to it.
+
+    Raises:
+        ValueError: as `config_of`.
+    """
+    with named_errors(saved.where):
+        fields = from_official(dict(saved.config))
+    try:
+        return plain_config(fields)  # type: ignore[return-value]
+    except Unread:
+        return config_of(saved, saved)
+
+
+def dequantize_at(folder: Path, tensors: Tensors, config: DeepSeekFields) -> Tensors:
     """`dequantize`, with errors that name the folder."""
     try:
         return dequantize(tensors, config)
@@ -118,8 +105,8 @@ def dequantize_at(folder: Path, tensors: Tensors, config: DeepSeekConfig) -> Ten
         raise CheckpointError(f"{folder}: {error}") from None
 
 
-def head_of(source: str | os.PathLike, config: DeepSeekConfig) -> str:
-    """The head that config.json names, as a key of `HEADS`.
+def head_of(source: str | os.PathLike, config: "DeepSeekConfig") -> str:
+    """The head that config.json names, of `HEADS`.
 
     Raises:
         ValueError: if there is no such head here.
@@ -131,12 +118,12 @@ def head_of(source: str | os.PathLike, config: DeepSeekConfig) -> str:
     return match[1]
 
 
-def official_weights(model: PreTrainedModel) -> Tensors:
+def official_weights(model: "PreTrainedModel") -> Tensors:
     """What a checkpoint of this model holds: official names, shapes and types; not to be read."""
     state = model.state_dict()
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
-    fused = {name: LazyTensor(tuple(value.shape), value.dtype, unread) for name, value in state.items()}
+    fused = {name: LazyTensor(tuple(value.shape), word_of(value.dtype), unread) for name, value in state.items()}
     return split_experts(fused)
 
 
@@ -159,7 +146,7 @@ def check_weights(checkpoint: Checkpoint, trained: Tensors) -> Tensors:
     """
     drop_absent_predictions(checkpoint)
     where, config = checkpoint.folder, checkpoint.config
-    expected = official_weights(checkpoint.skeleton())
+    expected = checkpoint.expected()
     found: Tensors = {}
     for name, tensor in checkpoint.tensors.items():
         layer = LAYER.match(name)
@@ -172,20 +159,20 @@ def check_weights(checkpoint: Checkpoint, trained: Tensors) -> Tensors:
                 f"{where}: weight {name} is of another architecture than config.json says "
                 f"({config.source_model_type or 'deepseek'}, {checkpoint.head})"
             )
-    for name, tensor in expected.items():
-        if name in trained and (name not in found or found[name].shape != tensor.shape):
+    for name, shape in expected.items():
+        if name in trained and (name not in found or found[name].shape != shape):
             found[name] = trained[name]
         if name not in found:
             raise CheckpointError(f"{where}: weight {name} is missing, or config.json describes another model")
-        if found[name].shape != tensor.shape:
+        if found[name].shape != shape:
             raise CheckpointError(
-                f"{where}: weight {name} has shape {found[name].shape}, but config.json asks for {tensor.shape}"
+                f"{where}: weight {name} has shape {found[name].shape}, but config.json asks for {shape}"
             )
     return found
 
 
 def in_type(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:
-    """The checkpoint in the type "bf16", "fp32" or "fp8", or as it is stored (None), and its config saying so.
+    """The checkpoint in the type "bf16", "fp32" or "fp8", or as it is stored (None).
 
     With "fp8" the weights that releases leave unquantized become bf16, as theirs are.
     """
@@ -196,22 +183,20 @@ def in_type(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:
     if dtype == "fp8":
         config.source_quantization_config = {**FP8_BLOCKS, **release}
         block, scale_fmt = config.source_quantization_config["weight_block_size"], release.get("scale_fmt")
-        exact = cast(checkpoint.tensors, torch.float32)
+        exact = cast(checkpoint.tensors, "F32")
         tensors = quantize(
             {name: exact[name] if QUANTIZED.fullmatch(name) else tensors[name] for name in tensors}, block, scale_fmt
         )
     tensors = {
-        name: tensor.map(torch.Tensor.float, dtype=torch.float32)
-        if name.endswith(FLOAT32_WEIGHTS) and tensor.dtype != torch.float32
-        else tensor
+        name: tensor.to("F32") if name.endswith(FLOAT32_WEIGHTS) and tensor.word != "F32" else tensor
         for name, tensor in tensors.items()
     }
-    config.dtype = next(tensor.dtype for name, tensor in tensors.items() if name.endswith("embed_tokens.weight"))
     return replace(checkpoint, tensors=tensors)
 
 
-def with_copies(tensors: Tensors, config: DeepSeekConfig) -> Tensors:
+def with_copies(tensors: Tensors, config: DeepSeekFields) -> Tensors:
     """The weights with the copies of embedding and head that releases store in their prediction layers."""
     shared = shared_mtp_keys(config)
     tied = "model.embed_tokens.weight"
-    return tensors | {name: tensors[key if key in tensors else tied].map(torch.clone) for name, key in shared.items()}
+    originals = {name: tensors[key if key in tensors else tied] for name, key in shared.items()}
+    return tensors | {name: tensor.map(lambda value: value.clone()) for name, tensor in originals.items()}

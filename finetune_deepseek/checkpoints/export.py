@@ -19,23 +19,20 @@ import torch
 from transformers.dynamic_module_utils import custom_object_save
 
 from configuration_deepseek import DeepSeekConfig
+from configuration_deepseek.fields import FIELD_NAMES
 from configuration_deepseek.official import ARCHITECTURES, official_model_type, to_official
 from modeling_deepseek.whole_folders import writing_beside
 
 from ..data.files import read_json
 from ..training.saved import ADAPTER_FILE, Saved
 from ..training.saved import write as write_record
-from .checkpoint import HEADS, Checkpoint, config_of, dequantize_at, head_of, open_model, with_copies
+from .checkpoint import Checkpoint, config_of, dequantize_at, head_of, with_copies
 from .gguf import export_gguf
 from .merging import open_adapter, write_per_expert
-from .shards import (
-    new_destination,
-    open_checkpoint,
-    split_experts,
-    write_json,
-    write_shards,
-)
+from .opening import open_model
+from .shards import new_destination, write_json, write_shards
 from .spot_logits import difference, spot_logits
+from .tensors import open_checkpoint, split_experts
 
 # The heads that transformers has for a published model_type, beside ForCausalLM.
 NATIVE_HEADS = {
@@ -74,7 +71,7 @@ def native_config(checkpoint: Checkpoint) -> dict[str, Any]:
         raise ValueError(f"transformers has no {ARCHITECTURES[model_type]}{head}; use --to bundle")
     official = to_official(fields)
     understood = DeepSeekConfig.from_dict(official)
-    for name in DeepSeekConfig.__annotations__.keys() - NOT_IN_RELEASES:
+    for name in set(FIELD_NAMES) - NOT_IN_RELEASES:
         if getattr(understood, name) != getattr(config, name):
             raise ValueError(
                 f"config.json of {model_type} has no place for {name}={getattr(config, name)}; use --to bundle"
@@ -138,7 +135,7 @@ def export_bundle(
     """
     with new_destination(destination):
         checkpoint = open_model(source, adapter, dtype)
-        checkpoint.config.architectures = [HEADS[checkpoint.head].__name__]
+        checkpoint.config.architectures = [f"DeepSeek{checkpoint.head}"]
         with writing_beside(destination) as beside:
             folder = Path(beside)
             write_shards(checkpoint.tensors, folder, max_shard_size, report)

@@ -31,8 +31,9 @@ from modeling_deepseek.whole_folders import writing_beside
 from tokenization_deepseek import DeepSeekTokenizer
 from tokenization_deepseek.pre_tokenization import PATTERNS, pre_tokenizer
 
-from .checkpoint import open_model
-from .shards import LazyTensor, Tensors, new_destination, spots
+from .opening import open_model
+from .shards import new_destination, spots
+from .tensors import LazyTensor, Tensors, word_of
 
 ARCHITECTURES = {
     "llama": "llama",
@@ -149,12 +150,12 @@ def gguf_tensors(tensors: Tensors, config: DeepSeekConfig, architecture: str) ->
             if word is None:
                 raise ValueError(f"weight {part} has no place in llama.cpp's architecture {architecture}")
             is_small = len(value.shape) == 1 or official.endswith(".mlp.gate")
-            if is_small and value.dtype != torch.float32:
-                value = value.map(torch.Tensor.float, dtype=torch.float32)
+            if is_small and value.word != "F32":
+                value = value.to("F32")
             renamed[f"{word}.{suffix}"] = value
     if config.rope_parameters["rope_type"] == "llama3":
         factors = rope_factors(config)
-        renamed["rope_freqs.weight"] = LazyTensor(tuple(factors.shape), factors.dtype, lambda: factors)
+        renamed["rope_freqs.weight"] = LazyTensor(tuple(factors.shape), word_of(factors.dtype), lambda: factors)
     return renamed
 
 
@@ -177,7 +178,7 @@ def stack_experts(tensors: Tensors, config: DeepSeekConfig) -> Tensors:
             stacked[name] = tensor
         elif match[2] == "0":
             parts = [tensors[f"{match[1]}.{expert}.{match[3]}"] for expert in range(config.n_routed_experts)]
-            stacked[f"{match[1]}.{match[3]}"] = LazyTensor((len(parts), *tensor.shape), tensor.dtype, _stack(parts))
+            stacked[f"{match[1]}.{match[3]}"] = LazyTensor((len(parts), *tensor.shape), tensor.word, _stack(parts))
     return stacked
 
 

@@ -17,24 +17,24 @@ from huggingface_hub.errors import (
     SafetensorsParsingError,
 )
 
-from configuration_deepseek import DeepSeekConfig
+from configuration_deepseek.fields import FIELD_NAMES, DeepSeekFields
 from configuration_deepseek.official import official_model_type
-from modeling_deepseek.checkpoint_files import CheckpointError
-from modeling_deepseek.quantization import SCALE
+from configuration_deepseek.weight_names import SCALE, CheckpointError
 from tokenization_deepseek import DeepSeekTokenizer
 
 from ..training.saved import Saved
-from ..training.weights.lora import OTHER, group_of, plain_name
-from .checkpoint import Checkpoint, check_weights, config_of, dequantize_at, head_of, in_type, with_copies
-from .shards import (
+from ..training.weights.groups import OTHER, group_of, plain_name
+from .checkpoint import Checkpoint, check_weights, dequantize_at, head_of, in_type, plain_config_of, with_copies
+from .tensors import (
+    TYPES,
     LazyTensor,
     OpenFiles,
     Tensors,
     has_weights,
+    known_word,
     open_checkpoint,
     open_weights,
     split_experts,
-    torch_type,
     unread,
 )
 
@@ -82,10 +82,10 @@ def inspect_checkpoint(source: str | os.PathLike | Saved) -> Inspection:
         ValueError: for a config of another family, or files that are missing or damaged.
     """
     saved = source if isinstance(source, Saved) else Saved.open(None, str(source)).require_model()
-    config, source = config_of(saved, saved), saved.name
+    config, source = plain_config_of(saved), saved.name
     tensors = split_experts(headers(saved))
     try:
-        model_type = official_model_type(config.to_dict())
+        model_type = official_model_type({name: getattr(config, name) for name in FIELD_NAMES})
         generation = GENERATIONS.get(model_type, model_type)
     except ValueError:
         model_type, generation = "none", "layers that no release combines"
@@ -129,7 +129,7 @@ def headers(saved: Saved) -> Tensors:
     except (NotASafetensorsRepoError, SafetensorsParsingError, HfHubHTTPError, OSError) as error:
         raise ValueError(f"{source}: {str(error).splitlines()[0]}") from error
     return {
-        name: LazyTensor(tuple(tensor.shape), torch_type(tensor.dtype, f"{source}: weight {name}"), unread)
+        name: LazyTensor(tuple(tensor.shape), known_word(tensor.dtype, f"{source}: weight {name}"), unread)
         for file in metadata.files_metadata.values()
         for name, tensor in file.tensors.items()
     }
@@ -138,7 +138,7 @@ def headers(saved: Saved) -> Tensors:
 # Counting -----------------------------------------------------------------------------------------------------------
 
 
-def group_of_weight(name: str, config: DeepSeekConfig) -> str:
+def group_of_weight(name: str, config: DeepSeekFields) -> str:
     """The LoRA group of a weight by its official name, or `PREDICTION`."""
     layer = re.match(r"model\.layers\.(\d+)\.", name)
     if layer is not None and int(layer[1]) >= config.num_hidden_layers:
@@ -146,7 +146,7 @@ def group_of_weight(name: str, config: DeepSeekConfig) -> str:
     return EXPERTS if re.search(r"\.experts\.\d+\.", name) else group_of(name)
 
 
-def count_parameters(tensors: Tensors, config: DeepSeekConfig) -> dict[str, int]:
+def count_parameters(tensors: Tensors, config: DeepSeekFields) -> dict[str, int]:
     """Parameters by group, largest first."""
     counts: Counter[str] = Counter()
     for name, tensor in tensors.items():
@@ -155,7 +155,7 @@ def count_parameters(tensors: Tensors, config: DeepSeekConfig) -> dict[str, int]
     return dict(counts.most_common())
 
 
-def active_parameters(parameters: dict[str, int], config: DeepSeekConfig) -> int:
+def active_parameters(parameters: dict[str, int], config: DeepSeekFields) -> int:
     """What one token uses: K of E routed experts, everything else but the prediction layers."""
     used = {group: count for group, count in parameters.items() if group != PREDICTION}
     if config.n_routed_experts and EXPERTS in used:
@@ -167,7 +167,7 @@ def stored_types(tensors: Tensors) -> dict[str, int]:
     """Parameters by type."""
     counts: Counter[str] = Counter()
     for tensor in tensors.values():
-        counts[str(tensor.dtype).removeprefix("torch.")] += tensor.numel
+        counts[TYPES[tensor.word].torch] += tensor.numel
     return dict(counts.most_common())
 
 
@@ -180,14 +180,14 @@ def exported_sizes(checkpoint: Checkpoint) -> dict[str, int]:
     return sizes
 
 
-def cached_width(attention: str, config: DeepSeekConfig) -> int:
+def cached_width(attention: str, config: DeepSeekFields) -> int:
     """Numbers that one layer caches per token."""
     if attention == "mha":
-        return 2 * config.num_key_value_heads * config.head_dim
-    return config.kv_lora_rank + config.qk_rope_head_dim + (config.index_head_dim if attention == "dsa" else 0)
+        return 2 * config.mha_key_width
+    return config.mla_latent_width + (config.index_head_dim if attention == "dsa" else 0)
 
 
-def layer_ranges(config: DeepSeekConfig) -> dict[str, str]:
+def layer_ranges(config: DeepSeekFields) -> dict[str, str]:
     """Runs of layers with the same mechanisms, as "first-last" -> their description."""
     ranges: dict[str, str] = {}
     start = 0
@@ -199,7 +199,7 @@ def layer_ranges(config: DeepSeekConfig) -> dict[str, str]:
     return ranges
 
 
-def _attention(word: str, config: DeepSeekConfig) -> str:
+def _attention(word: str, config: DeepSeekFields) -> str:
     heads = f"{config.num_attention_heads} heads"
     if word == "mha":
         return f"mha ({heads}, {config.num_key_value_heads} of keys and values, width {config.head_dim})"
@@ -208,7 +208,7 @@ def _attention(word: str, config: DeepSeekConfig) -> str:
     return f"{word} ({heads}, latent {config.kv_lora_rank} + rotary {config.qk_rope_head_dim}, {query}{chosen})"
 
 
-def _feed_forward(word: str, config: DeepSeekConfig) -> str:
+def _feed_forward(word: str, config: DeepSeekFields) -> str:
     if word == "dense":
         return f"dense (width {config.intermediate_size})"
     groups = f", {config.topk_group} of {config.n_group} groups" if config.topk_method != "greedy" else ""
@@ -219,7 +219,7 @@ def _feed_forward(word: str, config: DeepSeekConfig) -> str:
     )
 
 
-def positions(config: DeepSeekConfig) -> str:
+def positions(config: DeepSeekFields) -> str:
     """Length and rotary scaling in words."""
     rope = config.rope_parameters
     scaling = "" if rope["rope_type"] == "default" else f", {rope['rope_type']} by {rope['factor']:g}"
@@ -229,7 +229,7 @@ def positions(config: DeepSeekConfig) -> str:
 # Tokenizer ----------------------------------------------------------------------------------------------------------
 
 
-def tokenizer_health(saved: Saved, config: DeepSeekConfig) -> list[str]:
+def tokenizer_health(saved: Saved, config: DeepSeekFields) -> list[str]:
     """What can go wrong with a tokenizer, tried: BOS, padding, round trip, ids, chat template."""
     try:
         tokenizer = DeepSeekTokenizer.from_pretrained(saved.name, **saved.at)

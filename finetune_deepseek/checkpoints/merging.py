@@ -23,8 +23,9 @@ from transformers import PreTrainedModel
 from configuration_deepseek import DeepSeekConfig
 
 from ..training.saved import ADAPTER_FILE, Saved
-from ..training.weights.lora import GROUPS, plain_name
-from .shards import LazyTensor, OpenFiles, Tensors, open_weights, spots, write_json
+from ..training.weights.groups import GROUPS, plain_name
+from .shards import spots, write_json
+from .tensors import LazyTensor, OpenFiles, Tensors, open_weights
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -181,8 +182,7 @@ def merge(tensors: Tensors, adapter: Adapter) -> Tensors:
     """
     merged = dict(tensors)
     for name, tensor in adapter.replaced.items():
-        dtype = tensors[name].dtype
-        merged[name] = tensor.map(partial(torch.Tensor.to, dtype=dtype), dtype=dtype)
+        merged[name] = tensor.to(tensors[name].word)
     for name, (indices, rows) in adapter.tokens.items():
         merged[name] = merged[name].map(partial(_with_rows, indices=indices, rows=rows))
     for attachment in adapter.attachments:

@@ -22,9 +22,9 @@ from modeling_deepseek import DeepSeekForRecommendation, DeepSeekForSequenceClas
 from modeling_deepseek.moe import DeepSeekExperts
 from modeling_deepseek.rope import DeepSeekRotaryEmbedding
 
-from ..training.weights.lora import plain_name
+from ..training.weights.groups import plain_name
 from .merging import Adapter, Factors, expert_factors
-from .shards import LazyTensor, Tensors
+from .tensors import LazyTensor, Tensors
 
 TOKENS = 8
 LARGEST = 1e30  # beyond are numbers that only mark what can't be chosen

@@ -15,8 +15,8 @@ from modeling_deepseek.recommendation_head import feature_reader
 from ..data.cells import as_ids
 from ..data.files import replaced_folder
 from ..retrieval.encoding import token_ids
-from ..training.loading import named_errors, saved_tokenizer, served_model
-from ..training.saved import Saved
+from ..training.loading import saved_tokenizer, served_model
+from ..training.saved import Saved, named_errors
 from .items.catalogue import CATALOGUE_FOLDER, PADDING, catalogue_tokenizer
 from .items.feature_columns import request_features
 from .items.index import ItemIndex

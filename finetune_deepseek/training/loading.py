@@ -1,16 +1,15 @@
 """Tokenizer and model, pretrained or with random weights, as the flags name them."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import yaml
 from peft import PeftModel
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from configuration_deepseek import DeepSeekConfig
+from configuration_deepseek.fields import FIELD_NAMES
 from configuration_deepseek.presets import preset
 from modeling_deepseek.register import MODELS_BY_AUTO_CLASS
 from modeling_deepseek.whole_folders import current
@@ -18,7 +17,7 @@ from tokenization_deepseek import DeepSeekTokenizer
 
 from ..data.sources import Rows
 from .arguments import ModelArguments
-from .saved import Saved, known_fields
+from .saved import Saved, known_fields, named_errors
 from .task import Task
 
 # Without effect in a generation config that doesn't sample, or has one beam.
@@ -37,21 +36,6 @@ def parse_overrides(text: str | None) -> dict[str, Any]:
         if not equals:
             raise ValueError(f"--config_overrides {text}: {name!r} has no value; write name=value,name=value.")
     return {name.strip(): yaml.safe_load(value) for name, _, value in pairs}
-
-
-@contextmanager
-def named_errors(where: str) -> Iterator[None]:
-    """Loading something: errors begin with what named it, in one line.
-
-    Raises:
-        ValueError: for whatever the loading raises for missing or broken files, or for packages that a model's own
-            code needs.
-    """
-    try:
-        yield
-    except (ValueError, OSError, ImportError, SafetensorError) as error:
-        text = " ".join(str(error).split())
-        raise ValueError(text if text.startswith(where) else f"{where}: {text}") from error
 
 
 def pretrained_tokenizer(
@@ -167,7 +151,7 @@ def served_model(saved: Saved, auto_class: Any) -> Any:
 def _config(saved: Saved, is_ours: bool, fields: dict[str, Any], trust_remote_code: bool = False) -> Any:
     """The config of a model with some fields changed; other names than fields are refused, see `known_fields`."""
     if is_ours:
-        known: dict[str, Any] = known_fields(fields, DeepSeekConfig.__annotations__)
+        known: dict[str, Any] = known_fields(fields, FIELD_NAMES)
         return DeepSeekConfig.from_pretrained(saved.name, **saved.at | known)
     config = AutoConfig.from_pretrained(saved.name, **saved.at, trust_remote_code=trust_remote_code)
     for name, value in known_fields(fields, config.to_dict()).items():

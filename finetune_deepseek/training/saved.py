@@ -15,7 +15,8 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,10 +25,12 @@ from typing import Any, get_origin, get_type_hints
 import yaml
 from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.dataclasses import type_validator
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
-from configuration_deepseek import DeepSeekConfig
+from configuration_deepseek.fields import FIELD_NAMES
 from configuration_deepseek.official import SOURCES
-from modeling_deepseek.whole_folders import current
+from tokenization_deepseek.whole_folders import current
 
 from ..data.files import read_json, write_json
 from ..data.hub import check_source, is_hub_id
@@ -184,7 +187,7 @@ class Saved:
         """
         self.check_task(task)
         names, types = getattr(arguments_class, "SAVED", ()), get_type_hints(arguments_class)
-        foreign = sorted(self.settings.keys() - set(names) - DeepSeekConfig.__annotations__.keys())
+        foreign = sorted(self.settings.keys() - {*names, *FIELD_NAMES})
         if foreign:
             print(
                 f"deepseek-hf: note: {self.where}: {', '.join(map(str, foreign))} in its settings are none of a model "
@@ -277,7 +280,7 @@ class Saved:
         elif self.own_config:  # earlier versions: beside heads of labels
             found = differences(config, self.own_config)
         else:  # and in the card, among the settings
-            found = {name: self.settings[name] for name in self.settings if name in DeepSeekConfig.__annotations__}
+            found = {name: self.settings[name] for name in self.settings if name in FIELD_NAMES}
         return {name: found[name] for name in found if _may_change(name)}
 
     @cached_property
@@ -306,6 +309,21 @@ def download(where: str, name: str, revision: str | None, patterns: Sequence[str
         reason = " ".join(str(error).split()).removeprefix(f"{name}: ")
         raise ValueError(f"{where}: {reason}") from error
     return Path(found)
+
+
+@contextmanager
+def named_errors(where: str) -> Iterator[None]:
+    """Loading something: errors begin with what named it, in one line.
+
+    Raises:
+        ValueError: for whatever the loading raises for missing or broken files, or for packages that a model's own
+            code needs.
+    """
+    try:
+        yield
+    except (ValueError, OSError, ImportError, SafetensorError, StrictDataclassError) as error:
+        text = " ".join(str(error).split())
+        raise ValueError(text if text.startswith(where) else f"{where}: {text}") from error
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -369,6 +387,8 @@ def _may_change(name: str) -> bool:
 def differences(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
     """The fields of a config (in our form or a published one, both) that training has changed."""
     if before.get("model_type") in SOURCES:
+        from configuration_deepseek import DeepSeekConfig  # it brings torch, which takes seconds
+
         before, after = (DeepSeekConfig.from_dict(dict(config)).to_dict() for config in (before, after))
     before, after = (json.loads(json.dumps(config, default=str)) for config in (before, after))
     return {name: value for name, value in after.items() if _may_change(name) and before.get(name) != value}

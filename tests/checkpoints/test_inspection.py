@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 
 import pytest
@@ -107,7 +108,7 @@ def test_no_weight_is_read(saved, monkeypatch):
             self.file = safe_open(*args, **kwargs)
             self.offset_keys, self.get_slice = self.file.offset_keys, self.file.get_slice
 
-    monkeypatch.setattr("finetune_deepseek.checkpoints.shards.safe_open", Headers)
+    monkeypatch.setattr("finetune_deepseek.checkpoints.tensors.safe_open", Headers)
     assert inspect_checkpoint(folder).total > 0
 
 
@@ -140,6 +141,60 @@ def test_bad_input(saved, said, tmp_path):
     assert "holds no weights" in said(folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "deepseek_v4"}))
     assert "config.json has model_type 'deepseek_v4' (DeepSeek-V4), which DeepSeekConfig cannot read" in said(folder)
+
+
+@pytest.mark.parametrize(
+    "index", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 3}}', '{"weight_map": null}', "[]"]
+)
+def test_an_index_that_is_none(saved, said, index):
+    _, folder = saved("tiny_v3")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(index)
+    assert f"{folder / 'model.safetensors.index.json'} is damaged" in said(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "line"),
+    [
+        ("id2label", ["a"], "id2label=['a'] must map numbers to labels"),
+        ("num_hidden_layers", 3.0, "Field 'num_hidden_layers' expected int, got float"),
+        (
+            "rope_parameters",
+            {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2, "original_max_position_embeddings": 0},
+            "original_max_position_embeddings=0 must be positive",
+        ),
+    ],
+)
+def test_a_broken_field_is_told_with_its_folder(saved, said, field, value, line):
+    _, folder = saved("tiny_v3")
+    config = json.loads((folder / "config.json").read_text()) | {field: value}
+    (folder / "config.json").write_text(json.dumps(config))
+    said_of_it = said(folder)
+    assert f"deepseek-hf: error: {folder}: " in said_of_it and line in said_of_it
+
+
+COMMAND = """
+import sys
+from finetune_deepseek.__main__ import guarded
+assert guarded([sys.argv[1]], "inspect") == 0
+sys.exit("torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("name", ["tiny_llm", "tiny_v2", "tiny_v3.2"])
+def test_a_description_needs_no_torch(saved, tmp_path, name):
+    """Which takes several times as long as all the rest."""
+    _, folder = saved(name)
+    export_native(folder, tmp_path / "native", dtype="bf16", max_shard_size="200KB")
+    for source in (folder, tmp_path / "native"):
+        subprocess.run([sys.executable, "-c", COMMAND, str(source)], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_an_adapter_needs_no_torch(saved, tmp_path):
+    model, _ = saved("tiny_v3")
+    apply_lora(model, LoraArguments(use_peft=True, lora_r=3)).save_pretrained(tmp_path / "adapter")
+    command = [sys.executable, "-c", COMMAND, str(tmp_path / "adapter")]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
 
 
 def test_weights_that_do_not_match_are_said(saved):

@@ -8,8 +8,8 @@ from peft import LoraConfig, get_peft_model
 
 from finetune_deepseek.__main__ import main
 from finetune_deepseek.checkpoints import export, merging, shards
-from finetune_deepseek.checkpoints.checkpoint import open_model
 from finetune_deepseek.checkpoints.export import export_bundle, export_native
+from finetune_deepseek.checkpoints.opening import open_model
 from finetune_deepseek.checkpoints.spot_logits import difference, spot_logits
 from finetune_deepseek.training.arguments import LoraArguments
 from finetune_deepseek.training.weights.lora import apply_lora

@@ -9,8 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 from transformers.utils import logging as transformers_logging
 
 from configuration_deepseek import preset
+from configuration_deepseek.weight_names import shared_mtp_keys
 from modeling_deepseek import DeepSeekForCausalLM, DeepSeekForTokenClassification, DeepSeekModel
-from modeling_deepseek.checkpoint_keys import shared_mtp_keys
 from modeling_deepseek.losses import cross_entropy, labels_ahead
 from modeling_deepseek.mtp import shift_left
 from tests.modeling.conftest import outputs, tiny, token_ids

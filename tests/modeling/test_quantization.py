@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from configuration_deepseek.official import to_official
+from configuration_deepseek.weight_names import QUANTIZED
 from modeling_deepseek import DeepSeekForCausalLM, DeepSeekModel, register
-from modeling_deepseek.quantization import QUANTIZED, dequantize_blocks, quantize_blocks
+from modeling_deepseek.quantization import dequantize_blocks, quantize_blocks
 from tests.modeling.conftest import outputs, tiny, token_ids
 from tests.reference.quantization import dequantize, e4m3
 

@@ -8,7 +8,8 @@ import torch
 
 from configuration_deepseek import DeepSeekConfig
 from finetune_deepseek.training.arguments import LoraArguments
-from finetune_deepseek.training.weights.lora import OTHER, apply_lora, attached_layers, census
+from finetune_deepseek.training.weights.groups import OTHER
+from finetune_deepseek.training.weights.lora import apply_lora, attached_layers, census
 from modeling_deepseek import DeepSeekForCausalLM
 from tests.configuration.test_official import RELEASES
 from tests.modeling.conftest import HEADS, labels_for, outputs, token_ids

@@ -22,7 +22,7 @@ from finetune_deepseek.training.loading import with_dropout
 from finetune_deepseek.training.optimization import smoothing_term, target_losses
 from finetune_deepseek.training.trainer_arguments import TrainingArguments
 from finetune_deepseek.training.weights.freezing import freeze_weights
-from finetune_deepseek.training.weights.lora import GROUPS, OTHER, group_of
+from finetune_deepseek.training.weights.groups import GROUPS, OTHER, group_of
 from finetune_deepseek.translation.task import Translation
 from modeling_deepseek import DeepSeekForCausalLM
 from tests.small_runs import PAIRS, TINY, flags, write_jsonl

@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 
 from ...data.words import nearest_match
 from ..trainer_arguments import TrainingArguments
-from .lora import GROUPS, group_of, plain_name, prediction_layers
+from .groups import GROUPS, group_of, plain_name
+from .lora import prediction_layers
 
 INDEXER = re.compile(r"\.indexer\.")
 LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")

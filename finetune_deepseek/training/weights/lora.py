@@ -19,44 +19,12 @@ from transformers import PreTrainedModel
 
 from ...data.words import nearest_match
 from ..arguments import LoraArguments
+from .groups import GROUPS, OTHER, group_of, is_bare, plain_name
 
 # Letters: E experts, K experts used per token.
 
-
-@dataclass(frozen=True)
-class Group:
-    """Where a group's weights are: a pattern for whole names of modules, or endings of names of parameters."""
-
-    modules: str = ""
-    parameters: tuple[str, ...] = ()
-
-    def owns(self, name: str) -> bool:
-        """Whether `name`, of a module or of one of its parameters, belongs to the group."""
-        if self.parameters:
-            return any(name.endswith(f".{ending}") for ending in self.parameters)
-        return re.fullmatch(rf"(?:{self.modules})(?:\.(?:weight|bias))?", name) is not None
-
-
-# Prediction layers (modeling_deepseek/mtp.py) have weights of all kinds, and are a group by themselves.
-GROUPS = {
-    "attention": Group(r".*\.self_attn\.\w*proj\w*"),
-    "dense": Group(r".*\.mlp\.(?:gate|up|down)_proj"),
-    "shared": Group(r".*\.shared_experts\.(?:gate|up|down)_proj"),
-    "experts": Group(parameters=("experts.gate_up_proj", "experts.down_proj")),
-    "router": Group(parameters=("mlp.gate.weight",)),
-    "indexer": Group(r".*\.indexer\.(?:wq_b|wk|weights_proj)"),
-    "mtp": Group(r".*\.eh_proj"),
-    "embeddings": Group(r"(?:.*\.)?embed_tokens"),
-    "head": Group(r"lm_head"),
-}
 DEFAULT_GROUPS = ("attention", "dense", "shared", "experts")  # used where the model has them
-OTHER = "norms, other"
 OWN_TARGETS = "peft"  # in place of groups: what PEFT's table has for a native model_type
-
-
-def plain_name(name: str) -> str:
-    """The name that a module or parameter had before PEFT wrapped the model."""
-    return name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".token_adapter", "")
 
 
 def prediction_layers(model: nn.Module) -> tuple[str, ...]:
@@ -64,18 +32,6 @@ def prediction_layers(model: nn.Module) -> tuple[str, ...]:
     return tuple(
         plain_name(name).removesuffix("eh_proj") for name, _ in model.named_modules() if name.endswith(".eh_proj")
     )
-
-
-def group_of(name: str, ahead: tuple[str, ...] = ()) -> str:
-    """The group of a module or parameter of an unwrapped model, `OTHER` if none; `ahead`: its `prediction_layers`."""
-    if name.startswith(ahead or "\0"):
-        return "mtp"
-    return next((word for word, group in GROUPS.items() if group.owns(name)), OTHER)
-
-
-def is_bare(name: str) -> bool:
-    """Whether a target is a parameter of a module that PEFT cannot wrap."""
-    return any(group.parameters and group.owns(name) for group in GROUPS.values())
 
 
 def find_targets(model: nn.Module) -> dict[str, list[str]]:

@@ -1,0 +1,213 @@
+"""The weights of a checkpoint: official names and shapes, those stored twice, those that releases quantize.
+
+Module names are those of the official V3 checkpoints, with routed experts one by one. The names and shapes here are
+what files are held against where no model is built, which takes seconds of imports; the model's own constructors take
+the same widths from the config, and a test holds both together. Travels to the Hub with configuration_deepseek.py.
+Letters: D hidden width, E routed experts, V vocabulary.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+Shapes: TypeAlias = dict[str, tuple[int, ...]]
+
+LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
+SHARED_WITH = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
+SCALE = "weight_scale_inv"
+# The weights that the releases quantize: not norms, router, embedding, head, eh_proj, and the indexer's weights_proj.
+QUANTIZED = re.compile(
+    r".*\.(?:self_attn\.\w+_proj\w*|self_attn\.indexer\.(?:wq_b|wk)|mlp\.(?:.*\.)?(?:gate|up|down)_proj)\.weight"
+)
+
+
+class CheckpointError(ValueError, RuntimeError):
+    """A checkpoint that doesn't fit the model; a RuntimeError too, because transformers raises that."""
+
+
+def grid_of(shape: Sequence[int], block: list[int]) -> list[int]:
+    """How many blocks a quantized weight [R, C] has along each dimension."""
+    return [-(-size // step) for size, step in zip(shape, block, strict=True)]
+
+
+# Prediction layers ---------------------------------------------------------------------------------------------------
+
+
+def shared_mtp_keys(config: Any) -> dict[str, str]:
+    """Keys of the copies in prediction layers -> the key of the weight that they repeat."""
+    first, count = config.num_hidden_layers, config.num_nextn_predict_layers
+    layers = range(first, first + count)
+    return {f"model.layers.{i}.{name}": shared for i in layers for name, shared in SHARED_WITH.items()}
+
+
+def take_mtp_keys(weights: dict[str, Any], config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Part a checkpoint into what the trunk and the heads have, and the keys of prediction layers."""
+    rest: dict[str, Any] = {}
+    ahead: dict[str, Any] = {}
+    first = config.num_hidden_layers
+    for key, entry in weights.items():
+        layer = LAYER.match(key)
+        is_ahead = layer is not None and first <= int(layer[1]) < first + config.num_nextn_predict_layers
+        (ahead if is_ahead else rest)[key] = entry
+    return rest, ahead
+
+
+# Names and shapes ----------------------------------------------------------------------------------------------------
+
+
+def _linear(name: str, rows: int, columns: int, bias: bool = False) -> Shapes:
+    return {f"{name}.weight": (rows, columns)} | ({f"{name}.bias": (rows,)} if bias else {})
+
+
+def _norm(name: str, width: int) -> Shapes:
+    return {f"{name}.weight": (width,)}
+
+
+def _mha(config: Any) -> Shapes:
+    width, query, key, bias = config.hidden_size, config.mha_query_width, config.mha_key_width, config.attention_bias
+    norms = _norm("q_norm", config.head_dim) | _norm("k_norm", config.head_dim) if config.use_qk_norm else {}
+    return {
+        **_linear("q_proj", query, width, bias),
+        **_linear("k_proj", key, width, bias),
+        **_linear("v_proj", key, width, bias),
+        **_linear("o_proj", width, query, config.mha_out_bias),
+        **norms,
+    }
+
+
+def _mla(config: Any) -> Shapes:
+    width, latent, bias = config.hidden_size, config.kv_lora_rank, config.attention_bias
+    query = _linear("q_proj", config.mla_query_width, width)
+    if rank := config.q_lora_rank:
+        query = _linear("q_a_proj", rank, width, bias) | _norm("q_a_layernorm", rank)
+        query |= _linear("q_b_proj", config.mla_query_width, rank)
+    return {
+        **query,
+        **_linear("kv_a_proj_with_mqa", config.mla_latent_width, width, bias),
+        **_norm("kv_a_layernorm", latent),
+        **_linear("kv_b_proj", config.mla_up_width, latent),
+        **_linear("o_proj", width, config.mla_value_width, bias),
+    }
+
+
+def _dsa(config: Any) -> Shapes:
+    width, index = config.hidden_size, config.index_head_dim
+    return {
+        **_mla(config),
+        **_linear("indexer.wq_b", config.index_query_width, config.q_lora_rank),
+        **_linear("indexer.wk", index, width),
+        **_norm("indexer.k_norm", index),
+        "indexer.k_norm.bias": (index,),
+        **_linear("indexer.weights_proj", config.index_n_heads, width),
+    }
+
+
+def _mlp(config: Any, inner: int, prefix: str = "") -> Shapes:
+    width, bias = config.hidden_size, config.mlp_bias
+    return {
+        **_linear(f"{prefix}gate_proj", inner, width, bias),
+        **_linear(f"{prefix}up_proj", inner, width, bias),
+        **_linear(f"{prefix}down_proj", width, inner, bias),
+    }
+
+
+def _dense(config: Any) -> Shapes:
+    return _mlp(config, config.intermediate_size)
+
+
+def _moe(config: Any) -> Shapes:
+    width, inner, experts = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
+    shapes = _linear("gate", experts, width)
+    if config.topk_method == "noaux_tc":
+        shapes["gate.e_score_correction_bias"] = (experts,)
+    for expert in range(experts):
+        shapes |= _linear(f"experts.{expert}.gate_proj", inner, width)
+        shapes |= _linear(f"experts.{expert}.up_proj", inner, width)
+        shapes |= _linear(f"experts.{expert}.down_proj", width, inner)
+    shared = _mlp(config, config.shared_expert_width, "shared_experts.") if config.n_shared_experts else {}
+    return shapes | shared
+
+
+ATTENTIONS: dict[str, Callable[[Any], Shapes]] = {"mha": _mha, "mla": _mla, "dsa": _dsa}
+FEED_FORWARDS: dict[str, Callable[[Any], Shapes]] = {"dense": _dense, "moe": _moe}
+
+
+def _under(prefix: str, shapes: Shapes) -> Shapes:
+    return {prefix + name: shape for name, shape in shapes.items()}
+
+
+def _layer(config: Any, spec: Any) -> Shapes:
+    return {
+        **_under("self_attn.", ATTENTIONS[spec.attention](config)),
+        **_under("mlp.", FEED_FORWARDS[spec.feed_forward](config)),
+        **_norm("input_layernorm", config.hidden_size),
+        **_norm("post_attention_layernorm", config.hidden_size),
+    }
+
+
+def _trunk(config: Any) -> Shapes:
+    kinds = {spec: _layer(config, spec) for spec in config.specs}
+    layers = [_under(f"layers.{i}.", kinds[spec]) for i, spec in enumerate(config.specs)]
+    shapes = {"embed_tokens.weight": (config.vocab_size, config.hidden_size)} | _norm("norm", config.hidden_size)
+    for layer in layers:
+        shapes |= layer
+    return shapes
+
+
+def _predictions(config: Any) -> Shapes:
+    """Prediction layers, as the model holds them: layers like the last one, without copies of embedding and head."""
+    width, first = config.hidden_size, config.num_hidden_layers
+    shapes = _layer(config, config.specs[-1])
+    for name in ("enorm", "hnorm", "shared_head.norm"):
+        shapes |= _norm(name, width)
+    shapes |= _linear("eh_proj", width, 2 * width)
+    ahead: Shapes = {}
+    for i in range(config.num_nextn_predict_layers):
+        ahead |= _under(f"model.layers.{first + i}.", shapes)
+    return ahead
+
+
+def _language(config: Any) -> Shapes:
+    head = {} if config.tie_word_embeddings else _linear("lm_head", config.vocab_size, config.hidden_size)
+    return head | _predictions(config)
+
+
+def _questions(config: Any) -> Shapes:
+    kinds = config.type_vocab_size
+    types = {"token_type_embeddings.weight": (kinds, config.hidden_size)} if kinds else {}
+    return types | _linear("qa_outputs", 2, config.hidden_size, bias=True)
+
+
+def _pooled(config: Any) -> Shapes | None:
+    return None if config.pooling == "latent" else {}
+
+
+def _items(config: Any) -> Shapes | None:
+    if config.num_items is not None or config.user_features or config.context_features or config.num_item_neighbors:
+        return None
+    return {} if config.tie_item_embeddings else _linear("item_head", config.vocab_size, config.hidden_size)
+
+
+HEADS: dict[str, Callable[[Any], Shapes | None]] = {
+    "Model": lambda config: {},
+    "ForCausalLM": _language,
+    "ForSequenceClassification": lambda config: _linear("score", config.num_labels, config.hidden_size),
+    "ForTokenClassification": lambda config: _linear("score", config.num_labels, config.hidden_size, bias=True),
+    "ForQuestionAnswering": _questions,
+    "ForEmbedding": _pooled,
+    "ForRecommendation": _items,
+}
+
+
+def weights_of(config: Any, head: str) -> Shapes | None:
+    """What a checkpoint holds of a model with this config, without copies of shared weights.
+
+    Args:
+        head: of `HEADS`.
+
+    Returns:
+        Name -> shape; None for heads with parts of their own (pooling by latents, items of text, side features,
+        counts), of which the model itself has to be asked.
+    """
+    own = HEADS[head](config) if head in HEADS else None
+    return None if own is None else _under("" if head == "Model" else "model.", _trunk(config)) | own

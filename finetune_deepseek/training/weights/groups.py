@@ -1,0 +1,50 @@
+"""Named groups of weights: which one a module or parameter belongs to, by the names of official checkpoints."""
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Group:
+    """Where a group's weights are: a pattern for whole names of modules, or endings of names of parameters."""
+
+    modules: str = ""
+    parameters: tuple[str, ...] = ()
+
+    def owns(self, name: str) -> bool:
+        """Whether `name`, of a module or of one of its parameters, belongs to the group."""
+        if self.parameters:
+            return any(name.endswith(f".{ending}") for ending in self.parameters)
+        return re.fullmatch(rf"(?:{self.modules})(?:\.(?:weight|bias))?", name) is not None
+
+
+# Prediction layers (modeling_deepseek/mtp.py) have weights of all kinds, and are a group by themselves.
+GROUPS = {
+    "attention": Group(r".*\.self_attn\.\w*proj\w*"),
+    "dense": Group(r".*\.mlp\.(?:gate|up|down)_proj"),
+    "shared": Group(r".*\.shared_experts\.(?:gate|up|down)_proj"),
+    "experts": Group(parameters=("experts.gate_up_proj", "experts.down_proj")),
+    "router": Group(parameters=("mlp.gate.weight",)),
+    "indexer": Group(r".*\.indexer\.(?:wq_b|wk|weights_proj)"),
+    "mtp": Group(r".*\.eh_proj"),
+    "embeddings": Group(r"(?:.*\.)?embed_tokens"),
+    "head": Group(r"lm_head"),
+}
+OTHER = "norms, other"
+
+
+def plain_name(name: str) -> str:
+    """The name that a module or parameter had before PEFT wrapped the model."""
+    return name.removeprefix("base_model.model.").replace(".base_layer", "").replace(".token_adapter", "")
+
+
+def group_of(name: str, ahead: tuple[str, ...] = ()) -> str:
+    """The group of a module or parameter of an unwrapped model, `OTHER` if none; `ahead`: its `prediction_layers`."""
+    if name.startswith(ahead or "\0"):
+        return "mtp"
+    return next((word for word, group in GROUPS.items() if group.owns(name)), OTHER)
+
+
+def is_bare(name: str) -> bool:
+    """Whether a target is a parameter of a module that PEFT cannot wrap."""
+    return any(group.parameters and group.owns(name) for group in GROUPS.values())

@@ -1,0 +1,12 @@
+"""Stands in for the config's file of this name, which takes its place beside the model code in a saved folder."""
+
+from configuration_deepseek.weight_names import (
+    LAYER,
+    SCALE,
+    CheckpointError,
+    grid_of,
+    shared_mtp_keys,
+    take_mtp_keys,
+)
+
+__all__ = ["LAYER", "SCALE", "CheckpointError", "grid_of", "shared_mtp_keys", "take_mtp_keys"]
