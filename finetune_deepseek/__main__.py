@@ -38,7 +38,7 @@ def guarded(argv: Sequence[str], verb: str = "finetune") -> int:
         print(f"deepseek-hf: error: {line.rstrip('.') if advice else line}{advice}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        advice = "; go on with --resume_from_checkpoint true" if verb == "finetune" else ""
+        advice = "; go on with --resume_from_checkpoint true" if verb in ("finetune", "pretrain") else ""
         print(f"deepseek-hf: interrupted{advice}.", file=sys.stderr)
         return 130
     return 0

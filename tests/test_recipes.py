@@ -48,16 +48,13 @@ def folder(tmp_path_factory):
         "poems": POEMS,
         "reading": READING,
         "questions": QUESTIONS,
+        "texts": POEMS,
     }
     for name, rows in data.items():
         (folder / "data" / name).mkdir(parents=True)
         for split in ("train", "validation", "test"):
-            lines = [
-                json.dumps(
-                    row if name in ("poems", "reading", "questions") else {"translation": row}, ensure_ascii=False
-                )
-                for row in rows
-            ]
+            is_flat = name in ("poems", "reading", "questions", "texts")
+            lines = [json.dumps(row if is_flat else {"translation": row}, ensure_ascii=False) for row in rows]
             (folder / "data" / name / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
     ratings = [f"{user},{(user + step) % 5},{step},Sa" for user in range(8) for step in range(4)]
     (folder / "data" / "ratings.csv").write_text("\n".join(["userId,movieId,timestamp,weekday", *ratings]))
@@ -70,6 +67,7 @@ def folder(tmp_path_factory):
     write_news(folder / "data" / "MINDsmall_train", 1, 4)
     write_news(folder / "data" / "MINDsmall_dev", 31, 4)
     (folder / "data" / "german.txt").write_text("eins\nzwei\n")
+    (folder / "data" / "corpus.txt").write_text("A red fox.\n\nA blue bird\nsings.\n")
     (folder / "english.txt").write_text("one\n\ntwo\n")
     (folder / "notes").mkdir()
     (folder / "notes/where.txt").write_text("It is there.")
@@ -80,6 +78,9 @@ def folder(tmp_path_factory):
 
 
 def small(verb: str, task: str, *rest: str) -> list[str]:
+    if verb == "pretrain":
+        steps = ["--max_steps", "12", "--vocab_size", "300"]  # so many that each milestone has one
+        return [*QUIET, *([] if "--tokens_budget" in rest else steps)]
     if verb != "finetune":
         return [] if verb in ("generate", "translate", "recommend", "answer") else QUIET
     if task == "news_recommendation":  # MIND's small set has no third part to evaluate on
@@ -95,6 +96,7 @@ def test_both_languages_show_the_same_code():
         "finetune",
         "evaluate",
         "predict",
+        "pretrain",
         "generate",
         "translate",
         "recommend",

@@ -61,7 +61,7 @@ def test_the_module_that_sentence_transformers_folders_name_is_that_of_the_room(
 def test_every_task_and_verb_has_its_file():
     assert {task_class(name).name for name in TASKS} == set(TASKS)
     assert {path.stem for path in (PACKAGE / "commands").glob("*.py")} == {*VERBS, "__init__"}
-    assert all(find_spec(f"finetune_deepseek.{room}.task") for room in (*APPLICATIONS, "retrieval"))
+    assert all(find_spec(f"finetune_deepseek.{room}.task") for room in (*APPLICATIONS, "retrieval", "language"))
 
 
 def test_served_models_are_those_of_the_tasks():
@@ -74,6 +74,7 @@ def test_recipes_lie_where_their_tasks_look():
     recipes = {name: task_class(name).arguments_class.RECIPE for name in TASKS}
     assert all(path is None or Path(path).is_file() for path in recipes.values())
     assert [name for name, path in recipes.items() if path is None] == [
+        "language_modeling",
         "classification",
         "embedding",
         "news_recommendation",

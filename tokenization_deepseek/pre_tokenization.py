@@ -6,6 +6,7 @@
 "coder"  Coder: newlines; letters of any script; punctuation; runs of CJK and Hangul; single digits.
 "v3"     V3, R1, V3.1, V3.2, V4: digits in groups of one to three; runs of Han and kana; then words, punctuation
          (which may take the word behind it or the newlines after it) and blanks.
+"characters"  every character by itself, for models of letters; no release cuts so.
 
 Every regular expression isolates what it matches and leaves the rest to the next one, so nothing is ever lost.
 """
@@ -37,6 +38,7 @@ PATTERNS: dict[str, tuple[str, ...]] = {
         "| ?[\\p{P}\\p{S}]+[\r\n]*"
         r"|\s*[" + "\r\n" + r"]+|\s+(?!\S)|\s+",
     ),
+    "characters": (r"[\s\S]",),
 }
 
 

@@ -10,7 +10,13 @@ from .pre_tokenization import pre_tokenizer
 from .tokenization_deepseek import SPECIAL_TOKENS, DeepSeekTokenizer
 
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
-TEMPLATES = {"llm": "v2", "coder": "coder", "v3": "v3"}  # the chat format of each generation of tokenizers
+MIN_FREQUENCY = {"characters": 1}
+TEMPLATES = {
+    "llm": "v2",
+    "coder": "coder",
+    "v3": "v3",
+    "characters": "v3",
+}  # the chat format of each generation of tokenizers
 
 
 def train_tokenizer(
@@ -22,16 +28,18 @@ def train_tokenizer(
     add_eos_token: bool = False,
     chat_template: str | None = "own",
     model_max_length: int | None = None,
-    min_frequency: int = 2,
+    min_frequency: int | None = None,
     show_progress: bool = False,
 ) -> DeepSeekTokenizer:
-    """Byte-level BPE over `texts`, cut before merging as the generation does ("llm", "coder", "v3").
+    """Byte-level BPE over `texts`, cut before merging as the generation does ("llm", "coder", "v3"), or
+    at every character ("characters").
 
     Ids: the special tokens first (0 BOS, 1 EOS, 2 pad as in V3, then the others; V3 has those behind its 128000 text
     tokens, which a small vocabulary can't), then the 256 bytes, then the merges in the order learned.
 
     vocab_size: all tokens, special ones included. It is an upper bound: a small corpus has no more pairs that occur
         min_frequency times, so size the embedding by len(tokenizer).
+    min_frequency: of a pair of tokens to become one; 2 unless given, 1 for characters, each of which is to be a token.
     chat_template: "own" for the generation's, a word of CHAT_TEMPLATES ("v2", "v3.1", ...), or None for none.
     model_max_length: tokens; where truncation=True cuts.
 
@@ -53,7 +61,7 @@ def train_tokenizer(
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        min_frequency=min_frequency,
+        min_frequency=min_frequency or MIN_FREQUENCY.get(generation, 2),
         special_tokens=[AddedToken(token, normalized=False) for token in SPECIAL_TOKENS],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=show_progress,

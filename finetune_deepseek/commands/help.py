@@ -9,6 +9,7 @@ from .. import TASKS
 from ..data.words import nearest_match
 
 USAGE = f"""usage: deepseek-hf finetune TASK [config.yaml] [--flag value ...]
+       deepseek-hf pretrain [config.yaml] [--flag value ...]
        deepseek-hf evaluate TASK MODEL [config.yaml] [--flag value ...]
        deepseek-hf predict TASK MODEL [config.yaml] [--flag value ...]
        deepseek-hf generate MODEL ["PROMPT" ...] [--input FILE] [--output FILE] [--flag value ...]
@@ -24,6 +25,7 @@ USAGE = f"""usage: deepseek-hf finetune TASK [config.yaml] [--flag value ...]
 tasks: {", ".join(TASKS)}
 
   finetune    train a model or an adapter, then evaluate and predict
+  pretrain    finetune language_modeling: train a language model on texts
   evaluate    score a saved model on the validation split; with the settings of its training
   predict     the same on the test split, and write every prediction
   generate    go on with the prompts of a file, of standard input or of the command line
@@ -43,7 +45,7 @@ tasks: {", ".join(TASKS)}
 
 RUNS = ("finetune", "evaluate", "predict")  # verbs of a task
 # They say themselves what they take.
-OWN_HELP = ("generate", "translate", "answer", "recommend", "export", "inspect", "presets")
+OWN_HELP = ("pretrain", "generate", "translate", "answer", "recommend", "export", "inspect", "presets")
 VERBS = (*RUNS, *OWN_HELP, "help")
 
 

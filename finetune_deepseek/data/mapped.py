@@ -32,6 +32,7 @@ class TextConfig(BuilderConfig):
 
     path: str = ""
     texts: tuple[str, ...] = ()
+    separator: str | None = None
     stamp: tuple[Any, ...] = ()
 
 
@@ -50,13 +51,16 @@ class TextBuilder(ArrowBasedBuilder):
 
     def _generate_tables(self, paths: list[str]) -> Iterator[tuple[int, pa.Table]]:
         first_row = 1
-        for number, batch in enumerate(raw for path in paths for raw in batches(path)):
+        for number, batch in enumerate(raw for path in paths for raw in self._batches(path)):
             wanted = [Column(name, "text", required=False) for name in self.config.texts]
             size = max(map(len, batch.values()), default=0)
             texts = {name: [None] * size for name in self.config.texts}
             texts |= typed(_flat(batch, paths[0], first_row), wanted, paths[0], first_row)
             yield number, pa.table({name: pa.array(cells, pa.string()) for name, cells in texts.items()})
             first_row += size
+
+    def _batches(self, path: str) -> Iterator[Columns]:
+        return batches(path, separator=self.config.separator)
 
 
 def _flat(batch: Columns, where: str, first_row: int) -> Columns:
@@ -73,16 +77,19 @@ def _flat(batch: Columns, where: str, first_row: int) -> Columns:
     return {name: [(row or {}).get(name) for row in rows] for name in names}
 
 
-def text_rows(path: str, texts: Iterable[str], streaming: bool = False) -> tuple[Rows, dict[str, Any] | None]:
+def text_rows(
+    path: str, texts: Iterable[str], streaming: bool = False, separator: str | None = None
+) -> tuple[Rows, dict[str, Any] | None]:
     """Rows of those columns of text that a file has, in columns of their own or within one named `translation`; and
     an example of a row with all of the file's columns, None if there is none.
 
-    What the first `ROWS` rows don't have, the file doesn't.
+    What the first `ROWS` rows don't have, the file doesn't. `separator` is that of a text file's documents, which are
+    in the column `text`.
 
     Raises:
         ValueError: if the file can't be read, or a cell is no text.
     """
-    batch = next(batches(path))
+    batch = next(batches(path, separator=separator))
     flat = _flat(batch, path, 1)
     texts = tuple(name for name in texts if name in flat)
     if not any(map(len, batch.values())):
@@ -93,7 +100,7 @@ def text_rows(path: str, texts: Iterable[str], streaming: bool = False) -> tuple
     if not texts:
         return Dataset.from_dict({}), first
     stamp = (str(Path(path).resolve()), Path(path).stat().st_mtime_ns, Path(path).stat().st_size)
-    builder = TextBuilder(config_name="text", path=str(path), texts=texts, stamp=stamp)
+    builder = TextBuilder(config_name="text", path=str(path), texts=texts, separator=separator, stamp=stamp)
     if streaming:
         return builder.as_streaming_dataset("train"), first
     try:

@@ -21,6 +21,7 @@ RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             *("n_best_size", "max_answer_length", "max_question_length", "matryoshka_sizes", "max_text_length"),
             *("k_core", "max_history", "num_non_clicks", "num_levels", "num_beams", "examples_per_history"),
             *("negatives", "k", "batch_size", "max_new_tokens", "num_return_sequences"),
+            *("tokens_budget", "eval_stride", "prompt_tokens"),
         ),
     ),
     (
@@ -38,6 +39,7 @@ RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             *("learning_rate", "warmup_steps", "weight_decay", "l1", "train_last_n_layers", "max_grad_norm"),
             *("neftune_noise_alpha", "eval_steps", "eval_delay", "save_steps", "save_total_limit"),
             *("dataloader_num_workers", "doc_stride", "fusion_weights", "examples_shown", "temperature", "top_k"),
+            "max_continuations",
         ),
     ),
     (
@@ -56,7 +58,7 @@ RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             *("label_smoothing_factor", "item_dropout"),
         ),
     ),
-    ("above 0 and below 1", lambda value: 0 < value < 1, ("lr_factor",)),
+    ("above 0 and below 1", lambda value: 0 < value < 1, ("lr_factor", "lr_decay_share", "validation_share")),
     ("above 0 and below 0.5", lambda value: 0 < value < 0.5, ("time_share",)),
     ("above 0 and at most 1", lambda value: 0 < value <= 1, ("top_p",)),
     ("from 0 to 1", lambda value: 0 <= value <= 1, ("min_score", "min_p")),

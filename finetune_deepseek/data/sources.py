@@ -21,7 +21,7 @@ from datasets import (
 from .arguments import SPLITS, DataArguments
 from .hub import check_named
 from .mapped import Rows, text_rows
-from .table import ENDINGS, is_table, read_columns
+from .table import ENDINGS, is_table, read_columns, taken_endings
 
 STREAM_SHUFFLE_ROWS = 10_000
 
@@ -46,25 +46,38 @@ def find_files(folder: str) -> dict[str, str]:
     Raises:
         ValueError: if there is no such folder or file, or more than one for a split.
     """
+    shards = find_shards(folder)
+    for split, paths in shards.items():
+        if len(paths) > 1:
+            names = ", ".join(Path(path).name for path in paths)
+            raise ValueError(f"--data_dir {folder}: several files for {split} ({names}); use --{split}_file.")
+    return {split: paths[0] for split, paths in shards.items()}
+
+
+def find_shards(folder: str, endings: Sequence[str] = ENDINGS) -> dict[str, list[str]]:
+    """As `find_files`, all files of each split, sorted by name.
+
+    Raises:
+        ValueError: if there is no such folder or file.
+    """
     if not Path(folder).is_dir():
         raise ValueError(f"--data_dir {folder}: no such folder.")
-    paths = sorted(path for path in Path(folder).iterdir() if is_table(path))
-    files = {}
-    for split, beginnings in (("train", ("train",)), ("validation", ("valid", "dev")), ("test", ("test",))):
-        found = [path for path in paths if path.name.startswith(beginnings)]
-        if len(found) > 1:
-            names = ", ".join(path.name for path in found)
-            raise ValueError(f"--data_dir {folder}: several files for {split} ({names}); use --{split}_file.")
-        if found:
-            files[split] = str(found[0])
-    if not files:
-        raise ValueError(f"--data_dir {folder}: no file named train, validation or test with {', '.join(ENDINGS)}.")
-    return files
+    paths = sorted(path for path in Path(folder).iterdir() if is_table(path, endings))
+    files = {
+        split: [str(path) for path in paths if path.name.startswith(beginnings)]
+        for split, beginnings in (("train", ("train",)), ("validation", ("valid", "dev")), ("test", ("test",)))
+    }
+    if not any(files.values()):
+        raise ValueError(f"--data_dir {folder}: no file named train, validation or test with {', '.join(endings)}.")
+    return {split: found for split, found in files.items() if found}
 
 
-def split_files(arguments: DataArguments) -> dict[str, list[str]]:
-    """The local files of each split."""
-    if arguments.data_dir:
+def split_files(arguments: DataArguments, separator: str | None = None) -> dict[str, list[str]]:
+    """The local files of each split; several of a folder, and texts too, where a `separator` of documents is given."""
+    if arguments.data_dir and separator is not None:
+        shards = [find_shards(folder, taken_endings(separator)) for folder in arguments.data_dir]
+        found = {split: [path for files in shards for path in files.get(split, ())] for split in SPLITS}
+    elif arguments.data_dir:
         folders = [find_files(folder) for folder in arguments.data_dir]
         found = {split: [files[split] for files in folders if split in files] for split in SPLITS}
     else:
@@ -140,13 +153,16 @@ def read_splits(arguments: DataArguments) -> dict[str, list[Part]]:
     }
 
 
-def open_splits(arguments: DataArguments, texts: Sequence[str], streaming: bool = False) -> dict[str, list[Part]]:
+def open_splits(
+    arguments: DataArguments, texts: Sequence[str], streaming: bool = False, separator: str | None = None
+) -> dict[str, list[Part]]:
     """The rows that the flags name, by split, each file with at most its number of rows, not in memory.
 
     Args:
         texts: the columns of a file that are read, see `text_rows`.
         streaming: read the training rows as they are used. The other splits are read whole in any case: they are
             sorted and looked up by number.
+        separator: what separates the documents of a text file; without it such files aren't taken.
 
     Raises:
         ValueError: with one line, for whatever can't be opened.
@@ -155,8 +171,8 @@ def open_splits(arguments: DataArguments, texts: Sequence[str], streaming: bool 
         raw = _hub_splits(arguments, streaming)
     else:
         raw = {
-            split: [Part(path, *text_rows(path, texts, streaming)) for path in paths]
-            for split, paths in split_files(arguments).items()
+            split: [Part(path, *text_rows(path, texts, streaming, separator)) for path in paths]
+            for split, paths in split_files(arguments, separator).items()
         }
     limits = arguments.limits
     return {
@@ -173,15 +189,16 @@ def limited(rows: Rows, limit: int | None, split: str) -> Rows:
     return rows.select(range(min(limit, len(rows)))) if limit else rows
 
 
-def joined(parts: Sequence[Rows], seed: int) -> Rows:
-    """The rows of several parts in one; streams take turns and are shuffled, for nobody can shuffle them later."""
+def joined(parts: Sequence[Rows], seed: int | None) -> Rows:
+    """The rows of several parts in one; streams take turns and are shuffled, for nobody can shuffle them later, unless
+    there is no seed."""
     if isinstance(parts[0], Dataset):
         return concatenate_datasets(cast(list[Dataset], list(parts)))
     streams = cast(list[IterableDataset], list(parts))
     stream = streams[0]
     if len(streams) > 1:
         stream = interleave_datasets(streams, stopping_strategy="all_exhausted_without_replacement")
-    return stream.shuffle(seed=seed, buffer_size=STREAM_SHUFFLE_ROWS)
+    return stream if seed is None else stream.shuffle(seed=seed, buffer_size=STREAM_SHUFFLE_ROWS)
 
 
 def progress(rows: Rows, label: str) -> dict[str, str]:

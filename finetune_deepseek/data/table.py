@@ -1,4 +1,5 @@
-"""Tables in files: csv, tsv, RecBole's .inter, JSON, JSON lines and parquet, also compressed, as columns of raw cells.
+"""Tables in files: csv, tsv, RecBole's .inter, JSON, JSON lines and parquet, also compressed, as columns of raw cells;
+and texts, whose documents are the rows of a column `text`.
 
 The one reader of rows. A cell of a csv file is a text, None where nothing stands; JSON and parquet keep their types,
 and a key that a JSON row lacks is None. What a column has to be is asked for in cells.py. Rows are numbered from 1,
@@ -11,7 +12,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
@@ -23,6 +24,9 @@ Columns: TypeAlias = dict[str, list[Any]]
 RECBOLE = (".inter", ".user", ".item")  # tabs between, no quotes, heads such as user_id:token
 RECBOLE_TYPES = ("token", "token_seq", "float", "float_seq")
 ENDINGS = (".json", ".jsonl", ".csv", ".parquet", ".tsv", *RECBOLE)
+TEXT_ENDINGS = (".txt", ".text", ".md")  # taken where it is said what separates the documents
+SEPARATORS = ("file", "line", "blank_line")  # anything else is a line that stands between two documents
+DOCUMENTS = 1_000  # that are read at once
 PACKED = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}  # how such files begin, whatever they are called
 DELIMITERS = (";", "\t", "|")  # of a .csv whose header has no comma
 ROWS = 10_000  # that are read at once
@@ -37,8 +41,8 @@ def ending_of(path: str | Path) -> str:
     return (Path(name.stem) if name.suffix in PACKED else name).suffix
 
 
-def is_table(path: str | Path) -> bool:
-    return ending_of(path) in ENDINGS
+def is_table(path: str | Path, endings: Sequence[str] = ENDINGS) -> bool:
+    return ending_of(path) in endings
 
 
 def read_columns(path: str, limit: int | None = None, names: Sequence[str] = (), least: int = 0) -> Columns:
@@ -65,20 +69,21 @@ def merged(parts: Iterable[Columns], limit: int | None = None) -> Columns:
     return columns
 
 
-def batches(path: str, names: Sequence[str] = (), least: int = 0) -> Iterator[Columns]:
+def batches(path: str, names: Sequence[str] = (), least: int = 0, separator: str | None = None) -> Iterator[Columns]:
     """The columns of a file in parts of `ROWS` rows; one part at least, even without rows.
 
     Args:
         names: of the columns of a file with tabs between them that has neither a header nor quotes.
         least: of these so many have to be in a row.
+        separator: of the documents of a text file, see `documents`; without it such files aren't taken.
 
     Raises:
         ValueError: as `read_columns`.
     """
-    ending = ending_of(path)
-    if ending not in ENDINGS:
+    ending, endings = ending_of(path), taken_endings(separator)
+    if ending not in endings:
         raise ValueError(
-            f"{path}: unknown ending; use {', '.join(ENDINGS)} (each may be followed by {' or '.join(PACKED)})."
+            f"{path}: unknown ending; use {', '.join(endings)} (each may be followed by {' or '.join(PACKED)})."
         )
     if not Path(path).is_file():
         raise ValueError(f"{path}: no such file.")
@@ -90,6 +95,9 @@ def batches(path: str, names: Sequence[str] = (), least: int = 0) -> Iterator[Co
                 yield from _json(file, path)
             elif ending == ".parquet":
                 yield from _parquet(file, path)
+            elif ending in TEXT_ENDINGS:
+                texts = documents(file, path, str(separator))
+                yield from ({"text": part} for part in _parts(texts, DOCUMENTS))
             else:
                 yield from separated(file, path, names, least)
     except UnicodeDecodeError as error:
@@ -122,13 +130,50 @@ def wrong_encoding(path: str) -> str | None:
     return None
 
 
-def _parts(rows: Iterable[Any]) -> Iterator[list[Any]]:
-    """Rows in lists of `ROWS`, the first of which may be empty."""
+def _parts(rows: Iterable[Any], size: int = ROWS) -> Iterator[list[Any]]:
+    """Rows in lists of `size`, the first of which may be empty."""
     rows = iter(rows)
-    part = list(islice(rows, ROWS))
+    part = list(islice(rows, size))
     yield part
-    while part := list(islice(rows, ROWS)):
+    while part := list(islice(rows, size)):
         yield part
+
+
+# -- texts --
+
+
+def taken_endings(separator: str | None) -> tuple[str, ...]:
+    """The endings of files that are read, those of texts where it is said what separates their documents."""
+    return ENDINGS if separator is None else (*TEXT_ENDINGS, *ENDINGS)
+
+
+def documents(file: IO[bytes], path: str, separator: str) -> Iterator[str]:
+    """The documents of a text, each as it stands there, but for the line end before a separator.
+
+    Args:
+        separator: "file" for one document, "line" for each line that isn't blank, "blank_line", or the line that
+            stands between two documents. Only a line feed ends a line.
+
+    Raises:
+        ValueError: for zero bytes, which no text has.
+    """
+    lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="\n")
+    for text in _documents(lines, separator):
+        if "\0" in text:
+            raise ValueError(f"{path}: holds zero bytes, so it is no text, or UTF-16; convert it to UTF-8.")
+        yield text
+
+
+def _documents(lines: io.TextIOWrapper, separator: str) -> Iterator[str]:
+    if separator == "file":
+        yield lines.read()
+    elif separator == "line":
+        yield from (line.rstrip("\r\n") for line in lines if line.strip())
+    else:
+        border = "" if separator == "blank_line" else separator.strip()
+        for is_border, group in groupby(lines, lambda line: line.strip() == border):
+            if not is_border:
+                yield "".join(group).rstrip("\r\n")
 
 
 # -- csv and the like --

@@ -17,7 +17,7 @@ STEPS_WITHOUT_END = 1_000_000  # what Trainer is told where time says when to st
 MUON = "muon"  # our optimizer beside those of transformers; see weights/muon.py
 MULTI_STEP = "multi_step"  # our schedule beside those of transformers; see optimization.py
 # The last words of the scores of which less is better; of all others more is.
-LESS_IS_BETTER = frozenset({"loss", "perplexity", "mse", "mae", "runtime"})
+LESS_IS_BETTER = frozenset({"loss", "perplexity", "byte", "mse", "mae", "runtime"})
 
 
 def is_more_better(score: str) -> bool:
@@ -173,6 +173,9 @@ class TrainingFlags:
     lr_scheduler_type: str = field(
         default="cosine",
         metadata={"help": "cosine, linear, constant_with_warmup, warmup_stable_decay, multi_step, ..."},
+    )
+    lr_decay_share: float = field(
+        default=0.2, metadata={"help": "Share of all steps, at the end, in which warmup_stable_decay lowers the rate."}
     )
     lr_milestones: list[float] = field(
         default_factory=lambda: [0.8, 0.9],

@@ -4,10 +4,12 @@ So a resumed run goes on with the same rows, whatever else has drawn random numb
 """
 
 import random
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import IterableDataset, Sampler
 from transformers.trainer_pt_utils import BatchRebalanceSampler, get_length_grouped_indices
 
 
@@ -16,6 +18,18 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     for start in range(0, len(order), batch_size):
         yield order[start : start + batch_size]
+
+
+class ResumableStream(IterableDataset):
+    """Training rows without end that go on where they were, without making those before again."""
+
+    @abstractmethod
+    def position(self, rows: int) -> dict[str, Any]:
+        """Where the stream is once so many rows, of all processes together, are used; JSON."""
+
+    @abstractmethod
+    def go_on(self, position: dict[str, Any]) -> None:
+        """Begin there, with the next reading."""
 
 
 class RowDraws:

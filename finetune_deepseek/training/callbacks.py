@@ -5,13 +5,15 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
+
+from .batches import ResumableStream
 
 BAR = "{desc} {percentage:3.0f}% |{bar:30}| {n_fmt} of {total_fmt} {unit} [{elapsed}<{remaining}{postfix}]"
 
@@ -147,6 +149,26 @@ class TimeLimitCallback(TrainerCallback, ExportableState):
             self.elapsed = elapsed.item()
         if self.share >= 1:
             control.should_training_stop = True
+
+
+class StreamPosition(TrainerCallback, ExportableState):
+    """Keeps in each checkpoint where the training stream is, and lets a resumed run go on there."""
+
+    def __init__(self, stream: ResumableStream | None = None, rows_per_step: int = 0) -> None:
+        self.stream, self.rows_per_step, self.steps = stream, rows_per_step, 0
+
+    def state(self) -> dict[str, Any]:
+        position = self.stream.position(self.steps * self.rows_per_step) if self.stream else {}
+        return {"args": {}, "attributes": {"position": position}}
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.steps = state.global_step
+        if self.steps and self.stream:
+            kept = cast(dict[str, Any], state.stateful_callbacks)[type(self).__name__]
+            self.stream.go_on(kept["attributes"]["position"])
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.steps = state.global_step
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
+from transformers.trainer_utils import SchedulerType
 
 from .arguments import MULTI_STEP
 from .trainer_arguments import TrainingArguments
@@ -146,6 +147,8 @@ def recipe(args: TrainingArguments, config: Any) -> dict[str, str]:
     schedule = str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type))
     if schedule == MULTI_STEP:
         schedule += f": times {args.lr_factor:g} at each of {' '.join(f'{m:g}' for m in args.lr_milestones)}"
+    if schedule == SchedulerType.WARMUP_STABLE_DECAY.value and not args.lr_scheduler_kwargs:
+        schedule += f": falls in the last {args.lr_decay_share:.0%} of all steps"
     if args.lr_scheduler_kwargs:
         schedule += f" {json.dumps(args.lr_scheduler_kwargs)}"
     warmup = f"{args.warmup_steps:g} steps" if args.warmup_steps >= 1 else f"{args.warmup_steps:.3g} of all steps"

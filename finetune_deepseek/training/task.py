@@ -1,9 +1,10 @@
 """What a task is to the training path: rows, features, a collator, scores."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,12 +20,14 @@ from .arguments import ModelArguments
 from .optimization import IGNORED_LABEL, target_losses
 from .saved import Saved
 from .scoring.eval_loss import Predicted
+from .trainer_arguments import TrainingArguments
 
 # In the order in which a run first calls them: each may rely on what those before it have set.
 HOOKS = (
-    *("load_splits", "check_saved", "new_tokenizer", "tokenizer_texts", "check_splits"),  # data and tokenizer
+    *("load_splits", "check_saved", "new_tokenizer", "tokenizer_texts"),  # data and tokenizer
     *("config_fields", "check_native", "model_config", "prepare_model", "fit_lengths"),  # the model
-    *("features", "collator", "loss_function", "generation_config"),  # the trainer
+    "check_splits",
+    *("features", "prompts", "max_steps", "collator", "loss_function", "generation_config"),  # the trainer
     *("row_weights", "settings", "save_beside", "card_data"),  # training; the card anew whenever more is known
     *("predict_batch", "decode", "score", "split_loss", "after_evaluation"),  # the validation split
     *("baseline", "report"),  # the test split
@@ -59,6 +62,7 @@ class Task(ABC):
     auto_class: Any = AutoModelForCausalLM
     tokenizer_class: Any = None  # that of its saved models, None for the model's own
     peft_task_type: str = "CAUSAL_LM"
+    counts: Mapping[str, dict[str, int]] = MappingProxyType({})  # of a split's text and features, for the results
     fault_names: ClassVar[dict[str, str]] = CHECKS  # what is said of a fault in the data, see data/fault_report.py
 
     def __init__(self, arguments: Any, seed: int) -> None:
@@ -128,6 +132,17 @@ class Task(ABC):
 
         Where a training row is padded in several parts, their `sizes` say how (see `TokenBatchSampler`).
         """
+
+    def prompts(self, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
+        """Where the test split is scored by its loss alone, what is to be continued: `prompt_ids`, `source`, `target`.
+
+        None where `features` has the prompts, or nothing is generated.
+        """
+        return None
+
+    def max_steps(self, args: TrainingArguments) -> int | None:
+        """Optimizer steps by the task's own flags, None for what `args` say."""
+        return None
 
     @abstractmethod
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:

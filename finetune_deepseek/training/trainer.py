@@ -27,7 +27,7 @@ from modeling_deepseek import DeepSeekForCausalLM, DeepSeekForRecommendation
 from ..data.files import finite, replaced_folder
 from ..data.words import nearest_match
 from .arguments import MUON
-from .batches import RowSampler, TokenBatchSampler
+from .batches import ResumableStream, RowSampler, TokenBatchSampler
 from .callbacks import EpochCallback, Progress, TimeLimitCallback, without_bars
 from .optimization import (
     MULTI_STEP,
@@ -63,6 +63,7 @@ class FinetuneTrainer(Seq2SeqTrainer):
     ) -> None:
         super().__init__(**kwargs)
         self.task = task
+        self.drawn_from: str | None = None  # the checkpoint whose random numbers come next
         self.is_finite: torch.Tensor | None = None  # whether this step's losses are; looked at once in a step
         self.args.logging_nan_inf_filter = False  # it would look at each loss, and hide what isn't a number
         bare = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
@@ -115,7 +116,9 @@ class FinetuneTrainer(Seq2SeqTrainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             predicted = self.task.predict_batch(model, inputs)
         if predicted.sums is not None:
-            self.loss_of_split.add(*self.accelerator.gather_for_metrics((predicted.sums, predicted.counts)))
+            parts = (predicted.sums, predicted.counts, predicted.bytes)
+            known = tuple(part for part in parts if part is not None)
+            self.loss_of_split.add(*self.accelerator.gather_for_metrics(known))
             self.loss_of_split.is_text = predicted.is_text
         if predicted.outputs is not None:
             return None, predicted.outputs, rows
@@ -174,6 +177,9 @@ class FinetuneTrainer(Seq2SeqTrainer):
             assert optimizer is not None
             self.lr_scheduler = multi_step_schedule(optimizer, self.args, num_training_steps)
         else:
+            if self.args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
+                decay = {"num_decay_steps": round(self.args.lr_decay_share * num_training_steps)}
+                self.args.lr_scheduler_kwargs = decay | cast(dict, self.args.lr_scheduler_kwargs or {})
             try:
                 super().create_scheduler(num_training_steps, optimizer)
             except TypeError as error:  # wrong or missing names
@@ -194,7 +200,14 @@ class FinetuneTrainer(Seq2SeqTrainer):
         super().log(logs, start_time)
         logs |= lost
 
+    def _load_rng_state(self, checkpoint: Any) -> None:
+        super()._load_rng_state(checkpoint)
+        self.drawn_from = checkpoint if isinstance(self.train_dataset, ResumableStream) else None
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self.drawn_from is not None:  # the reading of a stream that goes on has taken a seed
+            super()._load_rng_state(self.drawn_from)
+            self.drawn_from = None
         loss = super().training_step(*args, **kwargs)
         self.is_finite = self.is_finite & loss.isfinite() if self.is_finite is not None else loss.isfinite()
         return loss

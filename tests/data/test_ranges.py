@@ -22,6 +22,7 @@ NEEDED = {
     "RecommendArguments": {"history": "clicks.csv"},
     "TrainingArguments": {"output_dir": "out"},
     "ClassificationArguments": {"train_file": "rows.csv"},
+    "LanguageModelingArguments": {"train_file": "rows.csv"},
     "EmbeddingArguments": {"train_file": "rows.csv"},
     "NewsArguments": {"train_dir": "MIND"},
 }

@@ -96,7 +96,7 @@ def test_a_tokenizer_has_the_chat_template_of_its_generation(corpus, generation,
         ({"texts": []}, "no text to train on"),
         ({"texts": ["", ""]}, "no text to train on"),
         ({"generation": "v2"}, "generation 'v2' has no pre-tokenizer; choose one of llm, coder, v3"),
-        ({"chat_template": "v9"}, "no chat template 'v9'; choose own or one of coder, v2, v3, r1, v3.1"),
+        ({"chat_template": "v9"}, "no chat template 'v9'; choose own or one of coder, v2, v2.5, v3, r1"),
     ],
 )
 def test_bad_input_is_refused_in_one_line(corpus, change, message):

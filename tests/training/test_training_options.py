@@ -133,6 +133,10 @@ def cosine(progress):
             },
             [0, 0.5, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25],
         ),
+        (
+            {"lr_scheduler_type": "warmup_stable_decay", "lr_decay_share": 0.4},
+            [0, 0.5, 1, 1, 1, 1, *(cosine(step / 4) for step in range(4))],
+        ),
         ({"lr_scheduler_type": "multi_step"}, [0, 0.5, 1, 1, 1, 1, 1, 1, 0.316, 0.316**2]),
         (
             {"lr_scheduler_type": "multi_step", "lr_milestones": [0.4, 7], "lr_factor": 0.5},
@@ -433,11 +437,15 @@ BY_SCORE |= {"eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
         ({"lr_scheduler_type": "cosin"}, "--lr_scheduler_type cosin: no such choice (did you mean 'cosine'?)"),
         ({"lr_scheduler_type": "multistep"}, "(did you mean 'multi_step'?)"),
         ({"lr_milestones": [0.5]}, "--lr_milestones has no effect without --lr_scheduler_type multi_step"),
+        ({"lr_decay_share": 0.5}, "--lr_decay_share has no effect without --lr_scheduler_type warmup_stable_decay"),
         ({"lr_factor": 0.5}, "--lr_factor has no effect without --lr_scheduler_type multi_step"),
         ({"lr_scheduler_type": "multi_step", "lr_milestones": [0, 0.5]}, "--lr_milestones 0 0.5: each must be"),
         ({"lr_scheduler_type": "multi_step", "lr_factor": 1.5}, "--lr_factor 1.5: it must be above 0 and below 1"),
         ({"lr_scheduler_type": "multi_step", "lr_milestones": [0.5, 7]}, "step 7 is never reached"),
-        ({"lr_scheduler_type": "warmup_stable_decay"}, "missing 1 required positional argument: 'num_decay_steps'"),
+        (
+            {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": '{"steps": 4}'},
+            "got an unexpected keyword argument 'steps'",
+        ),
         ({"lr_scheduler_kwargs": '{"decay": 3}'}, "unexpected keyword argument 'decay'"),
         ({"lr_scheduler_type": "multi_step", "lr_milestones": ["inf"]}, "--lr_milestones inf: each must be above 0"),
         ({"l1": -1}, "--l1 -1: it must be 0 or more"),

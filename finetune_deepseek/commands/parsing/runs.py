@@ -168,6 +168,12 @@ def check_together(given: set[str], lora: LoraArguments, values: dict[str, Any])
     for flag in ("lr_milestones", "lr_factor"):
         if flag in given and values["lr_scheduler_type"] != MULTI_STEP:
             raise ValueError(f"--{flag} has no effect without --lr_scheduler_type {MULTI_STEP}; add it.")
+    if "lr_decay_share" in given and values["lr_scheduler_type"] != "warmup_stable_decay":
+        raise ValueError("--lr_decay_share has no effect without --lr_scheduler_type warmup_stable_decay; add it.")
+    if values.get("tokens_budget") and (others := given & {"max_steps", "train_minutes"}):
+        raise ValueError(f"--tokens_budget and --{min(others)} both say when to stop; keep one of them.")
+    if values.get("tokens_budget") and values["tokens_per_batch"]:
+        raise ValueError("--tokens_budget counts blocks, of which --tokens_per_batch leaves the number open; drop it.")
     if not lora.use_peft:
         return
     if values["average_checkpoints"]:

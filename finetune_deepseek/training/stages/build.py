@@ -14,7 +14,8 @@ from ...data.fault_report import Report, fault_list, report_text
 from ...data.files import write_json
 from ...data.sources import Rows
 from .. import saved
-from ..callbacks import PlotCallback
+from ..batches import ResumableStream
+from ..callbacks import PlotCallback, StreamPosition
 from ..loading import load_model, load_tokenizer
 from ..trainer import FinetuneTrainer
 from ..weights.averaging import EnoughCheckpoints
@@ -24,6 +25,7 @@ from .predictions import Scorer, evaluation_features
 from .prepare import Prepared
 from .screen import LONG, dataset_bars
 
+PROMPTS = "prompts"  # the features that `Task.prompts` gives
 DATA_REPORT_FILE = "data_report.json"
 
 
@@ -139,6 +141,10 @@ def make_features(
         if is_used:
             features[split] = evaluation_features(task, splits[split], tokenizer, len(examples))
             examples += list(splits[split])
+    prompts = task.prompts(splits["test"], tokenizer) if args.do_predict else None
+    if prompts is not None:
+        features[PROMPTS] = prompts.add_column("row", [len(examples) + number for number in range(len(prompts))])
+        examples += list(prompts.select_columns(["source", "target"]))
     if prepared.off_rows:
         features["adapter-off"] = off_features(prepared, tokenizer)
     return features, examples
@@ -210,6 +216,11 @@ def make_trainer(
     if args.average_checkpoints:
         callbacks.append(EnoughCheckpoints(args.average_checkpoints))
     train = features.get("train")
+    args.max_steps = task.max_steps(args) or args.max_steps
+    if isinstance(train, ResumableStream):
+        args.ignore_data_skip = True  # it goes on by itself
+        rows_per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        callbacks.append(StreamPosition(train, rows_per_step))
     return FinetuneTrainer(
         model=model,
         args=args,

@@ -16,7 +16,7 @@ from ...data.sources import Rows
 from ...data.table import read_columns
 from ..loading import parse_overrides
 from ..saved import Saved, check_place
-from ..task import Task
+from ..task import Task, prefixed
 from ..trainer_arguments import Stage, TrainingArguments
 from .folders import check_output_dir, check_scored, make_folder
 from .resume import find_checkpoint
@@ -51,9 +51,10 @@ class Prepared:
         return Path(self.args.output_dir or "")
 
     def count(self, split: str, prefix: str | None = None) -> dict[str, int]:
-        """The number of a split's rows as a result; nothing for a stream."""
-        rows = self.splits[split]
-        return {f"{prefix or split}_samples": len(rows)} if isinstance(rows, Dataset) else {}
+        """The number of a split's rows as a result, and what else the task counts; no number for a stream."""
+        rows, prefix = self.splits[split], prefix or split
+        size = {f"{prefix}_samples": len(rows)} if isinstance(rows, Dataset) else {}
+        return size | prefixed(prefix, dict(self.task.counts.get(split, {})))
 
 
 def prepare(task_class: type[Task], stage: Stage) -> Prepared:
@@ -117,8 +118,10 @@ def choose_work(stage: Stage, splits: dict[str, Rows]) -> None:
     for flag, split in needs.items():
         if getattr(args, flag) and split not in splits:
             raise ValueError(f"--{flag}: there is no {split} data, only {', '.join(splits)}; add --{split}_file.")
-    if args.do_train and isinstance(splits["train"], IterableDataset) and args.max_steps <= 0:
-        raise ValueError("--streaming: the length of a stream is unknown, so give --max_steps.")
+    budget = " or --tokens_budget" if hasattr(stage.data, "tokens_budget") else ""
+    has_end = args.max_steps > 0 or getattr(stage.data, "tokens_budget", None)
+    if args.do_train and isinstance(splits["train"], IterableDataset) and not has_end:
+        raise ValueError(f"--streaming: the length of a stream is unknown, so give --max_steps{budget}.")
     if isinstance(splits.get("train"), IterableDataset):
         args.train_sampling_strategy = "random"  # a stream is read in its own, buffered order
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from ..task import Scores, prefixed
-from .build import Built, write_record
+from .build import PROMPTS, Built, write_record
 from .predictions import data_hash
 from .prepare import Prepared
 
@@ -21,6 +21,8 @@ def score_test(prepared: Prepared, built: Built) -> Iterator[Scores]:
     """The test split's scores beside its baseline's, with the predictions; then the task's report on them."""
     output = built.trainer.predict(built.features["test"], metric_key_prefix="test")
     results = (output.metrics or {}) | prepared.count("test")
+    if PROMPTS in built.features:
+        output = built.trainer.predict(built.features[PROMPTS], metric_key_prefix=PROMPTS)
     if output.predictions is None:  # predict_with_generate is off
         yield Scores(results)
         return
