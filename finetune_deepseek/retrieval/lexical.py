@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import product
+from typing import Any
 
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -159,10 +160,24 @@ def best_weights(rankings: Sequence[np.ndarray], targets: np.ndarray, is_sparing
     return tuple(tenth / WEIGHT_STEPS for tenth in best)
 
 
-def retrieval_scores(ranks: np.ndarray) -> dict[str, float]:
-    """Share of queries whose passage is first, is among the first ten, and the mean of 1 / rank."""
-    return {
-        "r@1": float((ranks <= 1).mean()),
-        "r@10": float((ranks <= 10).mean()),
-        "mrr": float((1 / ranks).mean()),
-    }
+def retrieval_scores(ranks: Sequence[Any] | np.ndarray) -> dict[str, float]:
+    """Recall at 1 and at 10, which is the share of a query's right passages that are so far in front, and the
+    reciprocal rank of the first right one; means over queries, as trec_eval, BEIR and MTEB count them.
+
+    Args:
+        ranks: of each query the rank of its right passage, or of all of them.
+    """
+    of_queries = [np.atleast_1d(found) for found in ranks]
+    recalls = {f"r@{k}": float(np.mean([(found <= k).mean() for found in of_queries])) for k in (1, 10)}
+    return recalls | {"mrr": float(np.mean([1 / found.min() for found in of_queries]))}
+
+
+def right_places(queries: Sequence[str], targets: Sequence[int] | np.ndarray, num_passages: int) -> np.ndarray:
+    """[Q, P] booleans: the passages that some row of the same query names as its own."""
+    right: dict[str, list[int]] = {}
+    for query, target in zip(queries, targets, strict=True):
+        right.setdefault(query, []).append(int(target))
+    found = np.zeros((len(queries), num_passages), dtype=bool)
+    for row, query in enumerate(queries):
+        found[row, right[query]] = True
+    return found

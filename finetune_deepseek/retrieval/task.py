@@ -20,7 +20,7 @@ from ..data.cells import Column, typed
 from ..data.sources import Rows, joined, named, read_splits
 from ..training.model_card import table
 from ..training.scoring.eval_loss import Predicted
-from ..training.scoring.ranks import ranks_of
+from ..training.scoring.ranks import right_ranks
 from ..training.task import CausalCollator, Scores, Task, lower, prefixed
 from .arguments import CONFIG_FLAGS, FUSED, EmbeddingArguments
 from .encoding import token_ids
@@ -32,6 +32,7 @@ from .lexical import (
     has_bm25,
     part_terms,
     retrieval_scores,
+    right_places,
     tfidf_scores,
 )
 
@@ -89,7 +90,8 @@ class Embedding(Task):
         self.queries: list[str] = []  # of the scored splits
         self.targets: list[int] = []  # the number of each one's passage
         self.weights = tuple(arguments.fusion_weights or ())
-        self.similarities: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # query number -> passage numbers, scores
+        # Query number -> passage numbers, scores, and which of them are right.
+        self.similarities: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
         self.table = ""
 
     # -- rows --
@@ -213,31 +215,32 @@ class Embedding(Task):
         size, and on how many processes there are."""
         queries, passages, targets, distinct = vectors(outputs)
         asked = [self.queries[number] for number in outputs[:, 0].astype(int)]
-        places = {self.passages[number]: place for place, number in enumerate(distinct)}
-        of_query = right_texts(asked, [self.passages[distinct[target]] for target in targets])
-        right = torch.zeros(len(asked), len(places), dtype=torch.bool)
-        for row, query in enumerate(asked):
-            right[row, [places[text] for text in of_query[query]]] = True
-        given, found, own = (torch.from_numpy(part) for part in (queries, passages, targets))
+        right = right_places(asked, targets, len(distinct))
+        given, found, own, right = (torch.from_numpy(part) for part in (queries, passages, targets, right))
         temperature, sizes = self.config.contrastive_temperature, self.config.matryoshka_sizes
         return float(matryoshka_loss(given, found, own, temperature, sizes, right))
 
     def decode(self, outputs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-        """The passage's rank among all passages of the rows, and the best passages."""
+        """The ranks of a query's right passages among all passages of the rows, and the best passages."""
         queries, passages, targets, distinct = vectors(outputs)
-        scores = queries @ passages.T
+        scores, numbers = queries @ passages.T, outputs[:, 0].astype(int)
         best = np.argsort(-scores, axis=1, kind="stable")[:, :SHOWN_PASSAGES]
+        right = right_places([self.queries[number] for number in numbers], targets, len(distinct))
         predictions = []
-        columns = (outputs[:, 0].astype(int), scores, ranks_of(scores, targets), best)
-        for number, row, rank, chosen in zip(*columns, strict=True):
-            self.similarities[int(number)] = distinct, row
+        for number, row, is_right, chosen in zip(numbers, scores, right, best, strict=True):
+            self.similarities[int(number)] = distinct, row, is_right
             texts = [self.passages[distinct[place]] for place in chosen]
-            predictions.append({"query_number": int(number), "rank": int(rank), "passages": texts})
+            ranks = right_ranks(row, is_right).tolist()
+            predictions.append({"query_number": int(number), "ranks": ranks, "passages": texts})
         return predictions
 
     def score(self, predictions: list[Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-        return retrieval_scores(np.array([prediction["rank"] for prediction in predictions])) | {
-            "retrieval_signature": f"{len({row['target'] for row in rows}):,} passages of the split, ties against us"
+        """Each query once, however many rows name a passage of it."""
+        pairs = zip(rows, predictions, strict=True)
+        ranks = {row["source"]: prediction["ranks"] for row, prediction in pairs}
+        sizes = f"{len(ranks):,} queries, {len({row['target'] for row in rows}):,} passages of the split"
+        return retrieval_scores([*ranks.values()]) | {
+            "retrieval_signature": f"{sizes}, all of a query's right passages count, ties against us"
         }
 
     def after_evaluation(self) -> Scores:
@@ -255,11 +258,18 @@ class Embedding(Task):
         named_weights = dict(zip(FUSED, self.weights, strict=True))
         named = ", ".join(f"{name} {weight:g}" for name, weight in named_weights.items())
         text = f"{len(telling):,} of {len(numbers):,} queries chose the weights of the fused ranking: {named}"
-        scores = retrieval_scores(ranks_of(fused_scores([rankings[name] for name in FUSED], self.weights), targets))
+        scores = self._judged(telling, fused_scores([rankings[name] for name in FUSED], self.weights))
         count = {"fusion_queries": len(telling)}
         return Scores(prefixed("eval_fused", scores) | prefixed("fusion_weight", named_weights) | count, text=text)
 
-    def _rankings(self, numbers: list[int]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    def _judged(self, numbers: Sequence[int], scores: np.ndarray) -> dict[str, float]:
+        """Of a ranking's scores [Q, P], each query counted once."""
+        rows = zip(numbers, scores, strict=True)
+        return retrieval_scores(
+            [*{self.queries[n]: right_ranks(row, self.similarities[n][2]) for n, row in rows}.values()]
+        )
+
+    def _rankings(self, numbers: Sequence[int]) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Scores [Q, P] of queries by each way, over the passages of their split, and the places [Q] of their own."""
         found = self.similarities[numbers[0]][0]
         passages, queries = [self.passages[number] for number in found], [self.queries[n] for n in numbers]
@@ -274,19 +284,20 @@ class Embedding(Task):
         """TF-IDF, BM25 and the model fused with BM25, over the same passages."""
         if not self.arguments.lexical_baselines:
             return Scores({})
-        numbers = [prediction["query_number"] for prediction in predictions]
-        rankings, targets = self._rankings(numbers)
+        of_queries = {row["source"]: p["query_number"] for row, p in zip(rows, predictions, strict=True)}
+        queries, numbers = zip(*of_queries.items(), strict=True)
+        rankings, _ = self._rankings(numbers)
         passages = [self.passages[number] for number in self.similarities[numbers[0]][0]]
-        methods = {"model": rankings["dense"], "tfidf": tfidf_scores([row["source"] for row in rows], passages)}
+        methods = {"model": rankings["dense"], "tfidf": tfidf_scores(queries, passages)}
         if "bm25" in rankings:
             methods["bm25"] = rankings["bm25"]
             weights = self.weights or DEFAULT_WEIGHTS
             methods["fused"] = fused_scores([rankings[name] for name in FUSED], weights)
-        found = {name: retrieval_scores(ranks_of(scores, targets)) for name, scores in methods.items()}
+        found = {name: self._judged(numbers, scores) for name, scores in methods.items()}
         self.table = table(
             ["", "R@1", "R@10", "MRR"], [[n, *(f"{x:.4f}" for x in s.values())] for n, s in found.items()]
         )
-        text = f"{len(rows):,} queries, {len(passages):,} passages\n{self.table}"
+        text = f"{len(numbers):,} queries, {len(passages):,} passages\n{self.table}"
         if "bm25" not in rankings:
             text += '\nBM25 and the fused ranking are left out: pip install "deepseek-hf[retrieval]" brings them'
         results: dict[str, Any] = {}

@@ -60,7 +60,9 @@ def test_a_run_learns_which_passage_answers(learned):
     folder, results = learned
     assert results["test_r@1"] == results["test_r@10"] == results["test_mrr"] == results["eval_mrr"] == 1.0
     assert {"tfidf_mrr", "fused_mrr", "baseline_r@1"} <= set(results)
-    assert results["test_retrieval_signature"] == "3 passages of the split, ties against us"
+    assert results["test_retrieval_signature"] == (
+        "4 queries, 3 passages of the split, all of a query's right passages count, ties against us"
+    )
     lines = [json.loads(line) for line in (folder / "out/generated_predictions.jsonl").read_text("utf-8").splitlines()]
     assert [line["prediction"]["passages"][0] for line in lines] == [passage for _, passage in ROWS]
     card = (folder / "out/README.md").read_text("utf-8")
@@ -83,11 +85,14 @@ def test_fusion_weights_are_chosen_on_validation_and_kept(learned, tmp_path):
 def test_queries_of_several_passages_choose_no_weights(monkeypatch, tmp_path):
     task = Embedding(EmbeddingArguments(validation_file="unread"), seed=0)
     task.queries, task.targets = ["who?", "what is red", "who?", "who?"], [0, 0, 1, 1]
-    task.similarities = dict.fromkeys(range(4), (np.arange(2), np.ones(2)))
+    task.similarities = dict.fromkeys(range(4), (np.arange(2), np.ones(2), np.array([True, False])))
     seen = []
-    monkeypatch.setattr(
-        task, "_rankings", lambda numbers: seen.append(numbers) or (dict.fromkeys(FUSED, ONE), np.array([0]))
-    )
+
+    def rankings(numbers):
+        seen.append(numbers)
+        return dict.fromkeys(FUSED, np.tile([1.0, 0.0], (len(numbers), 1))), np.zeros(len(numbers), dtype=int)
+
+    monkeypatch.setattr(task, "_rankings", rankings)
     assert task.after_evaluation().numbers["fusion_queries"] == 1 and seen == [[1]]
     task.weights, task.queries[1] = (), "who?"
     assert task.after_evaluation().numbers["fusion_queries"] == 4
@@ -175,13 +180,52 @@ def test_the_loss_of_a_split_takes_no_right_passage_for_a_negative():
 
 def test_ranks_count_ties_against_the_passage():
     task = Embedding(EmbeddingArguments(test_file="unread"), seed=0)
-    task.passages = ["none", "a", "b"]
+    task.passages, task.queries = ["none", "a", "b"], ["x", "y", "z"]
     vectors = [[1, 0, 1, 0], [1, 0, 1, 0], [0, 1, 1, 0]]  # both passages are the same vector
     outputs = np.array([[n, 1 + n % 2, *vector] for n, vector in enumerate(vectors)], dtype=np.float32)
     predictions = task.decode(outputs, None)
-    assert [prediction["rank"] for prediction in predictions] == [2, 2, 2]
+    assert [prediction["ranks"] for prediction in predictions] == [[2], [2], [2]]
     assert predictions[0]["passages"] == ["a", "b"]
-    assert task.score(predictions, [{"target": "a"}] * 3)["mrr"] == 0.5
+    assert task.score(predictions, [{"source": query, "target": "a"} for query in "xyz"])["mrr"] == 0.5
+
+
+def judged(rows, scores):
+    """The scores of a split of (query, passage) rows, and of a ranking [Q, P] that takes the model's place."""
+    task = Embedding(EmbeddingArguments(test_file="unread"), seed=0)
+    task.queries, texts = [query for query, _ in rows], dict.fromkeys(passage for _, passage in rows)
+    task.passages = [*texts]
+    task.targets = [task.passages.index(passage) for _, passage in rows]
+    units, places = np.eye(len(texts)), {query: place for place, query in enumerate(dict.fromkeys(task.queries))}
+    numbers = [[n, target] for n, target in enumerate(task.targets)]
+    outputs = np.hstack([numbers, [scores[places[q]] for q in task.queries], [units[t] for t in task.targets]])
+    predictions = task.decode(outputs, None)
+    by_rows = task.score(predictions, [{"source": query, "target": passage} for query, passage in rows])
+    return by_rows, task._judged(range(len(rows)), np.array([scores[places[query]] for query, _ in rows]))
+
+
+def test_all_right_passages_of_a_query_count():
+    """A query with two of them, at ranks 1 and 3, and one whose passage is second: by hand, as trec_eval counts."""
+    rows = [("a", "p"), ("a", "q"), ("b", "r")]
+    found, floor = judged(rows, [[0.9, 0.1, 0.5], [0.8, 0.1, 0.7]])
+    assert found["r@1"] == pytest.approx((1 / 2 + 0) / 2) and found["r@10"] == 1
+    assert found["mrr"] == pytest.approx((1 + 1 / 2) / 2)
+    assert {name: found[name] for name in floor} == floor
+
+
+def test_as_trec_eval_counts():
+    pytrec_eval = pytest.importorskip("pytrec_eval", reason="pytrec_eval is not installed")
+    generator = np.random.default_rng(0)
+    pairs = {(f"q{generator.integers(9)}", f"p{generator.integers(40)}") for _ in range(60)}
+    rows = sorted(pairs)
+    queries = [*dict.fromkeys(query for query, _ in rows)]
+    passages = [*dict.fromkeys(passage for _, passage in rows)]
+    scores = generator.permutation(len(queries) * len(passages)).reshape(len(queries), -1) / 1000
+    found, floor = judged(rows, scores)
+    relevant = {query: {p: 1 for q, p in rows if q == query} for query in queries}
+    ranked = {q: dict(zip(passages, row.tolist(), strict=True)) for q, row in zip(queries, scores, strict=True)}
+    theirs = pytrec_eval.RelevanceEvaluator(relevant, {"recall.1,10", "recip_rank"}).evaluate(ranked).values()
+    for ours, name in {"r@1": "recall_1", "r@10": "recall_10", "mrr": "recip_rank"}.items():
+        assert found[ours] == pytest.approx(np.mean([one[name] for one in theirs])) == floor[ours]
 
 
 def test_every_text_ends_with_the_end_of_text():

@@ -45,6 +45,17 @@ def ranks_of(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return ranks(torch.from_numpy(np.ascontiguousarray(scores)), torch.from_numpy(targets)).numpy()
 
 
+def right_ranks(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """The ranks from 1 of all that is right, the best first: [V], [V] booleans -> [R].
+
+    Of equal scores the wrong ones are ahead; what has no number is behind all, as in `ranks`.
+    """
+    order = np.lexsort((right, -comparable(scores, right)))
+    found = 1 + np.flatnonzero(right[order])
+    found[len(found) - int(np.isnan(scores[right]).sum()) :] = len(scores) + 1
+    return found
+
+
 def highest(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The highest scores, best first, and their places, both [..., K]; what is no number counts as minus infinity.
 
