@@ -4,7 +4,6 @@ import json
 import math
 import os
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,18 +54,28 @@ def json_of(text: str, where: str) -> Any:
         ValueError: if it is broken, or an object has a key twice, of which one would be lost.
     """
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}, line {error.lineno}: broken JSON: {error.msg}.") from error
     except ValueError as error:
         raise ValueError(f"{where}: {error}.") from None
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = Counter(name for name, _ in pairs)
-    if twice := [name for name, count in names.items() if count > 1]:
-        raise ValueError(f"{twice[0]!r} is there twice")
-    return dict(pairs)
+class DoubledKey(ValueError):
+    """A key that an object of JSON has twice."""
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for `object_pairs_hook`.
+
+    Raises:
+        DoubledKey: for one that is there twice, of which json would keep the last without a word.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise DoubledKey(f"{next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return found
 
 
 def read_list(path: str, where: str = "") -> list[Any]:

@@ -62,7 +62,8 @@ RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
     ("above 0 and below 0.5", lambda value: 0 < value < 0.5, ("time_share",)),
     ("above 0 and at most 1", lambda value: 0 < value <= 1, ("top_p",)),
     ("from 0 to 1", lambda value: 0 <= value <= 1, ("min_score", "min_p")),
-    ("from 0 to 4294967295", lambda value: 0 <= value < 2**32, ("seed", "data_seed")),  # numpy takes no others
+    # numpy takes no others
+    ("from 0 to 4294967295", lambda value: 0 <= value < 2**32, ("seed", "data_seed", "tie_seed")),
     ("1 or more, or -1 for none", lambda value: value >= 1 or value == -1, ("max_steps",)),
     ("-1 or more", lambda value: value >= -1, ("local_rank",)),
     (ANY, lambda value: True, ("generation_length_penalty", "length_penalty", "null_score_diff_threshold")),

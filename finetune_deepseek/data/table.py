@@ -19,6 +19,8 @@ from typing import IO, Any, TypeAlias
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .files import DoubledKey, unique_keys
+
 Columns: TypeAlias = dict[str, list[Any]]
 
 RECBOLE = (".inter", ".user", ".item")  # tabs between, no quotes, heads such as user_id:token
@@ -32,6 +34,7 @@ DELIMITERS = (";", "\t", "|")  # of a .csv whose header has no comma
 ROWS = 10_000  # that are read at once
 LISTS = 500  # rows of csv that are lists at one time: more wake Python's garbage collector, at thrice the cost
 SPACE = re.compile(r"[ \t\n\r]*")  # of JSON
+DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 LONGEST_CELL = 2**31 - 1  # a C long everywhere; csv's own limit is 128 KiB
 
 
@@ -290,9 +293,11 @@ def _is_object(line: bytes) -> bool:
 
 def _object(text: str, where: str) -> dict[str, Any]:
     try:
-        return _checked(json.loads(text), where)
+        return _checked(DECODER.decode(text), where)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: broken JSON: {error.msg} (column {error.colno}).") from error
+    except DoubledKey as error:
+        raise ValueError(f"{where}: {error}; rename or remove one.") from None
 
 
 def _checked(row: Any, where: str) -> dict[str, Any]:
@@ -306,15 +311,30 @@ def _whole(text: str, path: str) -> list[dict[str, Any]]:
     values, end = [], SPACE.match(text).end()  # type: ignore[union-attr]
     try:
         while end < len(text):
-            value, end = json.JSONDecoder().raw_decode(text, end)
+            value, end = DECODER.raw_decode(text, end)
             end = SPACE.match(text, end).end()  # type: ignore[union-attr]
             values.append(value)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: broken JSON: {error.msg} (column {error.colno}).") from error
+    except DoubledKey as error:
+        raise ValueError(f"{path}, {_place(text, end, len(values))}: {error}; rename or remove one.") from None
     if len(values) == 1 and isinstance(values[0], list):
         return [_checked(row, f"{path}, row {number}") for number, row in enumerate(values[0], start=1)]
     rows = [_checked(value, f"{path}, object {number}") for number, value in enumerate(values, start=1)]
     return _rows_of_columns(rows[0]) if len(rows) == 1 else rows
+
+
+def _place(text: str, start: int, before: int) -> str:
+    """Which object after so many, or row of a list, has a key twice: the value that begins at `start` has one."""
+    if text[start] != "[":
+        return f"object {before + 1}"
+    row, end = 0, start + 1
+    try:
+        while True:
+            row, end = row + 1, re.compile(r"[\s,]*").match(text, end).end()  # type: ignore[union-attr]
+            _, end = DECODER.raw_decode(text, end)
+    except DoubledKey:
+        return f"row {row}"
 
 
 def _rows_of_columns(row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -334,6 +354,9 @@ def _rows_of_columns(row: dict[str, Any]) -> list[dict[str, Any]]:
 def _parquet(file: Any, path: str) -> Iterator[Columns]:
     try:
         source = pq.ParquetFile(path if isinstance(file.raw, io.FileIO) else pa.BufferReader(file.read()))
+        names = source.schema_arrow.names
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{path}: two columns are named {twice[0]!r}; rename one.")
         if not source.metadata.num_rows:
             yield {name: [] for name in source.schema_arrow.names}
         for batch in source.iter_batches(ROWS):

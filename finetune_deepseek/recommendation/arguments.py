@@ -56,7 +56,7 @@ class RecommendationArguments(FeatureArguments):
     """Which interactions, and how they are split."""
 
     SAVED: ClassVar[tuple[str, ...]] = (
-        *("max_length", "keep_repeats", "tie_rule", "user_feature_columns", "context_columns"),
+        *("max_length", "keep_repeats", "tie_rule", "tie_seed", "user_feature_columns", "context_columns"),
     )
     SOURCES = ("interactions_file", "dataset_name", "data_dir", "train_file", "validation_file", "test_file")
     FIRST: ClassVar[tuple[str, ...]] = (
@@ -118,6 +118,9 @@ class RecommendationArguments(FeatureArguments):
     time_share: float = field(default=0.1, metadata={"help": "Share of the interactions after each cut in time."})
     tie_rule: Literal["file", "item", "random"] = field(
         default="file", metadata={"help": "What orders a user's items of equal time; it can change scores by half."}
+    )
+    tie_seed: int | None = field(
+        default=None, metadata={"help": "Of --tie_rule random; the run's --seed if not given, and kept in the model."}
     )
     k_core: int = field(default=1, metadata={"help": "Leave out users and items with fewer interactions, repeatedly."})
     keep_repeats: bool = field(default=False, metadata={"help": "Keep an item that the user had before."})
@@ -224,7 +227,7 @@ class NewsArguments(TaskFlags):
 class GenerativeRecommendationArguments(RecommendationArguments):
     """Which interactions, and the vectors that the items' codes are made of."""
 
-    SAVED = ("max_length", "keep_repeats", "tie_rule", "num_beams")
+    SAVED = ("max_length", "keep_repeats", "tie_rule", "tie_seed", "num_beams")
     FIRST = (
         *("interactions_file", "user_column", "item_column", "timestamp_column"),
         *("item_vectors", "num_levels", "codebook_size", "num_beams"),
@@ -269,7 +272,7 @@ class GenerativeRecommendationArguments(RecommendationArguments):
 class PromptRankingArguments(RecommendationArguments):
     """Which interactions, titles and candidates, and how the model is asked."""
 
-    SAVED = ("max_length", "keep_repeats", "tie_rule", "scoring", "prompt_template", "title_separator")
+    SAVED = ("max_length", "keep_repeats", "tie_rule", "tie_seed", "scoring", "prompt_template", "title_separator")
     FIRST = (
         *("interactions_file", "user_column", "item_column", "titles_file", "title_column"),
         *("scoring", "max_length", "num_candidates"),

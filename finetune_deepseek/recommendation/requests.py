@@ -85,7 +85,7 @@ def read_histories(
         settings = settings or {}
         keep_repeats, tie_rule = settings.get("keep_repeats", False), settings.get("tie_rule", "file")
         frame, notes = clean(read_interactions(columns, names, path, present), keep_repeats, k_core=1)
-        frame, _ = in_order(frame, tie_rule, 0)
+        frame, _ = in_order(frame, tie_rule, settings.get("tie_seed") or 0)  # 0: of folders that don't say
         histories = sequences(frame)
         contexts = {
             user: [dict(zip(present, row, strict=True)) for row in rows] for user, rows in contexts_of(frame).items()

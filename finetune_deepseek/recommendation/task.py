@@ -189,7 +189,7 @@ class Recommendation(Task):
         self._note(*notes)
         if columns := self.side.context_columns:
             self._note(*empty_values(frame["context"], columns, "interactions"))
-        frame, notes = in_order(frame, arguments.tie_rule, self.seed)
+        frame, notes = in_order(frame, arguments.tie_rule, self._tie_seed)
         self._note(*notes)
         self._note(
             f"{frame['user'].nunique():,} users, {frame['item'].nunique():,} items, {len(frame):,} interactions"
@@ -237,6 +237,15 @@ class Recommendation(Task):
         if self.catalogue is not None:
             return super().new_tokenizer(arguments, splits)
         return item_tokenizer(set(self.tokenizer_texts(splits)), self.seed)
+
+    @property
+    def _tie_seed(self) -> int:
+        return self.seed if self.arguments.tie_seed is None else self.arguments.tie_seed
+
+    def settings(self) -> dict[str, Any]:
+        """Those of the flags, and by which seed equal times were ordered, if they were at random."""
+        settings = super().settings()
+        return settings | ({"tie_seed": self._tie_seed} if settings.get("tie_rule") == "random" else {})
 
     def check_saved(self, saved: Saved, is_trained: bool) -> None:
         """Also refuses a model of words where the items are ids."""

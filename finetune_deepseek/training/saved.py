@@ -86,6 +86,9 @@ class Saved:
             commit = folder.name
         try:
             config, adapter = (read_json(folder / file, missing={}) for file in (CONFIG_FILE, ADAPTER_FILE))
+            if commit and config and adapter:
+                base = adapter.get("base_model_name_or_path")
+                _note(f"{where}: it holds a {CONFIG_FILE} and an adapter; the adapter on {base} is taken.")
             return cls(where, name, folder, commit, config, adapter or None, _record(folder))
         except ValueError as error:
             raise ValueError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
@@ -189,11 +192,8 @@ class Saved:
         names, types = getattr(arguments_class, "SAVED", ()), get_type_hints(arguments_class)
         foreign = sorted(self.settings.keys() - {*names, *FIELD_NAMES})
         if foreign:
-            print(
-                f"deepseek-hf: note: {self.where}: {', '.join(map(str, foreign))} in its settings are none of a model "
-                f"for {task}, and are not used.",
-                file=sys.stderr,
-            )
+            names_of_others = ", ".join(map(str, foreign))
+            _note(f"{self.where}: {names_of_others} in its settings are none of a model for {task}, and are not used.")
         chosen = {name: self.settings[name] for name in names if name in self.settings}
         return {name: self._typed(name, value, types[name]) for name, value in chosen.items()}
 
@@ -324,6 +324,10 @@ def named_errors(where: str) -> Iterator[None]:
     except (ValueError, OSError, ImportError, SafetensorError, StrictDataclassError) as error:
         text = " ".join(str(error).split())
         raise ValueError(text if text.startswith(where) else f"{where}: {text}") from error
+
+
+def _note(text: str) -> None:
+    print(f"deepseek-hf: note: {text}", file=sys.stderr)
 
 
 def _record(folder: Path) -> dict[str, Any]:

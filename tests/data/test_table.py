@@ -5,6 +5,7 @@ import json
 
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from finetune_deepseek.data.table import ROWS, batches, read_columns
@@ -140,3 +141,24 @@ REFUSED = {
 def test_what_cant_be_read_is_refused_with_its_place(name, tmp_path):
     content, message = REFUSED[name]
     assert refused(tmp_path, name, content).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "where"),
+    [
+        ("rows.jsonl", '{"a": 1, "b": 2}\n{"a": 1, "b": 2, "a": 3}\n', "line 2"),
+        ("list.json", '[{"a": 1}, {"b": [{"a": 2}]},\n {"b": {"a": 3, "a": 3}}]', "row 3"),
+        ("one.json", '{\n "b": 1, "a": 1,\n "a": 1}', "object 1"),
+        ("objects.json", '{"a":\n1}\n{"a": 1,\n"b": 2, "a": 1}', "object 2"),
+    ],
+)
+def test_a_key_that_a_row_has_twice_is_refused(name, content, where, tmp_path):
+    """Of two values the last was taken, whichever is right."""
+    assert refused(tmp_path, name, content) == f"{name}, {where}: 'a' is there twice; rename or remove one."
+
+
+def test_two_columns_of_one_name_in_parquet_are_refused(tmp_path):
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([3])], names=["a", "a"]), sink)
+    told = refused(tmp_path, "rows.parquet", sink.getvalue().to_pybytes())
+    assert told == "rows.parquet: two columns are named 'a'; rename one."

@@ -35,6 +35,13 @@ def push(folder):
         + ["--hub_model_id", "alice/adapter", "--learning_rate", "0.05"]
     )
     results = json.loads((Path(folder) / "adapter/all_results.json").read_text())
+    both = Path(folder) / "both"
+    both.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors", "deepseek_hf.json"):
+        (both / name).write_bytes((Path(folder) / "adapter" / name).read_bytes())
+    model.config.save_pretrained(both)
+    HfApi().create_repo("alice/both")
+    HfApi().upload_folder(repo_id="alice/both", folder_path=both)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(-0.5)
@@ -66,6 +73,9 @@ def use(folder):
     facts["loss"] = json.loads(Path(f"{folder}/evaluated/all_results.json").read_text())["eval_loss"]
     saved = Saved.open(None, "alice/adapter")
     facts["base"] = [saved.base.name, saved.base.commit, saved.adapter["revision"]]
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        both = Saved.open(None, "alice/both")
+    facts["both"] = [both.is_adapter, both.base.name, err.getvalue()]
     local = Retriever.load(f"{folder}/adapter").encode(["what is red"], is_query=True)
     local_folder = f"{folder}/adapter"
     for name, opener in {"class": DeepSeekForEmbedding, "auto": AutoModelForEmbedding}.items():
@@ -103,6 +113,13 @@ def test_an_adapter_by_its_id_is_the_adapter(facts):
     assert found["loss"] == pytest.approx(pushed["loss"], rel=1e-4)
     assert found["same"] and found["trained"] > 0
     assert found["further"]["pooling"] == "last_token" and found["further"]["query_prefix"] == "q: "
+
+
+def test_a_repository_with_a_config_too_is_an_adapter_aloud(facts):
+    """As for transformers, which goes to the base that the adapter names."""
+    is_adapter, base, told = facts[1]["both"]
+    assert is_adapter and base == "alice/base"
+    assert "alice/both: it holds a config.json and an adapter; the adapter on alice/base is taken." in told
 
 
 @pytest.mark.parametrize("way", ["class", "auto"])

@@ -61,6 +61,7 @@ def test_overrides_take_yaml_types():
         ("learning_rat: 1", r"config.yaml: unknown key 'learning_rat' \(did you mean 'learning_rate'\?\)"),
         ("stages:\n- zzzzz: 1", "unknown key 'zzzzz'."),
         ("a: [1,\nb: 2", "config.yaml, line 2: not valid YAML"),
+        ("seed: 1\nmax_steps: 3\nseed: 2\n", "config.yaml, line 3: not valid YAML: seed is there twice"),
         ("- a\n- b", "found list"),
         ("", "found NoneType"),
         ("stages: 3", "`stages` must be a list"),

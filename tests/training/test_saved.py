@@ -11,11 +11,14 @@ from configuration_deepseek import preset
 from finetune_deepseek.__main__ import guarded
 from finetune_deepseek.classification.arguments import ClassificationArguments
 from finetune_deepseek.commands.parsing.runs import parse_command
+from finetune_deepseek.data.table import read_columns
 from finetune_deepseek.question_answering.answering import Reader
 from finetune_deepseek.question_answering.arguments import QuestionAnsweringArguments
 from finetune_deepseek.recommendation.arguments import RecommendArguments, RecommendationArguments
+from finetune_deepseek.recommendation.items.interactions import in_order, read_interactions, sequences
 from finetune_deepseek.recommendation.requests import read_histories
 from finetune_deepseek.recommendation.serving import history_settings, load
+from finetune_deepseek.recommendation.task import Recommendation
 from finetune_deepseek.retrieval.arguments import EmbeddingArguments
 from finetune_deepseek.retrieval.passage_index import Retriever
 from finetune_deepseek.retrieval.reranker import Reranker
@@ -426,3 +429,22 @@ def test_recommend_makes_histories_as_training_did(tmp_path):
     record(tmp_path, task="recommendation", settings={"keep_repeats": True, "tie_rule": "item"})
     settings = history_settings(Saved.open(None, str(tmp_path)))
     assert read_histories(arguments, (), settings)[0] == {"u": ["a", "b", "c", "b"]}
+
+
+def test_recommend_orders_equal_times_as_the_runs_seed_did(tmp_path):
+    """By a hash of item and seed: seed 0 stood for every run's."""
+    path = tmp_path / "clicks.csv"
+    items = [f"i{number}" for number in range(12)]
+    path.write_text("user_id,item_id,timestamp\n" + "".join(f"u,{item},1\n" for item in items))
+    flags = RecommendationArguments(interactions_file=str(path), tie_rule="random")
+    settings = Recommendation(flags, seed=7).settings()
+    record(tmp_path, task="recommendation", settings=settings)
+    found = history_settings(Saved.open(None, str(tmp_path)))
+    ordered, _ = in_order(
+        read_interactions(read_columns(str(path)), ("user_id", "item_id", "timestamp"), str(path)), "random", 7
+    )
+    (history,) = read_histories(RecommendArguments(history=str(path)), (), found)[0].values()
+    assert history == sequences(ordered)["u"] != items
+    again = Recommendation(RecommendationArguments(interactions_file=str(path), **found), seed=3)
+    assert again.settings() == settings  # as evaluate takes them, under its own seed
+    assert Recommendation(RecommendationArguments(interactions_file=str(path)), seed=7).settings()["tie_seed"] is None

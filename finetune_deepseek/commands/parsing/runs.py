@@ -204,6 +204,19 @@ def as_flags(settings: dict[str, Any], known: Sequence[str], where: str) -> list
     return flags
 
 
+class UniqueKeys(yaml.SafeLoader):
+    """Reads YAML, refusing a key that a mapping has twice, of which YAML would keep the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping whose keys differ."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.MarkedYAMLError(None, None, f"{key.value} is there twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping.
 
@@ -211,7 +224,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         ValueError: if the file isn't there, isn't YAML (with the line), or is no mapping.
     """
     try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        settings = yaml.load(Path(path).read_text(encoding="utf-8"), UniqueKeys)
     except OSError as error:
         raise ValueError(f"{path}: can't be read ({error.strerror}); the first argument names a YAML file.") from error
     except yaml.MarkedYAMLError as error:
