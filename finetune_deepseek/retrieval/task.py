@@ -215,8 +215,8 @@ class Embedding(Task):
         size, and on how many processes there are."""
         queries, passages, targets, distinct = vectors(outputs)
         asked = [self.queries[number] for number in outputs[:, 0].astype(int)]
-        right = right_places(asked, targets, len(distinct))
-        given, found, own, right = (torch.from_numpy(part) for part in (queries, passages, targets, right))
+        right = torch.from_numpy(right_places(asked, targets, len(distinct)))
+        given, found, own = (torch.from_numpy(part) for part in (queries, passages, targets))
         temperature, sizes = self.config.contrastive_temperature, self.config.matryoshka_sizes
         return float(matryoshka_loss(given, found, own, temperature, sizes, right))
 
