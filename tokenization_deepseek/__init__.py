@@ -1,7 +1,7 @@
 """Text to ids and back: the tokenizer, its training, chat formats, and control tokens kept out of users' text."""
 
 from .answer_parsing import AnswerParser
-from .chat import CHAT_TEMPLATES
+from .chat import CHAT_TEMPLATES, template_name
 from .chat_encoding import AnsweredChat, encode_answers, encode_chat
 from .control_tokens import Control, control_tokens, encode_parts, encode_text
 from .tokenization_deepseek import DeepSeekTokenizer
@@ -18,5 +18,6 @@ __all__ = [
     "encode_chat",
     "encode_parts",
     "encode_text",
+    "template_name",
     "train_tokenizer",
 ]

@@ -68,6 +68,7 @@ def _dsml(block: str, invoke: str, parameter: str, *headers: str) -> Form:
     )
 
 
+_V4 = _dsml("tool_calls", "invoke", "parameter")
 _R1 = Form(**_TOKENS, **_ON_LINES, read=fenced_call)
 FORMS: dict[str, Form] = {
     "coder": Form(headers=("### Response:\n",), ends=tuple(before + end for before in ("\n", "") for end in EOS)),
@@ -78,10 +79,15 @@ FORMS: dict[str, Form] = {
     "r1-think": _R1,
     "v3.1": Form(**_TOKENS, **_THOUGHT),
     "v3.2": _dsml("function_calls", "invoke", "parameter", "</function_results>\n\n"),
+    "v4": _V4,
+    "v4-0731": _V4,
+    "v4.1": _dsml(" calls", " invoke", " parameter"),
 }
 # What tells the forms apart in the text of a template, the telling ones first.
 _SIGNS = (
     ("<｜DSML｜function_calls>", "v3.2"),
+    ("<｜DSML｜tool_calls>", "v4"),
+    ("<｜DSML｜ calls>", "v4.1"),
     ("```json", "v3"),
     ("<｜tool▁call▁begin｜>", "v3.1"),
     ("### Response:", "coder"),

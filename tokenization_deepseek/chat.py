@@ -20,11 +20,14 @@ return_assistant_tokens_mask=True)` marks what a model should learn to write. Wh
 tool calls, documents, reasoning, other parts than texts, roles, results without calls) is refused in one line.
 Tool arguments stand in a json fence (V2.5 to R1) or bare behind the name (V3.1). Unlike the released templates, a
 second round of tool calls is written like the first one (there it loses its opening), V2.5's single call has its end,
-and its system messages are all there, not only the last. "v3.2" is in chat_dsml.py.
+and its system messages are all there, not only the last. "v3.2" is in chat_dsml.py, V4's in chat_v4.py.
 """
+
+import re
 
 from .chat_dsml import DSML_TEMPLATES
 from .chat_parts import RESULT_WITHOUT_CALL, TEXT, UNKNOWN_ROLE, one_line, refuse
+from .chat_v4 import V4_TEMPLATES
 
 _OPENING = (
     TEXT
@@ -244,6 +247,38 @@ _V3_1 = (
 """
 )
 
+# The last of these that stands between hyphens in a checkpoint's name tells its template.
+_OF_CHECKPOINTS = {
+    "LLM": "v2",
+    "MOE": "v2",
+    "MATH": "v2",
+    "CODER": "coder",
+    "V2": "v2",
+    "V2.5": "v2.5",
+    "V3": "v3",
+    "R1": "r1-think",
+    "V3.1": "v3.1",
+    "V3.2": "v3.2",
+    "V3.2-EXP": "v3.1",
+    "V4": "v4",
+    "V4.1": "v4.1",
+    "0731": "v4-0731",
+    "0813": "v4-0731",
+}
+
+
+def template_name(checkpoint: str) -> str:
+    """The name in `CHAT_TEMPLATES` of the chat format of a published checkpoint, by its Hub id or folder.
+
+    Raises ValueError for a name that tells no generation, and for variants whose format isn't known.
+    """
+    name = checkpoint.rstrip("/").rpartition("/")[2].upper()
+    known = [template for sign, template in _OF_CHECKPOINTS.items() if f"-{sign}-" in f"-{name}-"]
+    if not known or re.search("DSPARK|VISION|BASE|DISTILL", name):
+        raise ValueError(f"{checkpoint}: no chat format is known for this name; there are {', '.join(CHAT_TEMPLATES)}")
+    return known[-1]
+
+
 CHAT_TEMPLATES: dict[str, str] = {
     "coder": one_line(_CODER),
     "v2": one_line(_V2),
@@ -253,4 +288,5 @@ CHAT_TEMPLATES: dict[str, str] = {
     "r1-think": one_line(_v3(**_FORCED)),
     "v3.1": one_line(_V3_1),
     **DSML_TEMPLATES,
+    **V4_TEMPLATES,
 }

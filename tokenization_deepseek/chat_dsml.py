@@ -1,18 +1,18 @@
-"""Chat formats of V3.2 and V4, whose releases bring a Python encoder in place of a template, as Jinja templates.
+"""The chat format of V3.2, whose release brings a Python encoder in place of a template, as a Jinja template.
 
 "v3.2"  V3.2: system messages where they stand, `<｜User｜>...<｜Assistant｜>` and `<think>` or `</think>`; answers
         with calls in DSML (`<｜DSML｜function_calls>`), results in `<function_results>`, then the thinking tag again.
 
-Tools follow the first system message, or stand first. thinking=True is the releases' mode "thinking", thinking=False
-their mode "chat". Left open, it is "thinking" if an answer behind the last user message has reasoning. Reasoning is
-written behind the last user message alone. Unlike the releases, which end any list of messages with the generation
+Tools follow the first system message, or stand first. thinking=True is the release's mode "thinking", thinking=False
+its mode "chat". Left open, it is "thinking" if an answer behind the last user message has reasoning. Reasoning is
+written behind the last user message alone. Unlike the release, which ends any list of messages with the generation
 prompt, it follows `add_generation_prompt`, and an answer without reasoning may be rendered in thinking mode (its
 thought is empty).
 
-Texts about tools and effort are those of the releases; models were trained on them.
+The text about tools is the release's; the model was trained on it.
 """
 
-from .chat_parts import RESPONSE_FORMAT, RESULT_WITHOUT_CALL, TEXT, UNKNOWN_ROLE, dsml_calls, one_line
+from .chat_parts import ANSWER, RESPONSE_FORMAT, RESULT_WITHOUT_CALL, TEXT, UNKNOWN_ROLE, dsml_calls, one_line
 
 _V3_2_TOOLS = r"""
 {% macro described(tools) %}
@@ -48,20 +48,6 @@ _LAST_USER = r"""
 {% endfor %}
 {% set thinks = thinking if thinking is defined and thinking is not none else ns.reasons %}
 """
-# In thinking mode an answer's own `<think>` at its very beginning is the one that stands there already.
-_ANSWER = r"""
-{% generation %}
-{% if thinks and loop.index0 > ns.last_user and content.startswith('<think>') and not message['reasoning_content'] %}
-  {{ content.removeprefix('<think>') }}
-{% else %}
-  {% if thinks and loop.index0 > ns.last_user %}{{ text(message['reasoning_content']) + '</think>' }}{% endif %}
-  {{ content }}
-{% endif %}
-{% if message['tool_calls'] %}{{ tool_calls(message['tool_calls']) }}{% endif %}
-{{ eos_token }}
-{% endgeneration %}
-"""
-
 _V3_2 = (
     TEXT
     + _V3_2_TOOLS
@@ -102,7 +88,8 @@ _V3_2 = (
     {{ '<｜User｜>' + content }}
     {% if prompted %}{{ '<｜Assistant｜>' + tag }}{% endif %}
   {% elif message['role'] == 'assistant' %}"""
-    + _ANSWER
+    + "{% set shows = thinks and loop.index0 > ns.last_user %}"
+    + ANSWER
     + r"""{% elif message['role'] != 'tool' %}"""
     + UNKNOWN_ROLE
     + r"""{% endif %}

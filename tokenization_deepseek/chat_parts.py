@@ -17,6 +17,7 @@ def refuse(what: str) -> str:
 # Contents are texts, lists of text parts, or absent. `thinking` is undefined where nobody asked for it.
 TEXT = (
     r"""
+{% set joint = '' %}
 {% macro text(content) %}
   {% if content is string %}{{ content }}
   {% else %}
@@ -26,6 +27,7 @@ TEXT = (
       {% else %}"""
     + refuse("'a part of type ' ~ part['type']")
     + r"""{% endif %}
+      {% if not loop.last %}{{ joint }}{% endif %}
     {% endfor %}
   {% endif %}
 {% endmacro %}
@@ -73,4 +75,18 @@ RESPONSE_FORMAT = r"""
     {{ response_format | tojson }}
   {% endif %}
 {% endmacro %}
+"""
+
+# In thinking mode (`shows`) an answer's own `<think>` at its very beginning is the one that stands there already.
+ANSWER = r"""
+{% generation %}
+{% if shows and content.startswith('<think>') and not message['reasoning_content'] %}
+  {{ content.removeprefix('<think>') }}
+{% else %}
+  {% if shows %}{{ text(message['reasoning_content']) + '</think>' }}{% endif %}
+  {{ content }}
+{% endif %}
+{% if message['tool_calls'] %}{{ tool_calls(message['tool_calls']) }}{% endif %}
+{% if not message['wo_eos'] %}{{ eos_token }}{% endif %}
+{% endgeneration %}
 """

@@ -41,6 +41,9 @@ FORMS = {
     "r1-think": (ASSISTANT, "{}" + EOS),
     "v3.1": (f"{ASSISTANT}</think>", "{}" + EOS),
     "v3.2": (f"{ASSISTANT}</think>", "{}" + EOS),
+    "v4": (f"{ASSISTANT}</think>", "{}" + EOS),
+    "v4-0731": (f"{ASSISTANT}</think>", "{}" + EOS),
+    "v4.1": (f"{ASSISTANT}</think>", "{}" + EOS),
 }
 JSON_CALL = "<｜tool▁call▁begin｜>function<｜tool▁sep｜>get\n```json\n{}\n```<｜tool▁call▁end｜>".format
 DSML_CALL = '\n\n<｜DSML｜function_calls>\n<｜DSML｜invoke name="get">\n<｜DSML｜parameter name="c" string="true">北京'
@@ -128,6 +131,26 @@ def test_v3_2_supplies_a_tag_behind_tool_results(trained):
     assert masked(trained, encoded.input_ids, encoded.assistant_mask) == [f"{DSML_CALL}{EOS}", f"wet{EOS}"]
     supplied = [f"{ASSISTANT}</think>", "\n\n</think>"]
     assert masked(trained, encoded.input_ids, encoded.prompt_mask) == supplied
+
+
+@pytest.mark.parametrize("template", ["v4", "v4.1"])
+def test_v4_supplies_header_and_tag_or_the_token_of_a_task(trained, template):
+    calling = CALLS[1] | {"reasoning_content": "I look."}
+    chat = [CALLS[0], calling, *CALLS[2:4], turn("assistant", "wet", reasoning_content="rain")]
+    block = ("tool_calls", "invoke", "parameter") if template == "v4" else (" calls", " invoke", " parameter")
+    called = DSML_CALL
+    for name, other in zip(("function_calls", "invoke", "parameter"), block, strict=True):
+        called = called.replace(f"｜{name}", f"｜{other}")
+    for thinks, tag in ((True, "think"), (False, "/think")):
+        encoded = encode_answers(trained, chat, chat_template=CHAT_TEMPLATES[template], thinking=thinks)
+        written = [f"{called}{EOS}", f"rain</think>wet{EOS}" if thinks else f"wet{EOS}"]
+        assert masked(trained, encoded.input_ids, encoded.assistant_mask) == written
+        supplied = [f"{ASSISTANT}</think>", f"{ASSISTANT}<{tag}>"]  # results of tools begin a turn
+        assert masked(trained, encoded.input_ids, encoded.prompt_mask) == supplied
+    asked = [turn("user", "a", task="title"), turn("assistant", "A title")]
+    encoded = encode_answers(trained, asked, chat_template=CHAT_TEMPLATES[template])
+    assert masked(trained, encoded.input_ids, encoded.assistant_mask) == [f"A title{EOS}"]
+    assert masked(trained, encoded.input_ids, encoded.prompt_mask) == ["<｜title｜>"]
 
 
 def test_a_tag_that_the_answer_itself_opens_is_the_prompts(trained):
