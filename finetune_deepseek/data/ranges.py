@@ -37,6 +37,7 @@ RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
         lambda value: value >= 0,
         (
             *("learning_rate", "warmup_steps", "weight_decay", "l1", "train_last_n_layers", "max_grad_norm"),
+            "router_bias_update",
             *("neftune_noise_alpha", "eval_steps", "eval_delay", "save_steps", "save_total_limit"),
             *("dataloader_num_workers", "doc_stride", "fusion_weights", "examples_shown", "temperature", "top_k"),
             "max_continuations",

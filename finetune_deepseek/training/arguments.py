@@ -182,6 +182,10 @@ class TrainingFlags:
         metadata={"help": "Where multi_step lowers the rate: steps, or below 1 shares of all.", "metavar": "STEP"},
     )
     lr_factor: float = field(default=0.316, metadata={"help": "What multi_step multiplies by at each milestone."})
+    router_bias_update: float = field(
+        default=0.0,
+        metadata={"help": "How far a step moves V3's router biases towards an equal load of the experts; V3: 0.001."},
+    )
     l1: float = field(default=0.0, metadata={"help": "L1 penalty on the trained weights without norms and biases."})
     freeze: list[str] | None = field(
         default=None,

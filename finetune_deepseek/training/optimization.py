@@ -155,6 +155,7 @@ def recipe(args: TrainingArguments, config: Any) -> dict[str, str]:
     regularization = {
         "weight decay": args.weight_decay,
         "L1": args.l1,
+        "router bias update": args.router_bias_update,
         "label smoothing": args.label_smoothing_factor,
         "attention dropout": getattr(config, "attention_dropout", 0.0),
         "hidden dropout": getattr(config, "hidden_dropout", 0.0),

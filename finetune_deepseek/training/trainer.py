@@ -40,6 +40,7 @@ from .optimization import (
 from .scoring.eval_loss import LossOfSplit
 from .task import Task, prefixed
 from .trainer_arguments import TrainingArguments
+from .weights.balance import BalanceExperts
 from .weights.muon import Muon, muon_groups
 
 
@@ -75,6 +76,9 @@ class FinetuneTrainer(Seq2SeqTrainer):
         self.clock = TimeLimitCallback(self.args.train_minutes) if self.args.train_minutes else None
         if self.clock:
             self.add_callback(self.clock)
+        self.balance = BalanceExperts(bare, self.args.router_bias_update) if self.args.router_bias_update else None
+        if self.balance:
+            self.add_callback(self.balance)
         if is_language_model and self.args.label_smoothing_factor:
             self.label_smoother = None
             hook = partial(smooth_labels, factor=self.args.label_smoothing_factor)
@@ -195,6 +199,8 @@ class FinetuneTrainer(Seq2SeqTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.args.l1 and "loss" in logs:
             logs["l1_penalty"] = self.args.l1 * l1_norm(self._regularized_weights())
+        if self.balance and "loss" in logs:
+            logs["expert_max_violation"] = self.balance.max_violation.item()
         # JSON, which the log is saved as, has no word for these.
         lost = {name: logs.pop(name) for name, value in list(logs.items()) if finite(value) is None}
         super().log(logs, start_time)

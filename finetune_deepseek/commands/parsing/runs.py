@@ -179,6 +179,8 @@ def check_together(given: set[str], lora: LoraArguments, values: dict[str, Any])
     if values["average_checkpoints"]:
         raise ValueError("--average_checkpoints can't be used with --use_peft: the mean of two products of "
                          "matrices isn't the product of the means.")  # fmt: skip
+    if values["router_bias_update"]:
+        raise ValueError("--router_bias_update can't be used with --use_peft: an adapter doesn't hold the biases.")
     for flag in ("freeze", "train_last_n_layers"):
         if values[flag] is not None:
             raise ValueError(

@@ -1,0 +1,73 @@
+"""Equal load of the experts without a loss: the bias of V3's router, moved after each step.
+
+arXiv 2408.15664, and DeepSeek-V3, arXiv 2412.19437, section 2.1.2:
+
+    b_e <- b_e + gamma sign(mean over the experts of their tokens - tokens of e)
+
+The tokens are those of the whole step: all micro-batches and processes, padding left out. The bias only chooses
+experts, it never weighs them, and is a buffer of the model, so that it is saved and resumed with it.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+
+from modeling_deepseek.routers import DeepSeekTopKRouter
+
+
+class BalanceExperts(TrainerCallback):
+    """Counts the tokens of each expert in training forwards, and moves the biases at the end of each step.
+
+    Args:
+        speed: gamma; V3 was trained with 0.001.
+
+    Raises:
+        ValueError: for a model without such routers.
+    """
+
+    def __init__(self, model: nn.Module, speed: float) -> None:
+        self.speed, self.pad = speed, getattr(model.config, "pad_token_id", None)
+        self.is_token: torch.Tensor | None = None  # [N], which tokens of this forward aren't padding
+        self.routers = [
+            module
+            for module in model.modules()
+            if isinstance(module, DeepSeekTopKRouter) and hasattr(module, "e_score_correction_bias")
+        ]
+        if not self.routers:
+            raise ValueError(
+                f"--router_bias_update {speed:g}: no router of this model has a bias that chooses; leave it out, or "
+                'take topk_method "noaux_tc" and this package\'s classes.'
+            )
+        self.counts = [torch.zeros_like(cast(torch.Tensor, router.e_score_correction_bias)) for router in self.routers]
+        self.max_violation = torch.zeros(())  # of the latest step, mean over the layers: busiest expert / mean - 1
+        model.register_forward_pre_hook(self._see_tokens, with_kwargs=True)
+        for number, router in enumerate(self.routers):
+            router.register_forward_hook(lambda *call, number=number: self._count(number, *call))
+
+    def _see_tokens(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        self.is_token = None if ids is None or self.pad is None else (ids != self.pad).flatten()
+
+    def _count(self, number: int, router: nn.Module, args: tuple[Any, ...], outputs: Any) -> None:
+        if not router.training:
+            return
+        chosen = outputs[2]  # [N, K]
+        weights = torch.ones_like(chosen, dtype=torch.float32)
+        if self.is_token is not None and len(self.is_token) == len(chosen):
+            weights = weights * self.is_token.unsqueeze(-1).to(weights.device)
+        self.counts[number] = self.counts[number].to(chosen.device).scatter_add(0, chosen.flatten(), weights.flatten())
+
+    @torch.no_grad()
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        counts = torch.stack(self.counts)  # [layers, E]
+        if args.world_size > 1:
+            torch.distributed.all_reduce(counts)
+        means = counts.mean(-1, keepdim=True)
+        moves = torch.sign(means - counts)
+        for router, move in zip(self.routers, moves, strict=True):
+            bias = cast(torch.Tensor, router.e_score_correction_bias)
+            bias.add_(move.to(bias.device), alpha=self.speed)
+        self.max_violation = (counts.amax(-1) / means.squeeze(-1).clamp(min=1)).mean() - 1
+        self.counts = [torch.zeros_like(count) for count in self.counts]

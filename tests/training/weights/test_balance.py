@@ -1,0 +1,119 @@
+"""The router biases that are moved towards an equal load: by hand, over micro-batches and processes, resumed."""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from finetune_deepseek.__main__ import guarded
+from finetune_deepseek.training.weights.balance import BalanceExperts
+from modeling_deepseek import DeepSeekForCausalLM
+from tests.modeling.conftest import tiny, token_ids
+from tests.small_runs import TINY, flags, write_jsonl
+
+STEP = SimpleNamespace(world_size=1)
+BIAS = "e_score_correction_bias"
+
+
+def biases(model):
+    return [buffer.clone() for name, buffer in model.named_buffers() if name.endswith(BIAS)]
+
+
+def test_busy_experts_go_down_by_hand():
+    model = tiny("tiny_v3").train()
+    before, ids = biases(model), token_ids(2, 9)
+    balance = BalanceExperts(model, 0.01)
+    padded = torch.cat([ids, torch.full((2, 3), model.config.pad_token_id)], dim=1)
+    with torch.no_grad():
+        logits = model(padded, output_router_logits=True).router_logits
+        model.eval()(padded)  # isn't counted
+    balance.on_step_end(STEP, None, None)
+    loads = []
+    for found, old, logit in zip(biases(model), before, logits, strict=True):
+        scores = logit.sigmoid().view(2, 12, 8)[:, :9].flatten(0, 1) + old
+        groups = scores.view(-1, 4, 2).sum(-1).topk(2).indices  # of two experts each, ranked by both
+        allowed = torch.zeros_like(scores, dtype=torch.bool).view(-1, 4, 2)
+        allowed[torch.arange(18)[:, None], groups] = True
+        chosen = scores.masked_fill(~allowed.view(-1, 8), -9).topk(3).indices
+        counts = torch.bincount(chosen.flatten(), minlength=8).float()
+        assert counts.sum() == 54
+        torch.testing.assert_close(found, old + 0.01 * torch.sign(54 / 8 - counts))
+        loads.append(counts.max().item() / (54 / 8) - 1)
+    assert balance.max_violation.item() == pytest.approx(sum(loads) / len(loads))
+
+
+def test_micro_batches_count_as_one_step():
+    found = []
+    for sizes in ((4,), (1, 3)):
+        model = tiny("tiny_v3").train()
+        balance = BalanceExperts(model, 0.1)
+        for part in token_ids(4, 9).split(sizes):
+            model(part)
+        balance.on_step_end(STEP, None, None)
+        balance.on_step_end(STEP, None, None)  # a step without tokens moves nothing
+        found.append(biases(model))
+    assert all(map(torch.equal, *found))
+
+
+def run(folder, data, **settings):
+    argv = flags(TINY | data | {"output_dir": folder, "router_bias_update": 0.01, "do_train": True} | settings)
+    assert guarded(["translation", *argv]) == 0
+    return {name: w for name, w in load_file(folder / "model.safetensors").items() if name.endswith(BIAS)}
+
+
+def test_a_run_moves_and_keeps_them(data, tmp_path):
+    whole = run(tmp_path / "whole", data, max_steps=4, save_steps=2)
+    assert len(whole) == 2
+    for bias in whole.values():  # multiples of the update, of float32
+        assert bias.dtype == torch.float32 and bias.any() and bias.abs().max() <= 0.04001
+    resumed = run(
+        tmp_path / "again", data, max_steps=4, save_steps=2, resume_from_checkpoint=tmp_path / "whole/checkpoint-2"
+    )
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    history = json.loads((tmp_path / "whole/trainer_state.json").read_text())["log_history"]
+    assert history[0]["expert_max_violation"] > 0
+    model = DeepSeekForCausalLM.from_pretrained(tmp_path / "whole")
+    assert all(torch.equal(*pair) for pair in zip(biases(model), whole.values(), strict=True))
+    assert "router bias update 0.01" in (tmp_path / "whole/README.md").read_text()
+
+
+def test_two_processes_move_them_as_one(tmp_path):
+    """Each step is all four rows, and the learning rate leaves the weights about as they are."""
+    rows = write_jsonl(
+        tmp_path / "rows.jsonl", [("one", "eins"), ("two birds", "zwei"), ("three", "drei"), ("4", "vier")]
+    )
+    data = {"train_file": rows}
+    settings = {"max_steps": 2, "per_device_train_batch_size": 2, "num_train_epochs": 9, "save_strategy": "no",
+                "learning_rate": 1e-9, "train_sampling_strategy": "random"}  # fmt: skip
+    alone = run(tmp_path / "one", data, **settings | {"gradient_accumulation_steps": 2})
+    argv = flags(TINY | data | settings | {
+        "output_dir": tmp_path / "two", "router_bias_update": 0.01, "do_train": True, "ddp_backend": "gloo"
+    })  # fmt: skip
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*launch, "-m", "finetune_deepseek", "finetune", "translation", *argv],
+        capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    both = load_file(tmp_path / "two/model.safetensors")
+    for name, bias in alone.items():
+        assert bias.any() and torch.equal(both[name], bias)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"preset": "tiny_v2"}, "no router of this model has a bias that chooses"),
+        ({"use_peft": True}, "--router_bias_update can't be used with --use_peft"),
+        ({"router_bias_update": -1}, "--router_bias_update -1: it must be 0 or more"),
+    ],
+)
+def test_what_has_no_biases_is_refused(settings, says, data, tmp_path, capsys):
+    argv = flags(TINY | data | {"output_dir": tmp_path / "out", "router_bias_update": 0.01} | settings)
+    assert guarded(["translation", *argv]) == 2
+    assert says in capsys.readouterr().err
