@@ -11,7 +11,8 @@ import inspect
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -29,6 +30,8 @@ _SWITCHES: tuple[dict[str, bool], ...] = tuple(
 )
 # How a template goes through the arguments of a tool call, as a mapping.
 _WALKS = re.compile(r"arguments\s*(\.items\(|\|\s*(items|dictsort)\b)")
+_ASK = {"role": "user", "content": "x"}
+_PROMPTS: dict[str, list[str]] = {}  # generation prompts by template, variables and what they stand behind
 Span = tuple[int, int]
 
 
@@ -85,13 +88,17 @@ def encode_answers(
 
     Raises:
         ValueError: a template that marks nothing; as `encode_text`.
+        TypeError: options of encoding (padding, say), which nothing here takes.
         TemplateError: for what the template has no place for.
     """
     options = {"chat_template": chat_template, **variables}
     if not conversation or isinstance(conversation[0], list):
         raise ValueError("encode_answers takes one conversation, a list of messages; call it for each of several")
+    if unused := variables.keys() & _TEMPLATE_OPTIONS - _SPECIAL:
+        raise TypeError(
+            f"encode_answers gives lists for one whole conversation; it takes no {', '.join(sorted(unused))}"
+        )
     tokenizer, given = _filled(tokenizer, conversation, tools, documents, options)
-    encoded: Any = PreTrainedTokenizerBase.apply_chat_template(tokenizer, **given, **options)
     chat = given["conversation"]
     text, marked = _rendered(tokenizer, chat, given, options)
     if not marked and any(message["role"] == "assistant" for message in chat):
@@ -102,10 +109,10 @@ def encode_answers(
     prompts = _generation_prompts(tokenizer, chat, given, options) if marked else []
     supplied = [_supplied(text, span, prompts) for span in marked]
     written = [(max(start, stop), end) for (start, end), (_, stop) in zip(marked, supplied, strict=True)]
-    offsets = encoded.encodings[0].offsets
-    mask = _mask(offsets, written)
-    before = [there - one for there, one in zip(_mask(offsets, [*supplied, *written]), mask, strict=True)]
-    return AnsweredChat(encoded["input_ids"], mask, before, [_token_range(offsets, span) for span in written])
+    encoding = tokenizer(text, add_special_tokens=False).encodings[0]
+    mask = _mask(encoding.offsets, written)
+    before = [there and not one for there, one in zip(_mask(encoding.offsets, supplied), mask, strict=True)]
+    return AnsweredChat(encoding.ids, mask, list(map(int, before)), _token_ranges(encoding.offsets, written))
 
 
 # ---- what a template is filled with
@@ -205,23 +212,31 @@ def _joins_into_control(value: Any, pattern: re.Pattern[str]) -> bool:
 # ---- masks
 
 
-def _rendered(
-    tokenizer: Any, chat: Any, given: dict[str, Any], options: dict[str, Any], **changed: Any
-) -> tuple[str, list[Span]]:
+def _rendered(tokenizer: Any, chat: Any, given: dict[str, Any], options: dict[str, Any]) -> tuple[str, list[Span]]:
     """The text of one conversation and the spans in it that its template marks as generated."""
+    template, settings = _template_and_settings(tokenizer, given, options)
+    prompt = {"add_generation_prompt": options.get("add_generation_prompt", False)}
+    return _render(template, chat, given["tools"], given["documents"], settings | prompt)
+
+
+def _template_and_settings(
+    tokenizer: Any, given: dict[str, Any], options: dict[str, Any]
+) -> tuple[str, dict[str, Any]]:
     variables = {name: given[name] for name in given.keys() - _TEMPLATE_OPTIONS}
     variables |= {name: options[name] for name in options.keys() & _SPECIAL}
     template = tokenizer.get_chat_template(options.get("chat_template"), given["tools"])
-    prompt = changed.pop("add_generation_prompt", options.get("add_generation_prompt", False))
+    return template, {**tokenizer.special_tokens_map, **variables}
+
+
+def _render(template: str, chat: Any, tools: Any, documents: Any, settings: dict[str, Any]) -> tuple[str, list[Span]]:
     rendered: Any = render_jinja_template(  # said to be a string
         [[{key: part for key, part in turn.items() if part is not None} for turn in chat]],
-        given["tools"],
-        given["documents"],
+        tools,
+        documents,
         # transformers 5.23 keeps spans on the compiled template, which threads share: one for each thread
         chat_template=f"{template}{{# {threading.get_ident()} #}}",
         return_assistant_tokens_mask=True,
-        add_generation_prompt=prompt,
-        **{**tokenizer.special_tokens_map, **variables, **changed},
+        **settings,
     )
     return rendered[0][0], rendered[1][0]
 
@@ -242,40 +257,56 @@ def _with_assistant_masks(
 
 
 def _mask(offsets: list[Span], spans: list[Span]) -> list[int]:
-    return [int(any(start < stop and end > begin for begin, stop in spans)) for start, end in offsets]
+    """1 for each token that lies in a span, in part at least."""
+    mask = [0] * len(offsets)
+    for first, stop in _token_ranges(offsets, spans):
+        mask[first:stop] = [1] * (stop - first)
+    return mask
 
 
-def _token_range(offsets: list[Span], span: Span) -> Span:
-    inside = [place for place, one in enumerate(_mask(offsets, [span])) if one]
-    return (inside[0], inside[-1] + 1) if inside else (0, 0)
+def _token_ranges(offsets: list[Span], spans: list[Span]) -> list[Span]:
+    """For each span its first token and the one behind its last; offsets grow from token to token."""
+    starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
+    ranges = [(bisect_right(ends, begin), bisect_left(starts, stop)) for begin, stop in spans]
+    return [(first, stop) if first < stop else (0, 0) for first, stop in ranges]
 
 
 def _generation_prompts(tokenizer: Any, chat: Any, given: dict[str, Any], options: dict[str, Any]) -> list[str]:
-    """What the template appends as generation prompt behind each role that is answered here, longest first.
+    """What the template appends as generation prompt behind the kinds of messages that are answered, longest first.
 
     With thinking as it is, on and off, since an answer in a conversation may have been asked for in either way.
     """
-    answered = {chat[place - 1]["role"]: chat[:place] for place in _answers(chat) if place}
-    beginnings = list(answered.values()) or [[{"role": "user", "content": "x"}]]
-    prompts = {
-        prompt
-        for beginning in beginnings
-        for switches in ({}, *_SWITCHES)
-        for prompt in _appended(tokenizer, beginning, given, options, switches)
-    }
+    before = [
+        chat[place - 1] if place else _ASK for place, message in enumerate(chat) if message["role"] == "assistant"
+    ]
+    kinds = {(message["role"], message.get("task")) for message in before}
+    prompts = {prompt for kind in kinds for prompt in _prompts_behind(tokenizer, *kind, given, options)}
     return sorted(prompts, key=len, reverse=True)
 
 
-def _answers(chat: Any) -> Iterator[int]:
-    return (place for place, message in enumerate(chat) if message["role"] == "assistant")
-
-
-def _appended(
-    tokenizer: Any, beginning: Any, given: dict[str, Any], options: dict[str, Any], switches: dict[str, bool]
+def _prompts_behind(
+    tokenizer: Any, role: str, task: str | None, given: dict[str, Any], options: dict[str, Any]
 ) -> list[str]:
+    """Those behind a message of this role and, in V4, with this task; kept, since many conversations share them."""
+    template, settings = _template_and_settings(tokenizer, given, options)
+    key = json.dumps([template, settings, role, task], default=repr)
+    prompts = _PROMPTS.get(key)
+    if prompts is None:
+        last = {"role": role, "content": "x", **({"task": task} if task else {})}
+        call = {"type": "function", "function": {"name": "x", "arguments": {}}}
+        called = [{"role": "assistant", "content": "x", "tool_calls": [call]}] if role == "tool" else []
+        chat: list[dict[str, Any]] = [last] if role == "user" else [_ASK, *called, last]
+        prompts = [text for switches in ({}, *_SWITCHES) for text in _appended(template, chat, settings | switches)]
+        if len(_PROMPTS) > 1000:
+            _PROMPTS.clear()
+        _PROMPTS[key] = prompts
+    return prompts
+
+
+def _appended(template: str, chat: list[dict[str, Any]], settings: dict[str, Any]) -> list[str]:
     try:
         without, with_prompt = (
-            _rendered(tokenizer, beginning, given, options, **switches, add_generation_prompt=prompt)[0]
+            _render(template, chat, None, None, settings | {"add_generation_prompt": prompt})[0]
             for prompt in (False, True)
         )
     except import_module("jinja2").TemplateError:  # a format without thinking, or one that refuses such a beginning

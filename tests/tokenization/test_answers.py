@@ -182,6 +182,8 @@ def test_what_cannot_be_masked_is_refused_in_one_line(trained):
         with pytest.raises(ValueError, match=match) as error:
             encode_answers(trained, wrong, chat_template=bare)
         assert "\n" not in str(error.value)
+    with pytest.raises(TypeError, match="encode_answers gives lists for one whole conversation; it takes no padding"):
+        encode_answers(trained, PLAIN, padding=True)
     unanswered = encode_answers(trained, [turn("user", "a")], chat_template=CHAT_TEMPLATES["v3"])
     assert not any(unanswered.assistant_mask + unanswered.prompt_mask) and unanswered.answers == []
 

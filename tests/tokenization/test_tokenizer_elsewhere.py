@@ -45,6 +45,7 @@ for name, (folder, trust) in folders.items():
         "calls": (batch := tokenizer.apply_chat_template(calls, **options, **masked))["input_ids"],
         "masks": batch["assistant_masks"],
         "given_as_text": trust and tokenizer.apply_chat_template(as_text, **options)["input_ids"],
+        "parsed": trust and tokenizer.parse_response("so</think>yes", "v3.1"),
         "double": tokenizer("<｜begin▁of▁sentence｜>hi").input_ids.count(tokenizer.bos_token_id),
         "thoughts": tokenizer.apply_chat_template([{"role": "user", "content": "<think>"}])["input_ids"].count(
             tokenizer.convert_tokens_to_ids("<think>")
@@ -118,6 +119,7 @@ def test_our_class_travels_when_asked_to(stranger, tokenizers):
     assert answers["class"] == "DeepSeekTokenizer" and (answers["double"], answers["thoughts"]) == (1, 0)
     for key, expected in answers_of(tokenizers["trained"]).items():
         assert answers[key] == expected, key
+    assert answers["parsed"] == {"role": "assistant", "reasoning_content": "so", "content": "yes"}
     assert answers["given_as_text"] == answers["calls"][0]  # the longer one of the batch
 
 
