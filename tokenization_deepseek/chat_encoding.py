@@ -137,19 +137,28 @@ def plain_chat(conversation: Any, template: str) -> Any:
     """Conversations as lists and dictionaries, arguments of tool calls as the template takes them.
 
     Arguments may be JSON or a dictionary. A template that walks through them gets a dictionary.
-    Raises ValueError, naming the message, for arguments that are no JSON object.
+    Raises ValueError, naming the message, for calls that are no list and arguments that are no JSON object.
     """
     conversation = _plain(conversation)
     chats = conversation if conversation and isinstance(conversation[0], list) else [conversation]
     walks = _WALKS.search(template) is not None
     for chat in chats:
         for number, message in enumerate(chat, 1):
-            for call in (message.get("tool_calls") if isinstance(message, dict) else None) or ():
-                function = call.get("function", call)
+            for function in _functions(message, number):
                 arguments = _arguments(function, number)
                 if walks:
                     function["arguments"] = arguments
     return conversation
+
+
+def _functions(message: Any, number: int) -> list[dict[str, Any]]:
+    calls = message.get("tool_calls") if isinstance(message, dict) else None
+    calls = calls or []
+    functions = [call.get("function", call) if isinstance(call, dict) else None for call in calls]
+    if not isinstance(calls, list) or not all(isinstance(function, dict) for function in functions):
+        form = '[{"type": "function", "function": {"name": ..., "arguments": ...}}]'
+        raise ValueError(f"message {number}: tool_calls are {calls!r}, not of the form {form}")
+    return functions  # type: ignore[return-value]  # each was looked at
 
 
 def _arguments(function: dict[str, Any], number: int) -> dict[str, Any]:

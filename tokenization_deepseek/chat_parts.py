@@ -20,7 +20,9 @@ TEXT = (
 {% set joint = '' %}
 {% macro text(content) %}
   {% if content is string %}{{ content }}
-  {% else %}
+  {% elif content is mapping or (content is defined and content is not none and content is not iterable) %}"""
+    + refuse("'a content that is neither a text nor a list of parts'")
+    + r"""{% else %}
     {% for part in content or [] %}
       {% if part is string %}{{ part }}
       {% elif part['type'] == 'text' %}{{ part['text'] }}

@@ -17,6 +17,15 @@ TEMPLATES = {
     "v3": "v3",
     "characters": "v3",
 }  # the chat format of each generation of tokenizers
+_TASKS = ("<｜action｜>", "<｜query｜>", "<｜authority｜>", "<｜domain｜>", "<｜title｜>", "<｜read_url｜>")
+_V4_MARKS = ("｜DSML｜", "<｜latest_reminder｜>", *_TASKS)
+# Marks of chat formats that V3's tokens lack. As tokens of their own they can't be written by a user.
+MARKS = {
+    "v3.2": ("｜DSML｜",),
+    "v4": _V4_MARKS,
+    "v4-0731": _V4_MARKS,
+    "v4.1": (*_V4_MARKS, "<｜System｜>"),
+}
 
 
 def train_tokenizer(
@@ -35,7 +44,8 @@ def train_tokenizer(
     at every character ("characters").
 
     Ids: the special tokens first (0 BOS, 1 EOS, 2 pad as in V3, then the others; V3 has those behind its 128000 text
-    tokens, which a small vocabulary can't), then the 256 bytes, then the merges in the order learned.
+    tokens, which a small vocabulary can't), the marks of the chat template that are none of those, then the 256 bytes,
+    then the merges in the order learned.
 
     vocab_size: all tokens, special ones included. It is an upper bound: a small corpus has no more pairs that occur
         min_frequency times, so size the embedding by len(tokenizer).
@@ -46,10 +56,11 @@ def train_tokenizer(
     Raises ValueError: a vocabulary too small for the bytes and special tokens, texts that are empty, no strings, or
     one string where several are meant, an unknown generation or chat template.
     """
-    if vocab_size < MIN_VOCAB_SIZE:
+    special = SPECIAL_TOKENS | dict.fromkeys(MARKS.get(chat_template or "", ()), False)
+    if vocab_size < 256 + len(special):
         raise ValueError(
-            f"vocab_size {vocab_size} is too small: 256 bytes and {len(SPECIAL_TOKENS)} special tokens "
-            f"take {MIN_VOCAB_SIZE}"
+            f"vocab_size {vocab_size} is too small: 256 bytes and {len(special)} special tokens "
+            f"take {256 + len(special)}"
         )
     if chat_template not in ("own", None, *CHAT_TEMPLATES):
         raise ValueError(f"no chat template {chat_template!r}; choose own or one of {', '.join(CHAT_TEMPLATES)}")
@@ -62,7 +73,7 @@ def train_tokenizer(
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=min_frequency or MIN_FREQUENCY.get(generation, 2),
-        special_tokens=[AddedToken(token, normalized=False) for token in SPECIAL_TOKENS],
+        special_tokens=[AddedToken(token, normalized=False) for token in special],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=show_progress,
     )
@@ -70,7 +81,7 @@ def train_tokenizer(
     backend.train_from_iterator(_checked(texts), trainer=trainer, length=length)
     word = TEMPLATES[generation] if chat_template == "own" else chat_template
     return DeepSeekTokenizer(
-        tokenizer_object=_with_special_flags(backend),
+        tokenizer_object=_with_special_flags(backend, special),
         add_bos_token=add_bos_token,
         add_eos_token=add_eos_token,
         chat_template=None if word is None else CHAT_TEMPLATES[word],
@@ -89,9 +100,9 @@ def _checked(texts: Iterable[str]) -> Iterator[str]:
         raise ValueError("texts holds no text to train on")
 
 
-def _with_special_flags(backend: Tokenizer) -> Tokenizer:
-    """The trainer marks every token it is given as special; decoding must keep those that SPECIAL_TOKENS says."""
+def _with_special_flags(backend: Tokenizer, special: dict[str, bool]) -> Tokenizer:
+    """The trainer marks every token it is given as special; decoding must keep those that are False here."""
     state = json.loads(backend.to_str())
     for token in state["added_tokens"]:
-        token["special"] = SPECIAL_TOKENS[token["content"]]
+        token["special"] = special[token["content"]]
     return Tokenizer.from_str(json.dumps(state))

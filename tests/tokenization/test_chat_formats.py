@@ -395,6 +395,21 @@ def test_a_prefilled_thought_is_left_open(render, template):
     assert render(template, [ask, answer], continue_final_message=True) == f"{start}{ASSISTANT}<think>so</think>yes"
 
 
+@pytest.mark.parametrize("wrong", [{"type": "text", "text": "a"}, 7, True])
+def test_a_content_of_another_kind_is_refused(render, wrong):
+    for template in CHAT_TEMPLATES:
+        with pytest.raises(TemplateError, match="no place for a content that is neither a text nor a list of parts"):
+            render(template, [turn("user", wrong)])
+
+
+@pytest.mark.parametrize("wrong", [{"function": {"name": "get"}}, ["get"], [{"function": "get"}]])
+def test_calls_of_another_form_are_refused(trained, wrong):
+    chat = [turn("user", "a"), turn("assistant", None, tool_calls=wrong)]
+    for tokenize in (False, True):
+        with pytest.raises(ValueError, match="message 2: tool_calls are .*, not of the form"):
+            trained.apply_chat_template(chat, tokenize=tokenize)
+
+
 # ---- V4
 
 

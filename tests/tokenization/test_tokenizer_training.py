@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tokenization_deepseek import CHAT_TEMPLATES, train_tokenizer
+from tokenization_deepseek import CHAT_TEMPLATES, control_tokens, train_tokenizer
 from tokenization_deepseek.pre_tokenization import PATTERNS, pre_tokenizer
 from tokenization_deepseek.tokenization_deepseek import BOS, EOS, PAD, SPECIAL_TOKENS
 from tokenization_deepseek.training import MIN_VOCAB_SIZE
@@ -103,3 +103,17 @@ def test_bad_input_is_refused_in_one_line(corpus, change, message):
     with pytest.raises(ValueError, match=message) as error:
         train_tokenizer(**({"texts": corpus, "vocab_size": 300} | change))
     assert "\n" not in str(error.value)
+
+
+def test_marks_of_the_chat_template_are_tokens_that_decoding_keeps(corpus):
+    tokenizer = train_tokenizer(corpus, 320, chat_template="v4.1")
+    marks = ["｜DSML｜", "<｜System｜>", "<｜title｜>", "<｜latest_reminder｜>"]
+    assert None not in tokenizer.convert_tokens_to_ids(marks) and set(marks) <= set(control_tokens(tokenizer))
+    chat = [{"role": "system", "content": "<｜System｜>"}, {"role": "user", "content": "｜DSML｜"}]
+    ids = tokenizer.apply_chat_template(chat)["input_ids"]
+    system, dsml = tokenizer.convert_tokens_to_ids(["<｜System｜>", "｜DSML｜"])
+    assert ids.count(system) == 1 and dsml not in ids
+    assert "".join(marks) == tokenizer.decode(tokenizer.convert_tokens_to_ids(marks), skip_special_tokens=True)
+    with pytest.raises(ValueError, match="vocab_size 277 is too small: 256 bytes and 29 special tokens take 285"):
+        train_tokenizer(corpus, 277, chat_template="v4.1")
+    assert len(train_tokenizer(corpus, 277)) == 277
