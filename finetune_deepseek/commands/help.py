@@ -12,6 +12,7 @@ USAGE = f"""usage: deepseek-hf finetune TASK [config.yaml] [--flag value ...]
        deepseek-hf pretrain [config.yaml] [--flag value ...]
        deepseek-hf evaluate TASK MODEL [config.yaml] [--flag value ...]
        deepseek-hf predict TASK MODEL [config.yaml] [--flag value ...]
+       deepseek-hf chat MODEL [--flag value ...]
        deepseek-hf generate MODEL ["PROMPT" ...] [--input FILE] [--output FILE] [--flag value ...]
        deepseek-hf translate MODEL [--input FILE] [--output FILE] [--flag value ...]
        deepseek-hf answer [MODEL] --knowledge PATH [--flag value ...] "QUESTION" ...
@@ -28,6 +29,7 @@ tasks: {", ".join(TASKS)}
   pretrain    finetune language_modeling: train a language model on texts
   evaluate    score a saved model on the validation split; with the settings of its training
   predict     the same on the test split, and write every prediction
+  chat        talk with a language model in the terminal
   generate    go on with the prompts of a file, of standard input or of the command line
   translate   translate the lines of a file or of standard input
   answer      answer questions from a folder or file of texts
@@ -45,7 +47,7 @@ tasks: {", ".join(TASKS)}
 
 RUNS = ("finetune", "evaluate", "predict")  # verbs of a task
 # They say themselves what they take.
-OWN_HELP = ("pretrain", "generate", "translate", "answer", "recommend", "export", "inspect", "presets")
+OWN_HELP = ("pretrain", "chat", "generate", "translate", "answer", "recommend", "export", "inspect", "presets")
 VERBS = (*RUNS, *OWN_HELP, "help")
 
 

@@ -57,7 +57,10 @@ def test_help_version_and_presets_import_nothing_heavy(tmp_path):
 
 
 MISTYPED = {
-    **{(verb, "runs/none", "--outptu", "x"): "--outptu" for verb in ("generate", "translate", "recommend", "answer")},
+    **{
+        (verb, "runs/none", "--outptu", "x"): "--outptu"
+        for verb in ("chat", "generate", "translate", "recommend", "answer")
+    },
     ("export", "a", "b", "--dtyp", "bf16"): "'--dtyp' (did you mean '--dtype'?)",
     ("inspect", "a", "--jsn"): "'--jsn' (did you mean '--json'?)",
     ("finetune", "translation", "--preset", "tiny_v3", "--output_dri", "x"): "(did you mean '--output_dir'?)",
@@ -78,6 +81,7 @@ ABSENT = {
     ("finetune", "translation", "--model_name_or_path", "./none", *OUT): "./none: no such folder",
     ("predict", "translation", "./none"): "./none: no such folder",
     ("translate", "./none"): "./none: no such folder",
+    ("chat", "./none"): "./none: no such folder",
     ("generate", "./none", "hello"): "./none: no such folder",
     ("generate", ".", "--input", "train.josn"): "no such file (did you mean 'train.json'?)",
     ("recommend", "./none", "--history", "train.json"): "./none: no such folder",

@@ -5,7 +5,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from tokenization_deepseek import CHAT_TEMPLATES, DeepSeekTokenizer, encode_chat
+from tokenization_deepseek import CHAT_TEMPLATES, DeepSeekTokenizer, encode_chat, template_name
 
 from ...data.files import read_text
 from ...data.words import nearest_match
@@ -16,6 +16,14 @@ SWITCHES = ("thinking", "enable_thinking")  # what templates call it
 def has_template(tokenizer: Any) -> bool:
     """Whether the tokenizer came with a chat format."""
     return bool(getattr(tokenizer, "chat_template", None))
+
+
+def likely_template(name: str) -> str:
+    """The chat format of a release by its name, else "v3" as an example."""
+    try:
+        return template_name(name)
+    except ValueError:
+        return "v3 say"
 
 
 def choose_template(tokenizer: Any, asked: str | None, where: str) -> None:
@@ -29,7 +37,7 @@ def choose_template(tokenizer: Any, asked: str | None, where: str) -> None:
         if not has_template(tokenizer):
             raise ValueError(
                 f"{where}: its tokenizer has no chat format; name the one that it was trained on, "
-                f"--chat_template v3 say (there is {known}), or a .jinja file."
+                f"--chat_template {likely_template(where)} (there is {known}), or a .jinja file."
             )
     elif asked in CHAT_TEMPLATES:
         tokenizer.chat_template = CHAT_TEMPLATES[asked]

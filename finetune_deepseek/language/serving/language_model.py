@@ -126,11 +126,17 @@ class LanguageModel:
         return getattr(self.model.config, "max_position_embeddings", None)
 
     @torch.no_grad()
-    def generate(self, ids: torch.Tensor, mask: torch.Tensor, cache: Any = None, **options: Any) -> torch.Tensor:
+    def generate(self, ids: torch.Tensor, mask: torch.Tensor, **options: Any) -> torch.Tensor:
         """[B, S] prompts, padded on the left -> [B, S + N], as transformers' `generate`."""
-        kept = {} if cache is None else {CACHE_WORD: cache}
         device = self.model.device
-        return self.model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), **kept, **options)
+        return self.model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), **options)
+
+    def generate_on(self, ids: list[int], cache: Any, **options: Any) -> tuple[list[int], Any]:
+        """One prompt gone on with, whose beginning a cache (or None) has -> prompt and answer, and the cache."""
+        row = torch.tensor([ids])
+        kept = {} if cache is None else {CACHE_WORD: cache}
+        found: Any = self.generate(row, torch.ones_like(row), **kept, **options)
+        return found.sequences[0].tolist(), found.get(CACHE_WORD)
 
     def broken(self, where: str) -> ValueError:
         """The error for scores that are no numbers."""

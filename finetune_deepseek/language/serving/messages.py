@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool", "latest_reminder")
 
 
 def checked_messages(value: Any, where: str) -> list[dict[str, Any]]:

@@ -135,16 +135,17 @@ class Finite(LogitsProcessor):
 
 
 def settled(
-    defaults: GenerationConfig, sampling: Sampling, pad: int, ends: Sequence[int], room: int
+    defaults: GenerationConfig, sampling: Sampling, pad: int, ends: Sequence[int], room: int, is_output: bool = False
 ) -> GenerationConfig:
     """The model's own generation config with these settings in place of its own.
 
     Args:
         pad: the id that fills rows; ends: those that end a text; room: tokens that the positions leave.
+        is_output: `generate` then gives its cache beside the ids.
     """
     config = GenerationConfig.from_dict(defaults.to_dict())
     changes = dict.fromkeys((*SAMPLING, "max_length", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"))
-    changes |= {"do_sample": False, "num_beams": sampling.num_beams, "return_dict_in_generate": False}
+    changes |= {"do_sample": False, "num_beams": sampling.num_beams, "return_dict_in_generate": is_output}
     changes |= {"num_return_sequences": sampling.num_return_sequences if sampling.num_beams > 1 else 1}
     changes |= {"repetition_penalty": sampling.repetition_penalty, "pad_token_id": pad, "eos_token_id": list(ends)}
     changes |= {"max_new_tokens": min(sampling.max_new_tokens, room)}

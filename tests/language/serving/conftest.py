@@ -5,10 +5,12 @@ import sys
 
 import pytest
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from configuration_deepseek import PRESETS, preset
 from finetune_deepseek import __main__ as command
 from finetune_deepseek.language.serving.language_model import LanguageModel
+from finetune_deepseek.language.serving.sampling import Sampling
 from modeling_deepseek import DeepSeekForCausalLM
 from tests.small_runs import one_thread  # noqa: F401
 from tokenization_deepseek import CHAT_TEMPLATES, train_tokenizer
@@ -44,11 +46,16 @@ def lm(tokenizer):
     return endless(tiny("tiny_v3", tokenizer), tokenizer)
 
 
+class Endless(LanguageModel):
+    """Its texts end where `eos_token_id` of the generation config says, nowhere at first."""
+
+    @property
+    def ends(self):
+        return [end for end in super().ends if end != self.tokenizer.eos_token_id or self.defaults.eos_token_id == end]
+
+
 def endless(model, tokenizer) -> LanguageModel:
-    """Of both, the model's texts end where `eos_token_id` of its generation config says, nowhere at first."""
-    tokenizer._special_tokens_map["eos_token"] = None
-    tokenizer.pad_token = "<｜▁pad▁｜>"
-    return LanguageModel("tiny", model, tokenizer)
+    return Endless("tiny", model, tokenizer)
 
 
 @pytest.fixture(scope="session")
@@ -69,9 +76,37 @@ def main(monkeypatch, capfd):
 
     def run(*argv, stdin=""):
         monkeypatch.setattr(sys, "argv", ["deepseek-hf", *map(str, argv)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        monkeypatch.setattr(
+            sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode() if isinstance(stdin, str) else stdin))
+        )
         capfd.readouterr()
         code = command.main()
         return code, *capfd.readouterr()
 
     return run
+
+
+class Scripted(LogitsProcessor):
+    """Lets a model write given tokens and nothing else."""
+
+    def __init__(self, ids):
+        self.ids, self.step = ids, 0
+
+    def __call__(self, input_ids, scores):
+        token = self.ids[min(self.step, len(self.ids) - 1)]
+        self.step += 1
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([token]), 0.0)
+
+
+@pytest.fixture
+def script(monkeypatch, trained):
+    """Give it the texts of the answers to come; behind them the model writes what it will."""
+    texts = []
+
+    def processors(self, streams):
+        if not texts:
+            return LogitsProcessorList()
+        return LogitsProcessorList([Scripted(trained(texts.pop(0), add_special_tokens=False).input_ids)])
+
+    monkeypatch.setattr(Sampling, "processors", processors)
+    return texts.extend
