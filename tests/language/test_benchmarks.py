@@ -1,0 +1,42 @@
+"""The language models of benchmarks/: their flags are known, and their sizes are what the tables say."""
+
+import pytest
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from configuration_deepseek import preset
+from finetune_deepseek.commands.parsing.runs import parse_command
+from finetune_deepseek.language.arguments import LanguageModelingArguments
+from finetune_deepseek.training.loading import parse_overrides
+from finetune_deepseek.training.weights.lora import census
+from tests.recommendation.test_benchmarks import BENCHMARKS, benchmark
+
+
+def active(model, vocab_size):
+    if model.preset:
+        config = preset(model.preset, **parse_overrides(model.config_overrides), vocab_size=vocab_size)
+    else:
+        config = AutoConfig.from_pretrained(model.config_name, vocab_size=vocab_size)
+    return sum(group.active for group in census(AutoModelForCausalLM.from_config(config)).values())
+
+
+@pytest.mark.parametrize(
+    ("name", "vocab_size", "limit"),
+    [
+        ("tinyshakespeare", 279, 800_000),
+        ("tinyshakespeare_muon", 279, 800_000),
+        ("song_ci_language", 6000, 3_050_000),
+    ],
+)
+def test_flags_are_known_and_sizes_are_alike(name, vocab_size, limit, tmp_path, monkeypatch):
+    compare = benchmark(monkeypatch, "compare")
+    table = compare.read_table(BENCHMARKS / f"{name}.yaml")
+    sizes = {}
+    for system, settings in compare.systems_of(table).items():
+        places = {"data": str(tmp_path), "here": str(BENCHMARKS)}
+        for more in ({}, table["choose"]["settings"]):
+            told = settings | more | {"output_dir": tmp_path, "use_cpu": True, "learning_rate": 0.01}
+            (stage,) = parse_command("language_modeling", LanguageModelingArguments, compare.flags(told, places))
+        sizes[system] = active(stage.model, vocab_size)
+    assert sizes["ours"] == sizes["native DeepSeek-V3"]
+    assert all(0.95 * limit < size <= limit for size in sizes.values()) and set(sizes) > {"Llama"}
+    assert table["seeds"] == [0, 1, 2]
