@@ -1,13 +1,15 @@
 """What a recommender learns from: full softmax, sampled softmax with log-q correction, gBCE.
 
 Letters: N positions with a next item, D width, V rows of item embeddings, M negatives, shared by all positions.
-Every loss is a sum over positions, in float32.
+Every loss is a sum over positions, in float32, the products of states and items too.
 """
 
 import math
 
 import torch
 from torch.nn import functional as F
+
+from .item_catalogue import item_scores
 
 # Up to so many items the whole softmax is cheap, and nothing is better.
 FULL_SOFTMAX_ITEMS = 50_000
@@ -17,7 +19,7 @@ def softmax_loss(
     hidden_states: torch.Tensor, targets: torch.Tensor, item_embeddings: torch.Tensor, padding_idx: int
 ) -> torch.Tensor:
     """Cross entropy over all items but the padding: [N, D], [N], [V, D] -> []."""
-    scores = F.linear(hidden_states, item_embeddings).float()
+    scores = item_scores(hidden_states, item_embeddings)
     scores[:, padding_idx] = float("-inf")
     return F.cross_entropy(scores, targets, reduction="sum")
 
@@ -44,8 +46,8 @@ def sampled_softmax_loss(
         log_expected_counts: log(M q) of each negative, [M] or one number.
     """
     own, others = target_and_negative_vectors(targets, negatives, item_embeddings)
-    positive = (hidden_states * own).sum(-1, keepdim=True).float()
-    negative = F.linear(hidden_states, others).float() - log_expected_counts
+    positive = (hidden_states.float() * own.float()).sum(-1, keepdim=True)
+    negative = item_scores(hidden_states, others) - log_expected_counts
     negative = negative.masked_fill(targets[:, None] == negatives, float("-inf"))
     return (torch.cat((positive, negative), dim=1).logsumexp(1) - positive[:, 0]).sum()
 
@@ -68,8 +70,8 @@ def gbce_loss(
     alpha = min(len(negatives) / max(num_items - 1, 1), 1.0)
     beta = alpha * (calibration * (1 - 1 / alpha) + 1 / alpha)
     own, others = target_and_negative_vectors(targets, negatives, item_embeddings)
-    positive = F.logsigmoid((hidden_states * own).sum(-1).float())
-    negative = F.logsigmoid(-F.linear(hidden_states, others).float())
+    positive = F.logsigmoid((hidden_states.float() * own.float()).sum(-1))
+    negative = F.logsigmoid(-item_scores(hidden_states, others))
     negative = negative.masked_fill(targets[:, None] == negatives, 0.0)
     return -(beta * positive + negative.sum(1)).sum() / (len(negatives) + 1)
 
