@@ -184,10 +184,17 @@ class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
 
     def _tell_what_needs_labels(self, given: dict[str, Any]) -> None:
         """Who computes a loss of its own, as Trainer does to smooth labels, may keep them from the model."""
+        smoothing = (
+            "Trainer keeps labels from the model for label_smoothing_factor; set it to 0, or train by deepseek-hf"
+        )
         if self.config.attention_direction == "prefix" and "block_sequence_ids" not in given:
-            logger.warning_once("without labels or block_sequence_ids, prefix attention reads prompts causally")
+            logger.warning_once(
+                f"without labels or block_sequence_ids, prefix attention reads prompts causally ({smoothing})"
+            )
         if self.config.mtp_loss_weight:
-            logger.warning_once("without labels the prediction layers learn nothing, for all of mtp_loss_weight")
+            logger.warning_once(
+                f"without labels the prediction layers learn nothing, for all of mtp_loss_weight ({smoothing})"
+            )
 
     def prepare_inputs_for_generation(
         self, input_ids, *args, inputs_embeds=None, is_first_iteration=False, use_cache=True, **kwargs

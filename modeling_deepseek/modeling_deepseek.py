@@ -172,6 +172,11 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
                 cache=cache,
                 **kwargs,
             )
+        if not isinstance(hidden_states, torch.Tensor):
+            raise ValueError(
+                f"the last layer gave a {type(hidden_states).__name__} and no tensor: layers are wrapped up to the "
+                'prediction layers, which stand behind it; leave those out (target_modules=["model.layers.0", ...])'
+            )
         return DeepSeekModelOutput(  # type: ignore[call-arg]  # the word of 5.24
             last_hidden_state=self.norm(hidden_states),
             cache=cache,

@@ -96,6 +96,21 @@ class FinetuneTrainer(Seq2SeqTrainer):
         self.save_beside = save_beside
         self.card: Callable[[Path], None] = lambda folder: None  # writes README.md; set when there is what it says
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As Trainer's.
+
+        Raises:
+            ValueError: with one line, if the state is that of other weights than are trained now.
+        """
+        try:
+            super()._load_optimizer_and_scheduler(checkpoint)  # type: ignore[misc]
+        except (ValueError, KeyError) as error:
+            raise ValueError(
+                f"--resume_from_checkpoint {checkpoint}: its optimizer was of other trained weights ({error}): "
+                "--freeze or the like was another, or an earlier version saved it, which trained what no loss "
+                f"reaches. To begin anew with its weights, --model_name_or_path {checkpoint}."
+            ) from error
+
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if self.can_skip_prompts and model.training:
             inputs = inputs | {"logits_to_keep": "labelled"}

@@ -314,6 +314,20 @@ class Translation(Prompts, Task):
         lower(self.arguments, positions, max_target_length=max(1, positions // 2))
         lower(self.arguments, positions, max_source_length=positions - self.arguments.max_target_length)
 
+    def _check_prompts(self, rows: Rows) -> None:
+        """Rows of --adapter_off_check bring the prompts of another run, whose answers are none of this one's.
+
+        Raises:
+            ValueError: naming both prompts.
+        """
+        for row in rows:
+            made = self.prompt(row["source"], row["source_lang"], row["target_lang"])
+            if row["prompt"] != made:
+                raise ValueError(
+                    f"--adapter_off_check: the base was asked by {row['prompt']!r}, this run asks by {made!r}, and "
+                    "outputs would differ without a fault; give the base's --prompt_template, or leave the check out."
+                )
+
     def features(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, is_training: bool) -> Rows:
         """Token ids of prompt + target + end, with the loss on the target only.
 
@@ -323,6 +337,8 @@ class Translation(Prompts, Task):
         arguments = self.arguments
         if is_training and self.augmenters:
             rows = self._augmented(rows)
+        if not is_training:
+            self._check_prompts(rows)
 
         def encode(batch: dict[str, list[str]]) -> dict[str, list]:
             sources = zip(batch["source"], batch["source_lang"], batch["target_lang"], strict=True)

@@ -10,9 +10,11 @@ from peft import (
     LoraConfig,
     PrefixTuningConfig,
     PromptTuningConfig,
+    ShadowConfig,
     get_peft_model,
 )
-from transformers import DynamicCache
+from transformers import DynamicCache, Trainer, TrainingArguments
+from transformers.utils import logging
 
 from modeling_deepseek import DeepSeekForCausalLM
 from tests.modeling.conftest import TINY, tiny, token_ids
@@ -127,3 +129,32 @@ def test_what_loads_experts_one_by_one(tmp_path):
     spread = dict.fromkeys([*parts, "model.layers.0", "model.layers.2"], "cpu") | {"model.layers.1": "disk"}
     ours = DeepSeekForCausalLM.from_pretrained(tmp_path, device_map=spread, offload_folder=tmp_path / "away")
     assert_close(ours(ids).logits, model(ids).logits)
+
+
+def test_shadow_beside_prediction_layers():
+    """Its default wraps all of `model.layers`, of which the last are no layers of the trunk."""
+    ids = token_ids(1, 5)
+    with pytest.raises(ValueError, match="ShadowCarrier and no tensor.*target_modules"):
+        adapted("tiny_v3_mtp", ShadowConfig(task_type="CAUSAL_LM"))(input_ids=ids, labels=ids)
+    layers = [f"model.layers.{number}" for number in range(3)]
+    model = adapted("tiny_v3_mtp", ShadowConfig(task_type="CAUSAL_LM", target_modules=layers))
+    model(input_ids=ids, labels=ids).loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"attention_direction": "prefix"}, "prefix attention reads prompts causally (Trainer keeps labels"),
+        ({"num_nextn_predict_layers": 1, "mtp_loss_weight": 0.3}, "prediction layers learn nothing, for all of"),
+    ],
+)
+def test_label_smoothing_of_a_plain_trainer_is_told_what_it_loses(fields, told, tmp_path, caplog):
+    """It computes its loss without the model's: prompts are read causally, prediction layers have no gradient."""
+    logging.get_logger().warning_once.__func__.cache_clear()
+    model = tiny("tiny_v3", **fields).train()
+    arguments = TrainingArguments(tmp_path, use_cpu=True, label_smoothing_factor=0.1, report_to=[])
+    trainer, ids = Trainer(model, arguments), token_ids(1, 6)
+    with caplog.at_level("WARNING"):
+        trainer.compute_loss(model, {"input_ids": ids, "labels": ids}).backward()
+    assert told in caplog.text
+    assert all(weight.grad is None for name, weight in model.named_parameters() if "eh_proj" in name)

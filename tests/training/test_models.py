@@ -5,9 +5,11 @@ import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from configuration_deepseek.presets import PRESETS, preset
+from finetune_deepseek.training.arguments import ModelArguments
+from finetune_deepseek.training.loading import pretrained_model
 from modeling_deepseek import DeepSeekForCausalLM
 from tokenization_deepseek import train_tokenizer
 
@@ -103,3 +105,15 @@ def test_tokenizer_of_another_model(checkpoint, finetune, data, tmp_path):
 def test_without_a_model(finetune, data, tmp_path):
     with pytest.raises(ValueError, match="No model is named: give --model_name_or_path, --preset or --config_name"):
         finetune(output_dir=tmp_path / "out", preset=None, **data)
+
+
+def test_a_package_that_a_models_own_code_needs_is_named_in_one_line(tmp_path):
+    """Code that a user trusts may import what isn't installed."""
+    fields = {"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}, "architectures": ["OwnForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "own.py").write_text("import absent_package_of_theirs\n\n\nclass OwnConfig:\n    pass\n")
+    arguments = ModelArguments(model_name_or_path=str(tmp_path), trust_remote_code=True)
+    with pytest.raises(ValueError, match="absent_package_of_theirs") as error:
+        pretrained_model(arguments, AutoModelForCausalLM)
+    assert str(error.value).startswith(f"--model_name_or_path {tmp_path}: ") and "\n" not in str(error.value)

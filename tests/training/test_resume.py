@@ -1,5 +1,9 @@
 """A run that is killed in its second epoch and resumed ends with the bytes of one that was not."""
 
+import json
+import signal
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -162,3 +166,48 @@ def test_a_resumed_epoch_of_two_processes_has_its_own_order(rank):
 
     whole = epoch_of(0)
     assert len(whole) == 4 and epoch_of(1) == whole[1:]
+
+
+def test_an_optimizer_of_other_weights_is_named(tmp_path):
+    """As checkpoints of earlier versions have it, whose optimizer held the indexer, which is frozen now."""
+    path = write_jsonl(tmp_path / "rows.jsonl", SENTENCES)
+    settings = TINY | SMALL | {"train_file": path, "max_steps": 1}
+    run(Translation, tmp_path / "out", settings)
+    resumed = settings | {"max_steps": 2, "resume_from_checkpoint": tmp_path / "out/checkpoint-1"}
+    with pytest.raises(ValueError, match="checkpoint-1: its optimizer was of other trained weights .*--freeze"):
+        run(Translation, tmp_path / "out", resumed | {"freeze": ["embeddings"]})
+
+
+KILLED = """
+import os, signal, sys
+import torch
+from finetune_deepseek.commands.finetune import finetune
+from finetune_deepseek.training.trainer import FinetuneTrainer
+
+torch.set_num_threads(1)
+original = FinetuneTrainer.training_step
+
+def dying(self, *args, **kwargs):
+    if self.state.global_step == 6:
+        os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
+    return original(self, *args, **kwargs)
+
+FinetuneTrainer.training_step = dying
+finetune(sys.argv[1:])
+"""
+
+
+def test_a_process_that_was_killed_goes_on_to_the_same_bytes(tmp_path):
+    """By a signal that nothing can answer, in the second epoch of four steps each."""
+    path = write_jsonl(tmp_path / "rows.jsonl", SENTENCES)
+    settings = TINY | SMALL | {"train_file": path, "hidden_dropout": 0.1}
+    run(Translation, tmp_path / "whole", settings)
+    argv = ["translation", *flags(settings | {"output_dir": tmp_path / "killed"})]
+    child = subprocess.run([sys.executable, "-c", KILLED, *argv], capture_output=True, text=True, timeout=240)
+    assert child.returncode == -getattr(signal, "SIGKILL", signal.SIGTERM), child.stderr[-2000:]
+    assert not (tmp_path / "killed/model.safetensors").exists()
+    run(Translation, tmp_path / "killed", settings | {"resume_from_checkpoint": "true"})
+    state = json.loads((tmp_path / "killed/trainer_state.json").read_text())
+    assert state["global_step"] == 12 and (tmp_path / "killed/checkpoint-6").is_dir()
+    whole, resumed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed"))
+    assert whole == resumed

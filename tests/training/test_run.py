@@ -171,6 +171,15 @@ def test_adapter_off_check_reads_whatever_a_prediction_holds(learned, finetune, 
     assert finetune(output_dir=tmp_path / "out", adapter_off_check=path, **settings)["adapter_off_equal"] == 3
 
 
+def test_adapter_off_check_of_other_prompts_says_so(learned, finetune, tmp_path):
+    """The base was asked by its own template; by another its outputs differ though the adapter is off."""
+    folder, _, files = learned
+    settings = {"preset": None, "model_name_or_path": folder, "use_peft": True, "max_steps": 1, **files}
+    path = folder / "generated_predictions.jsonl"
+    with pytest.raises(ValueError, match=r"the base was asked by 'de: one\\n', this run asks by 'one =>'"):
+        finetune(output_dir=tmp_path / "out", adapter_off_check=path, prompt_template="{source} =>", **settings)
+
+
 def test_adapter_off_check_fails_on_a_difference(learned, finetune, tmp_path):
     folder, _, files = learned
     path = tmp_path / "other.jsonl"
