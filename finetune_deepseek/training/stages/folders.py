@@ -1,19 +1,21 @@
 """Where a run writes: a folder that it may use, and whose results are in it."""
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..trainer_arguments import Stage, TrainingArguments
+from ...data.files import read_json
+
+if TYPE_CHECKING:  # it brings torch, which takes seconds, and a verb asks here before it knows that all paths are there
+    from ..trainer_arguments import Stage, TrainingArguments
 
 RESULTS_FILE = "all_results.json"
 SCORED = "scored_model"  # in the results of a run without training: which model they are of
 
 
-def check_output_dir(training: TrainingArguments) -> None:
+def check_output_dir(training: "TrainingArguments") -> None:
     """Say in one line why the output folder can't be used; makes nothing.
 
     Raises:
@@ -46,7 +48,7 @@ def make_folder(folder: Path) -> None:
         raise ValueError(f"--output_dir {folder}: can't make this folder ({error.strerror}); name another.") from error
 
 
-def check_all_output_dirs(stages: Sequence[Stage]) -> None:
+def check_all_output_dirs(stages: "Sequence[Stage]") -> None:
     """The folders of all runs of a command, before the first of them begins: see `check_output_dir`."""
     for stage in stages:
         check_output_dir(stage.training)
@@ -54,8 +56,7 @@ def check_all_output_dirs(stages: Sequence[Stage]) -> None:
 
 def read_results(folder: Path) -> dict[str, Any]:
     """The results of a run in its folder; empty if there are none."""
-    path = folder / RESULTS_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(folder / RESULTS_FILE, missing={})
 
 
 def model_mark(model: str, revision: str = "main") -> str:
@@ -74,12 +75,12 @@ def scored_folder(verb: str, model: str, revision: str = "main") -> str:
     return folder if is_free else f"{folder}-{mark[:6]}"
 
 
-def is_in_place(stage: Stage) -> bool:
+def is_in_place(stage: "Stage") -> bool:
     """Whether the results go into the folder of the model itself."""
     return Path(stage.training.output_dir or "").resolve() == Path(stage.model.model_name_or_path or "-").resolve()
 
 
-def check_scored(stage: Stage) -> None:
+def check_scored(stage: "Stage") -> None:
     """Let no scores of one model stand among those of another.
 
     Raises:
