@@ -173,6 +173,16 @@ class RecommendationArguments(FeatureArguments):
         self.check_features(self.dataset_name == "ml-100k", has_contexts=not (self.data_dir or files))
         check_ranges(self)
 
+    def refuse_flags_of_scores(self) -> None:
+        """Refuse what only a model that scores every item at once can do.
+
+        Raises:
+            ValueError: naming the first such flag.
+        """
+        for name, unset in (("init_items", "random"), ("item_counts", False), ("item_dropout", 0.0)):
+            if getattr(self, name) != unset:
+                raise ValueError(f"--{name}: a flag of `finetune recommendation`; leave it out.")
+
     @property
     def is_embedded(self) -> bool:
         return not any(getattr(self, name) for name in self.SOURCES)
@@ -264,6 +274,7 @@ class GenerativeRecommendationArguments(RecommendationArguments):
             raise ValueError("--items_file: texts come in by --titles_file and an embedding model as --item_vectors.")
         if flags := self.feature_flags:
             raise ValueError(f"--{flags[0]}: a generative recommender reads no features; leave it out.")
+        self.refuse_flags_of_scores()
         if self.sasrec:
             raise ValueError("--sasrec: train it by `finetune recommendation`, and name its folder in --compare_with.")
 
@@ -317,6 +328,7 @@ class PromptRankingArguments(RecommendationArguments):
         super().__post_init__()
         if self.items_file:
             raise ValueError("--items_file: titles for the prompt come in by --titles_file.")
+        self.refuse_flags_of_scores()
         if self.sasrec:
             raise ValueError("--sasrec: train it by `finetune recommendation`; it ranks all items, not candidates.")
         if self.compare_with:

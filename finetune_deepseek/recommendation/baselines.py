@@ -3,13 +3,15 @@
 Each is made of training histories (item numbers, 0 being the padding) and gives scores [B, V] for histories.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from scipy import sparse
 
+from ..data.sources import Rows
 from ..training.scoring.ranks import ranks
 
 Histories = Sequence[Sequence[int]]
@@ -98,6 +100,23 @@ class ItemKNN:
 
 
 BASELINES: dict[str, Any] = {"popularity": Popularity, "transitions": Transitions, "item_knn": ItemKNN}
+
+
+def baselines_of(train: Rows | None, rows: list[dict[str, Any]], numbers: Mapping[str, int]) -> dict[str, np.ndarray]:
+    """The ranks of the rows' targets by each baseline, which learns from training rows; none without such.
+
+    Args:
+        numbers: of the items, from 1.
+    """
+    if not isinstance(train, Dataset):
+        return {}
+
+    def numbered(histories: Iterable[list[str]]) -> list[list[int]]:
+        return [[numbers[item] for item in history if item in numbers] for history in histories]
+
+    histories = [history for history in numbered(train["source"]) if history]
+    targets = [numbers.get(row["target"], 0) for row in rows]
+    return baseline_ranks(histories, numbered(row["source"] for row in rows), targets, len(numbers))
 
 
 def baseline_ranks(

@@ -3,10 +3,11 @@ writes the next one (TIGER, Rajput et al., arXiv 2305.05065).
 
 Item vectors are quantized to codes (items/quantizer.py); the vocabulary is a padding, a start and one token per
 level and digit. A history is a start and its items' digits; beam search through the trie of all codes (items/trie.py)
-writes only items that there are and that the user hasn't seen. Data, baselines and scores are those of task.py; items
-outside of the beam rank behind those in it.
+writes only items that there are and that the user hasn't seen. Data, baselines and scores are those of every task
+on interactions; items outside of the beam rank behind those in it.
 """
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import numpy as np
@@ -20,15 +21,18 @@ from ..training.optimization import IGNORED_LABEL
 from ..training.saved import Saved
 from ..training.scoring.eval_loss import Predicted
 from ..training.scoring.ranks import ranks
-from ..training.task import CausalCollator, lower
+from ..training.task import CausalCollator, Scores, Task, lower
 from .arguments import GenerativeRecommendationArguments
+from .baselines import baselines_of
 from .item_vectors import neighbour_vectors, read_item_vectors
 from .items.catalogue import PADDING, PADDING_TOKEN
+from .items.histories import Histories, Notes, NumberedHistories, items_of
 from .items.quantizer import distinct_codes, residual_codes
 from .items.semantic_ids import SemanticIdTokenizer, choosable_items
 from .items.titles import read_titles, with_titles
 from .items.trie import CodeTrie, beam_items
-from .task import Recommendation
+from .report import CARD_CODE, RankingReport, full_ranking, ranked_items
+from .sasrec import register_sasrec
 
 
 class SemanticIdCollator(CausalCollator):
@@ -47,10 +51,11 @@ class SemanticIdCollator(CausalCollator):
         return batch
 
 
-class GenerativeRecommendation(Recommendation):
-    """See the module. Rows are those of `Recommendation`."""
+class GenerativeRecommendation(Task):
+    """See the module. Rows are those of `Histories`."""
 
     name = "generative_recommendation"
+    next_command = "deepseek-hf recommend {folder} --history FILE"
     arguments_class = GenerativeRecommendationArguments
     arguments: GenerativeRecommendationArguments
     auto_class: Any = AutoModelForCausalLM
@@ -60,23 +65,38 @@ class GenerativeRecommendation(Recommendation):
     trie: CodeTrie
     tokenizer: SemanticIdTokenizer
 
+    def __init__(self, arguments: GenerativeRecommendationArguments, seed: int) -> None:
+        register_sasrec()  # whose vectors --item_vectors may name
+        self.arguments, self.seed, self.notes = arguments, seed, Notes()
+        self.source, self.ranking = Histories(arguments, seed, self.notes), RankingReport(arguments)
+
+    def load_splits(self) -> dict[str, Rows]:
+        splits = self.source.read()
+        self.ranking.check_users(splits.get("test"))
+        return splits
+
+    def tokenizer_texts(self, splits: dict[str, Rows]) -> Iterator[str]:
+        return items_of(splits)
+
     def new_tokenizer(self, arguments: ModelArguments, splits: dict[str, Rows]) -> PreTrainedTokenizerBase:
         """Quantizes the items' vectors: those of the splits, and what else has a vector.
 
         Raises:
             ValueError: if fewer than two items have a vector, or an item is named like the padding.
         """
-        named = sorted(set(self.tokenizer_texts(splits)))
+        named = sorted(set(items_of(splits)))
         items, vectors = self._vectors(named, splits)
         if len(items) < 2 or PADDING_TOKEN in items:
             raise ValueError(
                 f"{len(items)} items have a vector; two or more are needed, none of them named {PADDING_TOKEN}."
             )
         if missing := len(set(named) - set(items)):
-            self._note(f"{missing:,} of {len(named):,} items have no vector and so no code; they can't be recommended")
+            self.notes.say(
+                f"{missing:,} of {len(named):,} items have no vector and so no code; they can't be recommended"
+            )
         codes, left_over = residual_codes(vectors, self.arguments.num_levels, self.arguments.codebook_size, self.seed)
         codes, collisions = distinct_codes(codes)
-        self._note(
+        self.notes.say(
             f"codes of {' x '.join(str(top + 1) for top in codes.max(0))} digits for {len(items):,} items; variance "
             f"left over by level: {', '.join(f'{share:.1%}' for share in left_over)}",
             f"{collisions:,} items share a code with another"
@@ -95,12 +115,17 @@ class GenerativeRecommendation(Recommendation):
             titles = read_titles(arguments.titles_file, arguments.item_column, arguments.title_column)
         texts, untitled = with_titles([*named, *(item for item in titles if item not in set(named))], titles)
         if untitled and titles:
-            self._note(f"{untitled:,} items have no title; their ids stand in")
+            self.notes.say(f"{untitled:,} items have no title; their ids stand in")
         return read_item_vectors(arguments.item_vectors, arguments.item_ids_file, texts)
 
+    def settings(self) -> dict[str, Any]:
+        """Those of the flags, and of the histories."""
+        return super().settings() | self.source.settings()
+
     def check_saved(self, saved: Saved, is_trained: bool) -> None:
-        """Refuses what has no vocabulary of semantic IDs."""
+        """Refuses what has no vocabulary of semantic IDs, a trunk too."""
         super().check_saved(saved, is_trained)
+        saved.check_task(self.name, "CausalLM")
         if saved.task != self.name:
             raise ValueError(f"{saved.where}: it has no semantic IDs; name a model of {self.name}, or a --preset.")
 
@@ -114,12 +139,19 @@ class GenerativeRecommendation(Recommendation):
         lower(self.arguments, positions, max_length=(positions - 1) // digits - 1)
 
     def features(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, is_training: bool) -> Rows:
-        """As `Recommendation.features`, the items written as digits; for evaluation also the target's digits."""
+        """Histories as digits, in windows as `NumberedHistories` cuts them; for evaluation also `seen`, `target` and
+        the target's digits.
+
+        Raises:
+            ValueError: as `NumberedHistories` and its features.
+        """
         assert isinstance(tokenizer, SemanticIdTokenizer)
         self.tokenizer, self.trie = tokenizer, CodeTrie(tokenizer.codes)
-        numbered = super().features(rows, tokenizer, is_training)
-        features: dict[str, list[Any]] = {name: list(numbered[name]) for name in ("seen", "target") if not is_training}
-        features["input_ids"] = [tokenizer.history(window) for window in numbered["input_ids"]]
+        numbered = NumberedHistories(rows, tokenizer.numbers, self.arguments.max_length, is_training)
+        self.notes.say(*numbered.notes_on_histories(), *numbered.notes_on_targets())
+        windows = numbered.features()
+        features: dict[str, list[Any]] = {name: windows[name] for name in ("seen", "target") if not is_training}
+        features["input_ids"] = [tokenizer.history(window) for window in windows["input_ids"]]
         features["length"] = [len(tokens) for tokens in features["input_ids"]]
         if is_training:
             unlearned = 1 + self.trie.depth  # nothing stands before the first item
@@ -131,15 +163,8 @@ class GenerativeRecommendation(Recommendation):
             ]
         return Dataset.from_dict(features)
 
-    def item_numbers(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-        assert isinstance(tokenizer, SemanticIdTokenizer)
-        return tokenizer.numbers
-
-    def collator(self, tokenizer: PreTrainedTokenizerBase) -> CausalCollator:  # type: ignore[override]
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> CausalCollator:
         return SemanticIdCollator(PADDING)
-
-    def loss_function(self, label_smoothing: float) -> None:
-        return None  # the language model's own, which is smoothed where asked for
 
     def generation_config(self, tokenizer: PreTrainedTokenizerBase, num_beams: int) -> GenerationConfig | None:
         if num_beams > 1:
@@ -176,28 +201,23 @@ class GenerativeRecommendation(Recommendation):
         return Predicted(losses.sum(1), counts, torch.cat((found[:, None], items), dim=1))
 
     def decode(self, outputs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-        tokens = np.array([PADDING_TOKEN, *self.tokenizer.items], dtype=object)
-        return [
-            {"rank": int(row[0]), "items": tokens[row[1:][row[1:] > PADDING]].tolist()} for row in outputs.astype(int)
-        ]
+        return ranked_items(outputs, [PADDING_TOKEN, *self.tokenizer.items])
 
     def score(self, predictions: list[Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-        scores = super().score(predictions, rows)
+        scores = full_ranking(predictions, len(self.tokenizer.items))
         beam = f", by a beam of {self.arguments.num_beams}, items outside of it behind all others"
         return scores | {"ranking_signature": scores["ranking_signature"] + beam}
 
+    def report(self, predictions: list[Any], rows: list[dict[str, Any]], train: Rows | None) -> Scores:
+        """Beside the baselines and other runs."""
+        baselines = baselines_of(train, rows, self.tokenizer.numbers) if self.arguments.baselines else {}
+        return self.ranking.scores(predictions, rows, baselines)
+
     def card_data(self) -> dict[str, Any]:
-        card = super().card_data()
-        return card | {
+        return self.ranking.card(self.notes) | {
             "title": "generative recommendation with semantic IDs",
             "code": CARD_CODE,
             "prediction": f"the items of a beam search with {self.arguments.num_beams} beams in the trie of all codes",
             "preprocessing": f"at most {self.arguments.max_length} items of a history, each written as "
             f"{self.trie.depth} digits",
         }
-
-
-CARD_CODE = """from finetune_deepseek.recommend import load
-
-history = ["5", "3", "8"]  # ids of items, oldest first
-print(load("{name}").recommend(history, k=10))"""

@@ -26,6 +26,7 @@ from ..training.scoring.eval_loss import Predicted
 from ..training.task import CausalCollator, Scores, Task, lower
 from .arguments import PREDICTION_FILE, NewsArguments
 from .items.catalogue import PADDING, TextCatalogue
+from .items.histories import Notes
 from .items.mind import prediction_text, read_behaviors, read_news
 from .report import TEXT_CARD_CODE
 from .scores import bootstrap_interval, impression_scores
@@ -78,15 +79,10 @@ class NewsRecommendation(Task):
     def __init__(self, arguments: NewsArguments, seed: int) -> None:
         self.arguments = arguments
         self.seed = seed
-        self.notes: list[str] = []
+        self.notes = Notes()
         self.catalogue = TextCatalogue({})  # the news of all splits
         self.learned: set[str] = set()  # news that training has shown
         self.left_out = 0
-
-    def _note(self, *lines: str) -> None:
-        self.notes += lines
-        for line in lines:
-            print(line)
 
     # -- rows --
 
@@ -97,14 +93,14 @@ class NewsRecommendation(Task):
         news: dict[str, dict[str, str]] = {}
         for split, folder in folders.items():
             news[split], notes = read_news(folder, arguments.text_fields)
-            self._note(*notes)
+            self.notes.say(*notes)
             self.catalogue.texts = news[split] | self.catalogue.texts
         splits: dict[str, Rows] = {}
         for split, limit in zip(SPLITS, limits, strict=True):
             if split not in folders:
                 continue
             rows, notes = read_behaviors(folders[split], self.catalogue.texts)
-            self._note(*notes)
+            self.notes.say(*notes)
             rows = rows[:limit]
             if split != "test" and not is_labelled(rows):
                 raise ValueError(
@@ -115,7 +111,9 @@ class NewsRecommendation(Task):
             if split == "train":
                 self.learned = {one for row in rows for one in (*row["source"], *row["candidates"])}
             elif self.learned and (cold := len(news[split].keys() - self.learned)):
-                self._note(f"{split}: {cold:,} of {len(news[split]):,} news are in no training impression or history")
+                self.notes.say(
+                    f"{split}: {cold:,} of {len(news[split]):,} news are in no training impression or history"
+                )
         return splits
 
     # -- model --
@@ -135,7 +133,7 @@ class NewsRecommendation(Task):
         self.catalogue.folder = (saved.base or saved).folder
 
     def prepare_model(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._note(self.catalogue.prepare(model, tokenizer))
+        self.notes.say(self.catalogue.prepare(model, tokenizer))
 
     def save_beside(self, folder: Path) -> None:
         self.catalogue.save(folder)
@@ -172,7 +170,7 @@ class NewsRecommendation(Task):
                 if is_training:
                     features["click"].append(click)
         if useless:
-            self._note(f"left out {useless:,} training impressions without both clicks and news not clicked")
+            self.notes.say(f"left out {useless:,} training impressions without both clicks and news not clicked")
         if not features["input_ids"]:
             raise ValueError("No impression has both a click and news that weren't clicked; nothing to learn from.")
         if is_training:

@@ -2,7 +2,8 @@
 
 Either by asking about each ("yes" against "no", as TALLRec does, Bao et al., arXiv 2305.00447), or by the likelihood
 of its title as what comes next. Any causal model will do as it is; training, in full or by LoRA, is on few rows of
-history, candidate and answer. Data, baselines and scores are those of task.py, over each user's candidates.
+history, candidate and answer. Data and scores are those of items/histories.py and report.py, over each user's
+candidates.
 """
 
 import copy
@@ -14,24 +15,23 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from modeling_deepseek.transformers_names import CACHE_WORD
 from tokenization_deepseek import Control, encode_parts
 
 from ..data.sources import Rows
-from ..training.arguments import ModelArguments
 from ..training.optimization import IGNORED_LABEL
 from ..training.scoring.eval_loss import Predicted
 from ..training.scoring.ranks import highest, ranks, ranks_of
-from ..training.task import CausalCollator, Task
+from ..training.task import CausalCollator, Scores, Task
 from .arguments import PromptRankingArguments
 from .baselines import BASELINES
 from .items.catalogue import PADDING_TOKEN
-from .items.interactions import SplitRows
+from .items.histories import Histories, Notes, items_of
 from .items.titles import read_titles, with_titles
+from .report import RankingReport, ranks_in
 from .scores import ranking_scores
-from .task import Recommendation
 
 # Letters: B users, C candidates, P tokens before a candidate, T tokens of a candidate and what follows it.
 YES, NO = " yes", " no"
@@ -219,19 +219,18 @@ def rank(
     return [(candidates[place], float(scores[0, place])) for place in order.tolist()]
 
 
-class PromptRanking(Recommendation):
-    """See the module. Rows are those of `Recommendation`, the scored ones with `candidates`."""
+class PromptRanking(Task):
+    """See the module. Rows are those of `Histories`, the scored ones with `candidates`."""
 
     name = "prompt_ranking"
+    next_command = "deepseek-hf recommend {folder} --history FILE"
     arguments_class = PromptRankingArguments
     arguments: PromptRankingArguments
-    auto_class: Any = AutoModelForCausalLM
-    tokenizer_class = None  # type: ignore[assignment]
-    peft_task_type = "CAUSAL_LM"
 
     def __init__(self, arguments: PromptRankingArguments, seed: int) -> None:
-        super().__init__(arguments, seed)
-        self.given: dict[str, list[list[str]]] = {}  # candidates in files, by split
+        self.arguments, self.seed, self.notes = arguments, seed, Notes()
+        self.source = Histories(arguments, seed, self.notes, candidates_column=arguments.candidates_column)
+        self.ranking = RankingReport(arguments)
         self.every_item: list[str] = []
         self.titles: dict[str, str] = {}
         self.prompt: Prompt  # known with the tokenizer
@@ -239,37 +238,27 @@ class PromptRanking(Recommendation):
     # -- rows --
 
     def load_splits(self) -> dict[str, Rows]:
-        splits = super().load_splits()
-        items = set(super().tokenizer_texts(splits)) | {
-            item for lists in self.given.values() for c in lists for item in c
-        }
-        self.every_item, arguments = sorted(items), self.arguments
+        splits, arguments = self.source.read(), self.arguments
+        given = {item for lists in self.source.candidates.values() for items in lists for item in items}
+        self.every_item = sorted({*items_of(splits), *given})
         titles: dict[str, str] = {}
         if arguments.titles_file:
             titles = read_titles(arguments.titles_file, arguments.item_column, arguments.title_column)
         self.titles, untitled = with_titles(self.every_item, titles)
         if untitled and titles:
-            self._note(f"{untitled:,} of {len(items):,} items have no title; their ids stand in")
+            self.notes.say(f"{untitled:,} of {len(self.every_item):,} items have no title; their ids stand in")
         for split in ("validation", "test"):
             if split in splits:
                 candidates = self._candidates(split, list(splits[split]))
                 splits[split] = cast(Dataset, splits[split]).add_column("candidates", candidates)
         return splits
 
-    def _read_split_files(self) -> SplitRows:
-        """As the parent's, and the candidates of the scored splits into `given`."""
-        self.candidates_column = self.arguments.candidates_column or ""
-        splits = super()._read_split_files()
-        if self.candidates_column:
-            self.given = {split: [row["candidates"] for row in splits[split]] for split in set(splits) - {"train"}}
-        return splits
-
     def _candidates(self, split: str, rows: list[dict[str, Any]]) -> list[list[str]]:
         """The items to rank for each row: those of the file, or the target among drawn ones."""
-        if split in self.given:
-            lists = self.given[split][: len(rows)]
+        if split in self.source.candidates:
+            lists = self.source.candidates[split][: len(rows)]
             if missing := sum(row["target"] not in items for row, items in zip(rows, lists, strict=True)):
-                self._note(
+                self.notes.say(
                     f"{split}: {missing:,} of {len(rows):,} targets aren't among their candidates; they rank last"
                 )
             return lists
@@ -283,7 +272,7 @@ class PromptRanking(Recommendation):
             rng.shuffle(items)
             lists.append(items)
         if short := sum(len(items) < self.arguments.num_candidates for items in lists):
-            self._note(f"{split}: {short:,} of {len(rows):,} users have fewer than --num_candidates unseen items")
+            self.notes.say(f"{split}: {short:,} of {len(rows):,} users have fewer than --num_candidates unseen items")
         return lists
 
     def _unseen(self, rng: random.Random, seen: set[str], count: int) -> list[str]:
@@ -314,14 +303,9 @@ class PromptRanking(Recommendation):
             yield self._text(history, candidate) + (YES if is_next else NO) * (self.arguments.scoring == "yes_no")
         yield from self.titles.values()
 
-    def new_tokenizer(self, arguments: ModelArguments, splits: dict[str, Rows]) -> PreTrainedTokenizerBase:
-        return Task.new_tokenizer(self, arguments, splits)
-
-    def config_fields(self, splits: dict[str, Rows], saved: dict[str, Any]) -> dict[str, Any]:
-        return {}
-
-    def fit_lengths(self, positions: int, tokenizer: PreTrainedTokenizerBase) -> None:
-        return  # --max_length counts titles
+    def settings(self) -> dict[str, Any]:
+        """Those of the flags, and of the histories."""
+        return super().settings() | self.source.settings()
 
     def features(self, rows: Rows, tokenizer: PreTrainedTokenizerBase, is_training: bool) -> Rows:
         """For training `input_ids` and `labels`, the loss being on the answer or on the title; for evaluation
@@ -352,11 +336,8 @@ class PromptRanking(Recommendation):
             features.append({"prefix_ids": prefix, "suffix_ids": suffix, "target": target, "length": length})
         return Dataset.from_list(features)
 
-    def collator(self, tokenizer: PreTrainedTokenizerBase) -> CausalCollator:  # type: ignore[override]
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> CausalCollator:
         return PromptCollator(cast(int, tokenizer.pad_token_id), self.prompt.is_question)
-
-    def loss_function(self, label_smoothing: float) -> None:
-        return None  # the language model's own, which is smoothed where asked for
 
     # -- scores and reports --
 
@@ -380,8 +361,8 @@ class PromptRanking(Recommendation):
     def score(self, predictions: list[Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
         counts = sorted({len(row["candidates"]) for row in rows})
         number = f"{counts[0]:,}" if len(counts) == 1 else f"{counts[0]:,} to {counts[-1]:,}"
-        kind = "given" if self.given else f"drawn (seed {self.seed})"
-        return ranking_scores(np.array([prediction["rank"] for prediction in predictions])) | {
+        kind = "given" if self.source.candidates else f"drawn (seed {self.seed})"
+        return ranking_scores(ranks_in(predictions)) | {
             "ranking_signature": f"ranking of {number} {kind} candidates per user, ties against us"
         }
 
@@ -402,12 +383,14 @@ class PromptRanking(Recommendation):
             found[name] = np.array(column)
         return found
 
+    def report(self, predictions: list[Any], rows: list[dict[str, Any]], train: Rows | None) -> Scores:
+        """Beside the baselines."""
+        return self.ranking.scores(predictions, rows, self._baselines(train, rows))
+
     def card_data(self) -> dict[str, Any]:
         arguments = self.arguments
         asked = "the odds of yes against no" if arguments.scoring == "yes_no" else "the likelihood of the title"
-        card = super().card_data()
-        del card["code"]
-        return card | {
+        return self.ranking.card(self.notes) | {
             "title": "ranking by prompt",
             "pipeline_tag": "text-generation",
             "prompt": self._text(self.every_item[:2], self.every_item[-1]),

@@ -1,5 +1,6 @@
 """What a run says of its scores: ranks by user in a file, the table beside others, the code of the card."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -7,15 +8,18 @@ import numpy as np
 import pandas as pd
 
 from ..data.cells import Column, typed
+from ..data.sources import Rows
 from ..data.table import read_columns
-from .arguments import RANKS_FILE
+from ..training.task import Scores, prefixed
+from .arguments import RANKS_FILE, RecommendationArguments
 from .baselines import BASELINES
-from .scores import per_user
+from .items.catalogue import PADDING
+from .scores import bootstrap_interval, comparison, per_user, ranking_scores
 
 # Names of a table's rows, of `RANKS_FILE`'s columns, and of what results begin with.
 TAKEN = {*BASELINES, "model", "user", "target", "rank", "train", "eval", "test", "baseline"}
 
-CARD_CODE = """from modeling_deepseek import AutoModelForRecommendation
+MODEL_CARD_CODE = """from modeling_deepseek import AutoModelForRecommendation
 from transformers import PreTrainedTokenizerFast
 
 catalogue = PreTrainedTokenizerFast.from_pretrained("{name}")
@@ -31,10 +35,89 @@ recommender.add_items({{"new": "The text of an item without a click"}})
 history = ["5", "3", "8"]  # ids of items, oldest first
 print(recommender.recommend(history, k=10))"""
 
+CARD_CODE = """from finetune_deepseek.recommend import load
+
+history = ["5", "3", "8"]  # ids of items, oldest first
+print(load("{name}").recommend(history, k=10))"""
+
 FEATURE_CARD_CODE = """from finetune_deepseek.recommend import load
 
 history = ["5", "3", "8"]  # ids of items, oldest first
 print(load("{name}").recommend(history, k=10, """
+
+
+class RankingReport:
+    """What a run on interactions says of the ranks of its targets, beside baselines and other runs.
+
+    Raises:
+        ValueError: if one of --compare_with is no scored run.
+    """
+
+    def __init__(self, arguments: RecommendationArguments) -> None:
+        self.arguments = arguments
+        self.table = ""
+        named = run_names(arguments.compare_with or [])
+        self.others = {name: read_ranks(folder) for folder, name in named.items()}
+
+    def check_users(self, test: Rows | None) -> None:
+        """Refuse runs that have scored other users.
+
+        Raises:
+            ValueError: naming the run.
+        """
+        users = set() if test is None else set(test["user"])
+        for name, column in self.others.items():
+            if users - set(column.index):
+                raise ValueError(f"--compare_with {name}: that run has scored other users; give both the same data.")
+
+    def scores(self, predictions: list[Any], rows: list[dict[str, Any]], baselines: dict[str, np.ndarray]) -> Scores:
+        """Intervals over users, the baselines and other runs with paired tests; ranks per user go into a file."""
+        ranks, users = ranks_in(predictions), [row["user"] for row in rows]
+        others = baselines | {name: column[users].to_numpy() for name, column in self.others.items()}
+        results: dict[str, Any] = {}
+        for name in ("hr@10", "ndcg@10"):
+            results[f"test_{name}_low"], results[f"test_{name}_high"] = bootstrap_interval(per_user(ranks)[name])
+        results |= comparison(ranks, others)
+        if "popularity" in others:
+            results |= prefixed("baseline", ranking_scores(others["popularity"]))  # the card's second column
+        frame = pd.DataFrame({"user": users, "target": [row["target"] for row in rows], "rank": ranks} | others)
+        self.table = scores_table(ranks, others, results)
+        return Scores(results, files={RANKS_FILE: frame.to_csv(index=False, lineterminator="\n")}, text=self.table)
+
+    def card(self, notes: list[str]) -> dict[str, Any]:
+        """What the card says of data and scores, whatever has made the ranks."""
+        arguments = self.arguments
+        paths = (arguments.interactions_file, arguments.data_dir, arguments.train_file, arguments.test_file)
+        local = ", ".join(Path(path).name for path in paths if path)
+        source = "CLDR territories, simulated users" if arguments.is_embedded else arguments.dataset_name or local
+        return {
+            "language": None,
+            "pipeline_tag": "other",
+            "datasets": [arguments.dataset_name] if arguments.dataset_name and "/" in arguments.dataset_name else [],
+            "metrics": {name: (name, name.upper()) for name in ranking_scores(np.ones(1))},
+            "dataset_name": source,
+            "baseline": "popularity",
+            "prompt": "",
+            "data": "\n".join(f"- {note}" for note in notes) + f"\n\n{self.table}",
+        }
+
+
+def ranks_in(predictions: list[Any]) -> np.ndarray:
+    """[B] of predictions that have one each."""
+    return np.array([prediction["rank"] for prediction in predictions])
+
+
+def full_ranking(predictions: list[Any], num_items: int) -> dict[str, Any]:
+    """The scores of ranks among all items, and how they were counted."""
+    return ranking_scores(ranks_in(predictions)) | {
+        "ranking_signature": f"full ranking of {num_items:,} items, history excluded, ties against us"
+    }
+
+
+def ranked_items(outputs: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Predictions of outputs [B, 1 + M]: the target's rank, and the best items by number, PADDING for none."""
+    tokens = np.array(names, dtype=object)
+    return [{"rank": int(row[0]), "items": tokens[row[1:][row[1:] > PADDING]].tolist()} for row in outputs.astype(int)]
 
 
 def run_names(folders: list[str]) -> dict[str, str]:

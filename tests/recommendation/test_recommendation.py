@@ -14,7 +14,7 @@ import finetune_deepseek
 from finetune_deepseek.__main__ import guarded
 from finetune_deepseek.commands.parsing.runs import parse_command
 from finetune_deepseek.recommendation.arguments import RecommendationArguments
-from finetune_deepseek.recommendation.baselines import baseline_ranks
+from finetune_deepseek.recommendation.baselines import baseline_ranks, baselines_of
 from finetune_deepseek.recommendation.items.catalogue import item_tokenizer
 from finetune_deepseek.recommendation.items.interactions import as_dataset
 from finetune_deepseek.recommendation.recommender import Recommender
@@ -298,7 +298,7 @@ def test_s3rec_files_are_read_as_published():
     assert sum(map(len, splits["train"]["source"])) + 2 * 1090 == 52551
     catalogue = made.new_tokenizer(None, splits)
     made.features(splits["test"], catalogue, is_training=False)
-    ranks = made._baselines(splits["train"], list(splits["test"]))
+    ranks = baselines_of(splits["train"], list(splits["test"]), made.numbers)
     measured = {"popularity": (0.0385, 0.0180), "transitions": (0.0422, 0.0235), "item_knn": (0.0890, 0.0434)}
     for name, (hit, gain) in measured.items():
         scores = made.score([{"rank": rank} for rank in ranks[name]], [])

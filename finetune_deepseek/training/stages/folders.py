@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...data.files import read_json
 
-if TYPE_CHECKING:  # it brings torch, which takes seconds, and a verb asks here before it knows that all paths are there
+if TYPE_CHECKING:  # it brings torch, which takes seconds; a verb asks here before all paths are known to be there
     from ..trainer_arguments import Stage, TrainingArguments
 
 RESULTS_FILE = "all_results.json"
