@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -115,6 +115,16 @@ def in_words(logs: dict[str, Any]) -> str:
     )
 
 
+def kept_state(callback: TrainerCallback, state: TrainerState) -> dict[str, Any]:
+    """What a callback's `state` was when the checkpoint was saved that a run goes on from; else nothing.
+
+    transformers gives it back only if asked to, and to a new object, which nobody else knows.
+    """
+    found: Any = state.stateful_callbacks or {}
+    kept = found.get(type(callback).__name__, {}) if state.global_step else {}
+    return kept.get("attributes", {})
+
+
 class TimeLimitCallback(TrainerCallback, ExportableState):
     """Ends training after so many minutes of it, evaluations and saving included; a resumed run goes on counting.
 
@@ -139,6 +149,7 @@ class TimeLimitCallback(TrainerCallback, ExportableState):
         return min(1.0, self.elapsed / 60 / self.minutes)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.elapsed = kept_state(self, state).get("elapsed", self.elapsed)
         self.last = time.monotonic()
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -155,20 +166,20 @@ class StreamPosition(TrainerCallback, ExportableState):
     """Keeps in each checkpoint where the training stream is, and lets a resumed run go on there."""
 
     def __init__(self, stream: ResumableStream | None = None, rows_per_step: int = 0) -> None:
-        self.stream, self.rows_per_step, self.steps = stream, rows_per_step, 0
+        self.stream, self.rows_per_step, self.rows = stream, rows_per_step, 0
 
     def state(self) -> dict[str, Any]:
-        position = self.stream.position(self.steps * self.rows_per_step) if self.stream else {}
-        return {"args": {}, "attributes": {"position": position}}
+        position = self.stream.position(self.rows) if self.stream else {}
+        return {"args": {}, "attributes": {"rows": self.rows, "position": position}}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.steps = state.global_step
-        if self.steps and self.stream:
-            kept = cast(dict[str, Any], state.stateful_callbacks)[type(self).__name__]
-            self.stream.go_on(kept["attributes"]["position"])
+        kept = kept_state(self, state)
+        if self.stream and kept:
+            self.rows = kept["rows"]  # whatever a step had then
+            self.stream.go_on(kept["position"])
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.steps = state.global_step
+        self.rows += self.rows_per_step
 
 
 @contextmanager

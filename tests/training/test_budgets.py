@@ -127,6 +127,10 @@ def test_a_resumed_clock_goes_on():
     control = SimpleNamespace(should_training_stop=False)
     resumed.on_step_end(SimpleNamespace(world_size=1), None, control)  # type: ignore[arg-type]
     assert not control.should_training_stop
+    fresh = TimeLimitCallback(minutes=1.0)  # what a run makes that goes on from a checkpoint with that state
+    for step, share in ((0, 0.0), (3, 0.5)):
+        fresh.on_train_begin(None, TrainerState(global_step=step, stateful_callbacks=[clock]), control)  # type: ignore[arg-type]
+        assert share <= fresh.share < share + 0.1
     resumed.elapsed = 60.0
     resumed.on_step_end(SimpleNamespace(world_size=1), None, control)  # type: ignore[arg-type]
     assert control.should_training_stop
