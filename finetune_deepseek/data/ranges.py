@@ -17,7 +17,7 @@ RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             *("eval_accumulation_steps", "torch_empty_cache_steps", "dataloader_prefetch_factor", "tokens_per_batch"),
             *("ddp_bucket_cap_mb", "ddp_timeout", "generation_max_length", "generation_num_beams"),
             *("max_train_samples", "max_eval_samples", "max_predict_samples", "augment_copies"),
-            *("back_translation_beams", "max_source_length", "max_target_length", "max_seq_length"),
+            *("back_translation_beams", "max_source_length", "max_target_length"),
             *("n_best_size", "max_answer_length", "max_question_length", "matryoshka_sizes", "max_text_length"),
             *("k_core", "max_history", "num_non_clicks", "num_levels", "num_beams", "examples_per_history"),
             *("negatives", "k", "batch_size", "max_new_tokens", "num_return_sequences"),
@@ -28,6 +28,7 @@ RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
         "2 or more",
         lambda value: value >= 2,
         (
+            "max_seq_length",
             *("max_length", "most_frequent_labels", "max_query_length", "max_passage_length", "codebook_size"),
             "num_candidates",
         ),

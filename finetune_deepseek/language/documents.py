@@ -4,6 +4,7 @@ Blocks are made of `CHUNK` documents at a time, so that a stream gives the same 
 goes on where it was by reading over chunks.
 """
 
+import hashlib
 import random
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from tokenization_deepseek import encode_text
 
 from ..data.cells import Column, absent
+from ..data.fault_report import EXAMPLE_CHARACTERS, Report, finding
 from ..data.sources import Part, Rows, joined, open_splits, progress
 from ..data.table import TEXT_ENDINGS, ending_of
 from ..training.batches import ResumableStream
@@ -91,6 +93,33 @@ def held_out(rows: Rows, share: float) -> tuple[Dataset, Dataset]:
     text = rows[0]["text"]
     first = len(text) - max(1, round(share * len(text)))
     return Dataset.from_dict({"text": [text[:first]]}), Dataset.from_dict({"text": [text[first:]]})
+
+
+FAULTS = {
+    "duplicate_documents": "same text as an earlier document",
+    "replacement_characters": "U+FFFD in place of undecodable bytes",
+    "documents_in_train": "document is in the training split",
+}
+
+
+def check_documents(splits: dict[str, Rows]) -> Report:
+    """What is there twice, within a split or in training too; texts are compared by SHA-256, without space around."""
+    report: Report = {}
+    train: set[bytes] = set()
+    for split, rows in splits.items():
+        if not isinstance(rows, Dataset):
+            continue
+        found: dict[str, list[str]] = {name: [] for name in FAULTS if split != "train" or name != "documents_in_train"}
+        seen: set[bytes] = set()
+        for text in rows["text"]:
+            mark = hashlib.sha256(text.strip().encode("utf-8", "surrogatepass")).digest()
+            faults = (mark in seen, "\ufffd" in text, split != "train" and mark in train)
+            for name in (name for name, is_there in zip(FAULTS, faults, strict=True) if is_there):
+                found[name].append(text[:EXAMPLE_CHARACTERS])
+            seen.add(mark)
+        train = seen if split == "train" else train
+        report[split] = {"rows": len(rows)} | {name: finding(texts) for name, texts in found.items()}
+    return report
 
 
 # -- tokens --

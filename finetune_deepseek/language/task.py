@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from ..data.fault_report import Report
 from ..data.sources import Rows, progress
 from ..training.optimization import IGNORED_LABEL
 from ..training.scoring.eval_loss import Predicted
@@ -23,9 +24,11 @@ from .arguments import LanguageModelingArguments
 from .documents import (
     CHUNK,
     COUNTED,
+    FAULTS,
     BlockStream,
     census,
     census_text,
+    check_documents,
     document_ids,
     load_documents,
     num_bytes,
@@ -53,7 +56,7 @@ class LanguageCollator:
         if "prompt_ids" in first:
             return self.prompts([{name: row[name] for name in ("prompt_ids", "row")} for row in features])
         batch = self.blocks(features, None if "row" in first else self.width)
-        scored = {name for name in ("row", "bytes") if name in first}
+        scored = [name for name in ("row", "bytes") if name in first]
         return batch | {name: torch.tensor([row[name] for row in features]) for name in scored}
 
 
@@ -68,7 +71,8 @@ class LanguageModeling(Task):
 
     name = "language_modeling"
     arguments_class = LanguageModelingArguments
-    next_command = "deepseek-hf predict {task} {folder} --test_file FILE"
+    next_command = "deepseek-hf generate {folder} PROMPT"
+    fault_names = FAULTS
 
     def __init__(self, arguments: LanguageModelingArguments, seed: int) -> None:
         super().__init__(arguments, seed)
@@ -79,6 +83,10 @@ class LanguageModeling(Task):
 
     def load_splits(self) -> dict[str, Rows]:
         return load_documents(self.arguments)
+
+    def check_splits(self, splits: dict[str, Rows], tokenizer: PreTrainedTokenizerBase) -> Report:
+        """Documents that are there twice, or in training too; of a stream nothing is known."""
+        return check_documents(splits)
 
     def tokenizer_texts(self, splits: dict[str, Rows]) -> Iterator[str]:
         for row in islice(splits["train"], TOKENIZER_TRAINING_DOCUMENTS):
@@ -129,6 +137,8 @@ class LanguageModeling(Task):
 
     def _windows(self, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         size, stride = self.block_size, self.arguments.eval_stride
+        if stride is not None and stride >= size:
+            raise ValueError(f"--eval_stride {stride}: give less than a window's {size} tokens (--max_seq_length).")
 
         def cut(batch: dict[str, list]) -> dict[str, list]:
             found = [

@@ -347,6 +347,30 @@ def test_a_loss_that_is_no_number_ends_the_run(rows, tmp_path, capsys):
     assert "is not a finite number, so training has stopped" in capsys.readouterr().err
 
 
+def test_documents_that_are_there_twice_are_counted(tmp_path, capsys):
+    train, held = write(tmp_path / "a.jsonl", ["x y", "z", " x y\n"]), write(tmp_path / "b.jsonl", ["z", "new \ufffd"])
+    results = run(tmp_path / "out", train_file=train, validation_file=held)
+    report = json.loads((tmp_path / "out/data_report.json").read_text())
+    assert report["train"]["duplicate_documents"] == {"count": 1, "examples": ["x y"]}
+    assert report["validation"]["documents_in_train"] == {"count": 1, "examples": ["z"]}
+    assert report["validation"]["replacement_characters"]["count"] == 1 and "documents_in_train" not in report["train"]
+    assert "document is in the training split" in capsys.readouterr().out and results["train_documents"] == 3
+
+
+def test_a_run_goes_on_with_other_batches(rows, tmp_path, monkeypatch):
+    """Where a stream is counts rows, not steps: three of two, then one of four and one of two."""
+    seen, original = [], documents_module.BlockStream.go_on
+    monkeypatch.setattr(
+        documents_module.BlockStream, "go_on", lambda self, position: seen.append(position) or original(self, position)
+    )
+    settings = {"train_file": rows, "streaming": True, "save_steps": 1}
+    run(tmp_path / "out", **settings, max_steps=3)
+    more = {"resume_from_checkpoint": "true", **settings}
+    run(tmp_path / "out", **more, max_steps=4, per_device_train_batch_size=4)
+    run(tmp_path / "out", **more, max_steps=5)
+    assert [position["after"] for position in seen] == [6, 10]
+
+
 def test_evenly():
     assert evenly([0, 1, 2, 3, 4], 3) == [0, 2, 4] and evenly([5, 6], 3) == [5, 6] and evenly([], 3) == []
 
@@ -368,7 +392,8 @@ def line_of(capsys, settings, verb="pretrain"):
         ('{"text": ""}\n', {}, "rows.jsonl: no document has text."),
         ("", {}, "rows.jsonl: the file is empty."),
         ('{"text": "x y z"}\n', {"max_seq_length": 500}, "--max_seq_length 500: the model has 128 positions"),
-        ('{"text": "x y z"}\n', {"max_seq_length": 1}, "blocks of 1 tokens"),
+        ('{"text": "x y z"}\n', {"max_seq_length": 1}, "--max_seq_length 1: it must be 2 or more"),
+        ('{"text": "x y z"}\n', {"eval_stride": 16, "validation_file": "rows"}, "--eval_stride 16: give less than"),
         ('{"text": "x y z"}\n', {"streaming": True, "max_steps": None}, "so give --max_steps or --tokens_budget"),
         ('{"text": "x y z"}\n', {"streaming": True, "validation_share": 0.1}, "name a validation file"),
         ('{"text": "x y z"}\n', {"tokens_budget": 5}, "--tokens_budget and --max_steps both say when to stop"),
@@ -382,7 +407,9 @@ def line_of(capsys, settings, verb="pretrain"):
 )
 def test_bad_input_is_one_line(content, settings, expected, tmp_path, capsys):
     (tmp_path / "rows.jsonl").write_text(content)
-    line = line_of(capsys, TINY | {"train_file": tmp_path / "rows.jsonl", "output_dir": tmp_path / "out"} | settings)
+    path = tmp_path / "rows.jsonl"
+    settings |= {"validation_file": path} if "validation_file" in settings else {}
+    line = line_of(capsys, TINY | {"train_file": path, "output_dir": tmp_path / "out"} | settings)
     assert expected in line
 
 
