@@ -19,6 +19,7 @@ def _entry(room: str, name: str, flags: str, file: str = "task") -> Entry:
 
 TASKS = {
     "language_modeling": _entry("language", "LanguageModeling", "LanguageModelingArguments"),
+    "conversation": _entry("language.conversation", "Conversation", "ConversationArguments"),
     "translation": _entry("translation", "Translation", "TranslationArguments"),
     "classification": _entry("classification", "Classification", "ClassificationArguments"),
     "question_answering": _entry("question_answering", "QuestionAnswering", "QuestionAnsweringArguments"),

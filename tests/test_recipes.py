@@ -24,6 +24,11 @@ READING = [
     )
 ]
 POEMS = [{"text": "red fox", "author": "b"}, {"text": "blue bird", "author": "a"}, {"text": "red", "author": "b"}]
+CHATS = [
+    {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": f"so\n#### {number}"}]}
+    for number, text in enumerate(("one plus one", "two plus two", "three"))
+]
+INSTRUCTIONS = [{"instruction": "add", "input": "one and one", "output": "two"}]
 QUESTIONS = [{"query": "what is red", "passage": "a fox"}, {"query": "what is blue", "passage": "the sky"}]
 # Appended, so it wins.
 QUIET = ["--use_cpu", "True", "--disable_tqdm", "True"]
@@ -49,11 +54,13 @@ def folder(tmp_path_factory):
         "reading": READING,
         "questions": QUESTIONS,
         "texts": POEMS,
+        "chats": CHATS,
+        "instructions": INSTRUCTIONS,
     }
     for name, rows in data.items():
         (folder / "data" / name).mkdir(parents=True)
         for split in ("train", "validation", "test"):
-            is_flat = name in ("poems", "reading", "questions", "texts")
+            is_flat = name in ("poems", "reading", "questions", "texts", "chats", "instructions")
             lines = [json.dumps(row if is_flat else {"translation": row}, ensure_ascii=False) for row in rows]
             (folder / "data" / name / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
     ratings = [f"{user},{(user + step) % 5},{step},Sa" for user in range(8) for step in range(4)]
@@ -125,6 +132,8 @@ def test_recipes_run_in_order(folder, monkeypatch, capsys):
     assert json.loads((folder / "runs/en-de-more/all_results.json").read_text())["train_samples"] >= 3
     assert (folder / "runs/en-de-lora/adapter_model.safetensors").is_file()
     assert "eval_chrf2" in json.loads((folder / "runs/evaluate-en-de/all_results.json").read_text())
+    answers = json.loads((folder / "runs/predict-chat/all_results.json").read_text())
+    assert answers["test_answers_expected"] == 3 and "test_answer_accuracy_high" in answers
     movies = json.loads((folder / "runs/movies/all_results.json").read_text())
     assert {"above_sasrec_hr@10", "popularity_ndcg@10"} <= set(movies)
     assert "test_hr@10" in json.loads((folder / "runs/movie-texts/all_results.json").read_text())

@@ -75,6 +75,7 @@ def test_recipes_lie_where_their_tasks_look():
     assert all(path is None or Path(path).is_file() for path in recipes.values())
     assert [name for name, path in recipes.items() if path is None] == [
         "language_modeling",
+        "conversation",
         "classification",
         "embedding",
         "news_recommendation",

@@ -41,7 +41,7 @@ RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             "router_bias_update",
             *("neftune_noise_alpha", "eval_steps", "eval_delay", "save_steps", "save_total_limit"),
             *("dataloader_num_workers", "doc_stride", "fusion_weights", "examples_shown", "temperature", "top_k"),
-            "max_continuations",
+            *("max_continuations", "max_replies"),
         ),
     ),
     (

@@ -23,6 +23,7 @@ NEEDED = {
     "TrainingArguments": {"output_dir": "out"},
     "ClassificationArguments": {"train_file": "rows.csv"},
     "LanguageModelingArguments": {"train_file": "rows.csv"},
+    "ConversationArguments": {"train_file": "rows.csv"},
     "EmbeddingArguments": {"train_file": "rows.csv"},
     "NewsArguments": {"train_dir": "MIND"},
 }

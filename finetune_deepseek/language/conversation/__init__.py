@@ -1,0 +1,1 @@
+"""Fine-tuning on conversations: layouts, checks, masks of what is trained, replies beside references."""

@@ -1,0 +1,70 @@
+"""The chat template that conversations are written in: chosen, checked, and asked where an answer ends."""
+
+import json
+import re
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from tokenization_deepseek import CHAT_TEMPLATES, control_tokens, encode_answers
+
+from ..serving.chat_format import choose_template
+from .layouts import Turn
+
+PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+CONTROL = re.compile(r"<[|｜][^|｜<>{}]+[|｜]>")  # as most families spell control tokens
+REFUSALS = (TemplateError, TypeError, KeyError, AttributeError)  # of templates that meet what they aren't for
+ARGUMENTS = '{"key": 1}'
+
+
+def trained_template(tokenizer: PreTrainedTokenizerBase, asked: str | None) -> None:
+    """Give the tokenizer the template that is asked for, or leave it its own.
+
+    Raises:
+        ValueError: for one that marks no answers, or that writes control tokens which the tokenizer hasn't.
+    """
+    choose_template(tokenizer, asked, "conversation")
+    words = f"one of {', '.join(CHAT_TEMPLATES)}, or a file"
+    try:
+        written: Any = tokenizer.apply_chat_template(PROBE, tokenize=False)
+        if lacking := sorted(set(CONTROL.findall(written)) - set(control_tokens(tokenizer))):
+            raise ValueError(f"the tokenizer has no token {lacking[0]!r}, which it writes")
+        encode_answers(tokenizer, PROBE)
+    except REFUSALS:
+        return  # it wants more of a conversation, which each row is asked for
+    except ValueError as error:
+        raise ValueError(
+            f"the chat template can't be trained with: {error}. By --chat_template name {words} with a copy of it "
+            "that marks what the assistant writes."
+        ) from error
+
+
+def ends_of_answers(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end a reply: the template's own, if that is a control token, and the tokenizer's."""
+    found = {tokenizer.eos_token_id}
+    try:
+        probe = encode_answers(tokenizer, PROBE)
+    except REFUSALS:
+        return sorted(found)
+    last = probe.input_ids[probe.answers[-1][1] - 1]
+    return sorted(found | ({last} & set(control_tokens(tokenizer).values())))
+
+
+def argument_form(tokenizer: PreTrainedTokenizerBase) -> type | None:
+    """How the template takes the arguments of a call: as `str` alone, as `dict` alone, or None for either.
+
+    Many templates write JSON of an object and put quotes around a text; others join a text to their own.
+    """
+    as_text, as_object = (_writes_arguments(tokenizer, given) for given in (ARGUMENTS, json.loads(ARGUMENTS)))
+    return None if as_text == as_object else str if as_text else dict
+
+
+def _writes_arguments(tokenizer: PreTrainedTokenizerBase, given: Any) -> bool:
+    function = {"name": "get", "arguments": given}
+    call: Turn = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": function}]}
+    try:
+        text: Any = tokenizer.apply_chat_template([PROBE[0], call], tokenize=False)
+    except REFUSALS:
+        return False
+    return r"\"key\"" not in text and "{'key'" not in text
