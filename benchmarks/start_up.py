@@ -20,7 +20,10 @@ from pathlib import Path
 from compare import machine_lines, write_section
 
 SAVE = """from configuration_deepseek import preset; from modeling_deepseek import DeepSeekForCausalLM
-DeepSeekForCausalLM(preset("tiny_v3")).save_pretrained("tiny")"""
+from tokenization_deepseek import train_tokenizer
+DeepSeekForCausalLM(preset("tiny_v3")).save_pretrained("tiny")
+DeepSeekForCausalLM(preset("tiny_v3")).save_pretrained("tiny-with-tokenizer")
+train_tokenizer(["one two three"] * 9, vocab_size=300).save_pretrained("tiny-with-tokenizer")"""
 LIST_PRESETS = ["-c", "from configuration_deepseek import PRESETS; print(*PRESETS)"]
 NAME_VERSION = ["-c", "import modeling_deepseek, importlib.metadata as m; print(m.version('deepseek-hf'))"]
 RUN = ["-m", "finetune_deepseek"]
@@ -32,9 +35,11 @@ CASES: list[tuple[float, list[str], list[str] | None]] = [
     (1 / 3, [*TRAIN, "--train_fil", "train.json"], None),
     (1 / 3, [*RUN, "translate", "tiny", "--num_beam", "5"], None),
     (1 / 3, [*TRAIN, "--train_file", "absent.json"], None),
+    (1 / 3, [*RUN, "predict", "translation", "tiny", "--test_file", "absent.json"], None),
     (1 / 3, [*RUN, "translate", "./absent"], None),
     (1 / 3, [*RUN, "export", "./absent", "out", "--to", "native"], None),
     (1 / 5, [*RUN, "inspect", "tiny"], None),
+    (1 / 5, [*RUN, "inspect", "tiny-with-tokenizer"], None),
     (1 / 5, [*RUN, "presets"], LIST_PRESETS),
     (1 / 5, [*RUN, "--version"], NAME_VERSION),
 ]
