@@ -10,13 +10,11 @@ An index is a folder: `index.json` (what it was made of, and by which model), `p
 
 import hashlib
 import json
-import re
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -27,22 +25,18 @@ from transformers import PreTrainedTokenizerBase
 from modeling_deepseek import AutoModelForEmbedding
 from modeling_deepseek.whole_folders import current
 
-from ..data.cells import plain
-from ..data.files import replaced_folder, write_json, write_text
-from ..data.table import ENDINGS, is_table, read_columns
+from ..data.files import json_of, read_text, replaced_folder, write_json, write_text
+from ..data.table import read_columns
 from ..training.loading import saved_tokenizer, served_model
 from ..training.saved import Saved
+from ..training.scoring.ranks import best_first
 from .arguments import EmbeddingArguments
 from .encoding import encode
+from .knowledge import MAX_CHARACTERS, Knowledge, Passage, read_knowledge
 from .lexical import BM25, DEFAULT_WEIGHTS, WORDS_ALONE, fused_scores, part_terms
 
 INDEX_FILE, PASSAGES_FILE, EMBEDDINGS_FILE = "index.json", "passages.jsonl", "embeddings.safetensors"
 FORMAT = 2  # 1 had its files in a mapping, whose order said nothing of where their passages stand
-TEXT_ENDINGS = (".txt", ".md", ".rst")
-TEXT_COLUMNS = ("text", "passage", "context")  # of a table, the first that it has
-MAX_CHARACTERS = 1000
-SPACE = re.compile(r"\s*")
-SENTENCE_END = re.compile(r"(?<=[.!?])(?=\s)|(?<=[。！？])")
 # Fields of a config that say nothing about vectors.
 OTHER_FIELDS = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version")
 Mode = Literal["fused", "bm25", "dense"]
@@ -51,14 +45,6 @@ MODES = ("fused", "bm25", "dense")
 
 class DamagedIndex(ValueError):
     """An index whose files aren't those that were written."""
-
-
-@dataclass(frozen=True)
-class Passage:
-    """A stretch of a file; `source` is its path below the knowledge folder and its first line (a table's row)."""
-
-    text: str
-    source: str
 
 
 @dataclass(frozen=True)
@@ -124,101 +110,6 @@ class Retriever:
         return encode(self.model, self.tokenizer, texts, config.query_prefix if is_query else config.passage_prefix)
 
 
-# Passages ------------------------------------------------------------------------------------------------------------
-
-
-def split_text(text: str, max_characters: int = MAX_CHARACTERS) -> Iterator[tuple[int, str]]:
-    """Passages of a text with the number of the line that each begins in, from 1.
-
-    Paragraphs (which end at an empty line) are joined while they fit; a longer one is cut between sentences, and a
-    longer sentence anywhere.
-    """
-    held, held_line = "", 1
-    for line, paragraph in _paragraphs(text):
-        counted = 0  # up to where the paragraph's lines are in `line`
-        for start, piece in _pieces(paragraph, max_characters):
-            if held and len(held) + len(piece) + 1 > max_characters:
-                yield held_line, held
-                held = ""
-            if not held:
-                line += paragraph.count("\n", counted, start)
-                held_line, counted = line, start
-            held = f"{held}\n{piece}" if held else piece
-    if held:
-        yield held_line, held
-
-
-def _paragraphs(text: str) -> Iterator[tuple[int, str]]:
-    line = 1
-    for block in re.split(r"(\n[^\S\n]*\n\s*)", text):
-        if block.strip():
-            yield line + block[: len(block) - len(block.lstrip())].count("\n"), block.strip()
-        line += block.count("\n")
-
-
-def _pieces(paragraph: str, max_characters: int) -> Iterator[tuple[int, str]]:
-    """Where each piece begins, and its text as it stands in the paragraph."""
-    start = end = 0
-    for sentence_end in (*(match.start() for match in SENTENCE_END.finditer(paragraph)), len(paragraph)):
-        if end > start and sentence_end - start > max_characters:
-            yield start, paragraph[start:end]
-            start = end
-        start = cast(re.Match, SPACE.match(paragraph, start)).end() if start == end else start
-        while sentence_end - start > max_characters:
-            yield start, paragraph[start : start + max_characters]
-            start += max_characters
-        end = sentence_end
-    if end > start:
-        yield start, paragraph[start:end]
-
-
-def read_passages(path: Path, name: str, max_characters: int) -> list[Passage]:
-    """The passages of one file.
-
-    Raises:
-        ValueError: if it can't be read, or holds no text.
-    """
-    if path.suffix in TEXT_ENDINGS:
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"can't be read as UTF-8 text (byte {error.start + 1}); convert the file") from error
-        passages = [Passage(piece, f"{name}:{line}") for line, piece in split_text(text, max_characters)]
-    elif is_table(path):
-        columns = read_columns(str(path))
-        column = next((column for column in TEXT_COLUMNS if column in columns), None)
-        if column is None:
-            raise ValueError(f"none of the columns {', '.join(TEXT_COLUMNS)}; it has {', '.join(columns)}")
-        passages = [
-            Passage(piece, f"{name}:{number}")
-            for number, text in enumerate(map(plain, columns[column]), start=1)
-            if isinstance(text, str)
-            for _, piece in split_text(text, max_characters)
-        ]
-    else:
-        raise ValueError(f"unknown ending; texts are {', '.join(TEXT_ENDINGS)}, tables {', '.join(ENDINGS)}")
-    if not passages:
-        raise ValueError("no text in it")
-    return passages
-
-
-def knowledge_files(knowledge: Path) -> dict[str, Path]:
-    """Name by path of the files of a folder (hidden ones left out) or of one file.
-
-    Raises:
-        ValueError: if there is nothing.
-    """
-    if knowledge.is_file():
-        return {knowledge.name: knowledge}
-    if not knowledge.is_dir():
-        raise ValueError(f"{knowledge}: no such file or folder.")
-    files = {path.relative_to(knowledge).as_posix(): path for path in sorted(knowledge.rglob("*")) if path.is_file()}
-    files = {name: path for name, path in files.items() if not any(p.startswith(".") for p in name.split("/"))}
-    if not files:
-        raise ValueError(f"{knowledge}: there are no files in this folder.")
-    return files
-
-
 # The index -----------------------------------------------------------------------------------------------------------
 
 
@@ -277,68 +168,19 @@ class PassageIndex:
             ValueError: if the index is damaged and there is no `knowledge` to make it anew from, if it was made by
                 another model, tokenizer or length of passages, or if nothing in `knowledge` can be read.
         """
-        folder = Path(folder)
-        fingerprint = retriever.fingerprint() if retriever else None
-        try:
-            old, passages, embeddings = _read_index(folder)
-        except DamagedIndex as error:
-            if knowledge is None:
-                raise
-            print(f"{error}; it is made anew", file=sys.stderr)
-            old, passages, embeddings = None, [], None
-        if knowledge is None and old is None:
-            raise ValueError(f"{folder}: no index there; name the knowledge that it is to be made from.")
-        if old is not None:
-            _refuse_another(folder, old, fingerprint, max_characters if knowledge is not None else None)
-            if knowledge is None:
-                return cls(passages, embeddings, retriever, old, use_faiss)
-        assert knowledge is not None
-        contents: list[dict[str, Any]] = []  # in the order of their passages
-        all_passages: list[Passage] = []
-        kept: list[int | None] = []  # where a passage stood in the old index
-        unreadable = 0
-        known = {file["name"]: file for file in _files_of(old, passages)} if old else {}
-        for name, path in knowledge_files(Path(knowledge)).items():
-            try:
-                content_hash = hashlib.sha256(path.read_bytes()).hexdigest()
-                if name in known and known[name]["sha256"] == content_hash:
-                    places = list(range(known[name]["start"], known[name]["start"] + known[name]["passages"]))
-                    found = [passages[place] for place in places]
-                    kept += places
-                else:
-                    found = read_passages(path, name, max_characters)
-                    kept += [None] * len(found)
-            except (ValueError, OSError) as error:
-                unreadable += 1
-                print(f"left out {name}: {' '.join(str(error).split())}", file=sys.stderr)
-                continue
-            start = len(all_passages)
-            contents.append({"name": name, "sha256": content_hash, "start": start, "passages": len(found)})
-            all_passages += found
-        if not all_passages:
-            raise ValueError(f"{knowledge}: none of its {unreadable} files can be read, so there is nothing to find.")
-        new = [place for place, before in enumerate(kept) if before is None]
-        print(
-            f"{len(all_passages):,} passages of {len(contents):,} files ({len(new):,} new; "
-            f"{unreadable:,} files left out)",
-            file=sys.stderr,
-        )
-        vectors = None
-        if retriever:
-            vectors = torch.zeros(len(all_passages), retriever.model.config.hidden_size)
-            same = [(place, before) for place, before in enumerate(kept) if before is not None]
-            if same and embeddings is not None:
-                vectors[[place for place, _ in same]] = embeddings[[before for _, before in same]]
-            if new:
-                vectors[new] = retriever.encode([all_passages[place].text for place in new], is_query=False)
-        settings = {
-            "format": FORMAT,
-            "fingerprint": fingerprint,
-            "max_characters": max_characters,
-            "files": contents,
-        }
-        index = cls(all_passages, vectors, retriever, settings, use_faiss)
-        if old is None or new or contents != old["files"]:
+        folder, fingerprint = Path(folder), retriever.fingerprint() if retriever else None
+        old = _read_or_drop(folder, is_made_anew=knowledge is not None)
+        if old.settings is not None:
+            _refuse_another(folder, old.settings, fingerprint, None if knowledge is None else max_characters)
+        if knowledge is None:
+            if old.settings is None:
+                raise ValueError(f"{folder}: no index there; name the knowledge that it is to be made from.")
+            return cls(old.passages, old.embeddings, retriever, old.settings, use_faiss)
+        found = read_knowledge(Path(knowledge), max_characters, old.files(), old.passages)
+        vectors = _vectors_of(found, old.embeddings, retriever) if retriever else None
+        settings = {"format": FORMAT, "fingerprint": fingerprint, "max_characters": max_characters}
+        index = cls(found.passages, vectors, retriever, settings | {"files": found.files}, use_faiss)
+        if old.settings is None or found.new or found.files != old.settings["files"]:
             index.save(folder)
         return index
 
@@ -368,7 +210,7 @@ class PassageIndex:
         mode = mode or ("fused" if self.retriever else "bm25")
         scores, vectors = self._scores(question, mode, k)
         found = []
-        for place in np.argsort(-scores, kind="stable")[:k]:
+        for place in best_first(scores)[:k]:
             if vectors is None and scores[place] <= 0:
                 break
             passage, parts = self.passages[place], []
@@ -438,17 +280,54 @@ def file_hash(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def _read_index(folder: Path) -> tuple[dict[str, Any] | None, list[Passage], torch.Tensor | None]:
-    """index.json (None if there is none), passages and vectors.
+class Stored(NamedTuple):
+    """An index as it lies in its folder; nothing, if there is none."""
+
+    settings: dict[str, Any] | None = None  # index.json
+    passages: list[Passage] = []  # noqa: RUF012  nobody writes to it
+    embeddings: torch.Tensor | None = None
+
+    def files(self) -> list[dict[str, Any]]:
+        """Its files with the places of their passages, which format 1 leaves to be read off the passages."""
+        if self.settings is None or self.settings["format"] == FORMAT:
+            return [] if self.settings is None else self.settings["files"]
+        places: dict[str, list[int]] = {}
+        for place, passage in enumerate(self.passages):
+            places.setdefault(passage.source.rpartition(":")[0], []).append(place)
+        known = self.settings["files"]
+        return [
+            {"name": name, **known[name], "start": found[0]}
+            for name, found in places.items()
+            if known.get(name, {}).get("passages") == len(found) == found[-1] - found[0] + 1
+        ]
+
+
+def _read_or_drop(folder: Path, is_made_anew: bool) -> Stored:
+    """The index in a folder; a damaged one counts as none, aloud, where it is made anew.
+
+    Raises:
+        ValueError: if it is damaged and isn't made anew, or is none of ours.
+    """
+    try:
+        return _read_index(folder)
+    except DamagedIndex as error:
+        if not is_made_anew:
+            raise
+        print(f"{error}; it is made anew", file=sys.stderr)
+        return Stored()
+
+
+def _read_index(folder: Path) -> Stored:
+    """The index in a folder.
 
     Raises:
         ValueError: if one of the files is damaged.
     """
     folder = Path(current(folder, INDEX_FILE))
     if not (folder / INDEX_FILE).is_file():
-        return None, [], None
+        return Stored()
     try:
-        settings = json.loads((folder / INDEX_FILE).read_text(encoding="utf-8"))
+        settings = json_of(read_text(str(folder / INDEX_FILE)), INDEX_FILE)
         if not isinstance(settings, dict) or settings.get("format") not in (1, FORMAT):
             raise NotImplementedError
         for name, expected in settings["written"].items():
@@ -456,32 +335,28 @@ def _read_index(folder: Path) -> tuple[dict[str, Any] | None, list[Passage], tor
                 raise ValueError(f"{name} is not the file that was written")
         columns = read_columns(str(folder / PASSAGES_FILE))
         passages = [Passage(**dict(zip(columns, cells, strict=True))) for cells in zip(*columns.values(), strict=True)]
-        embeddings = None
-        if EMBEDDINGS_FILE in settings["written"]:
-            embeddings = load_file(folder / EMBEDDINGS_FILE)["embeddings"]
+        has_vectors = EMBEDDINGS_FILE in settings["written"]
+        return Stored(settings, passages, load_file(folder / EMBEDDINGS_FILE)["embeddings"] if has_vectors else None)
     except NotImplementedError as error:
         raise ValueError(
             f"{folder}: its {INDEX_FILE} is not of an index of passages, or of a later version; name another folder."
         ) from error
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise DamagedIndex(
             f"{folder}: the index is damaged ({error}); name the knowledge that it is to be made from again"
         ) from error
-    return settings, passages, embeddings
 
 
-def _files_of(settings: dict[str, Any], passages: list[Passage]) -> list[dict[str, Any]]:
-    """The files of an index with the places of their passages, which format 1 leaves to be read off the passages."""
-    if settings["format"] == FORMAT:
-        return settings["files"]
-    places: dict[str, list[int]] = {}
-    for place, passage in enumerate(passages):
-        places.setdefault(passage.source.rpartition(":")[0], []).append(place)
-    return [
-        {"name": name, **settings["files"][name], "start": found[0]}
-        for name, found in places.items()
-        if settings["files"].get(name, {}).get("passages") == len(found) == found[-1] - found[0] + 1
-    ]
+def _vectors_of(found: Knowledge, before: torch.Tensor | None, retriever: Retriever) -> torch.Tensor:
+    """[P, D], those of passages that were there before as they were."""
+    vectors = torch.zeros(len(found.passages), retriever.model.config.hidden_size)
+    kept = [(place, old) for place, old in enumerate(found.before) if old is not None]
+    if kept and before is not None:
+        vectors[[place for place, _ in kept]] = before[[old for _, old in kept]]
+    if found.new:
+        texts = [found.passages[place].text for place in found.new]
+        vectors[found.new] = retriever.encode(texts, is_query=False)
+    return vectors
 
 
 def _refuse_another(folder: Path, old: dict[str, Any], fingerprint: str | None, max_characters: int | None) -> None:

@@ -20,7 +20,7 @@ from ..data.cells import Column, typed
 from ..data.sources import Rows, joined, named, read_splits
 from ..training.model_card import table
 from ..training.scoring.eval_loss import Predicted
-from ..training.scoring.ranks import right_ranks
+from ..training.scoring.ranks import best_first, right_ranks
 from ..training.task import CausalCollator, Scores, Task, lower, prefixed
 from .arguments import CONFIG_FLAGS, FUSED, EmbeddingArguments
 from .encoding import token_ids
@@ -224,7 +224,7 @@ class Embedding(Task):
         """The ranks of a query's right passages among all passages of the rows, and the best passages."""
         queries, passages, targets, distinct = vectors(outputs)
         scores, numbers = queries @ passages.T, outputs[:, 0].astype(int)
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :SHOWN_PASSAGES]
+        best = best_first(scores)[:, :SHOWN_PASSAGES]
         right = right_places([self.queries[number] for number in numbers], targets, len(distinct))
         predictions = []
         for number, row, is_right, chosen in zip(numbers, scores, right, best, strict=True):

@@ -18,7 +18,7 @@ from finetune_deepseek.recommendation.arguments import GenerativeRecommendationA
 from finetune_deepseek.recommendation.generative import GenerativeRecommendation
 from finetune_deepseek.recommendation.item_vectors import neighbour_vectors, read_item_vectors
 from finetune_deepseek.recommendation.items.interactions import as_dataset
-from finetune_deepseek.recommendation.items.semantic_ids import SemanticIdTokenizer
+from finetune_deepseek.recommendation.items.semantic_ids import CODES_FILE, SemanticIdTokenizer
 from finetune_deepseek.recommendation.serving import GenerativeRecommender, load
 from finetune_deepseek.recommendation.task import Recommendation
 from finetune_deepseek.training.run import run_stages
@@ -252,3 +252,10 @@ def test_the_example_runs_small(tmp_path):
     results = generative([str(EXAMPLE), *flags(quiet | small)])
     assert results["test_samples"] == 20 and "above_item_knn_ndcg@10_p" in results
     assert "simulated users" in (tmp_path / "README.md").read_text()
+
+
+def test_damaged_codes_are_told_by_their_file(tmp_path):
+    SemanticIdTokenizer.of_codes(["d", "c", "b", "a"], CODES).save_pretrained(tmp_path)
+    (tmp_path / CODES_FILE).write_text("{")
+    with pytest.raises(ValueError, match=f"{CODES_FILE} is damaged"):
+        SemanticIdTokenizer.from_pretrained(tmp_path)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from configuration_deepseek import preset
+from finetune_deepseek.retrieval.knowledge import split_text
 from finetune_deepseek.retrieval.lexical import DEFAULT_WEIGHTS, fused_scores
-from finetune_deepseek.retrieval.passage_index import PassageIndex, Retriever, split_text
+from finetune_deepseek.retrieval.passage_index import PassageIndex, Retriever
 from modeling_deepseek import DeepSeekForEmbedding
 from tokenization_deepseek import train_tokenizer
 

@@ -13,7 +13,7 @@ from finetune_deepseek.question_answering.extractive import best_spans
 from finetune_deepseek.recommendation.scores import impression_scores
 from finetune_deepseek.retrieval.lexical import fused_scores, retrieval_scores
 from finetune_deepseek.retrieval.passage_index import FoundPassage
-from finetune_deepseek.training.scoring.ranks import highest, ranks, ranks_of
+from finetune_deepseek.training.scoring.ranks import best_first, highest, ranks, ranks_of
 from modeling_deepseek.item_ranking import top_k
 
 NAN = float("nan")
@@ -109,3 +109,8 @@ def test_a_reranker_without_numbers_comes_last():
 def test_a_recommender_never_gives_what_has_no_score():
     items, _ = top_k(torch.tensor([[0.0, NAN, 2.0, 3.0]]), 2, padding_idx=0)
     assert items.tolist() == [[3, 2]]
+
+
+def test_the_best_come_first_and_what_is_no_number_last():
+    scores = np.array([[1.0, np.nan, 3.0, 3.0], [np.nan, -np.inf, -1.0, np.nan]])
+    assert best_first(scores).tolist() == [[2, 3, 0, 1], [2, 0, 1, 3]]

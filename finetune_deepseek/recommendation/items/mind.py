@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ...data.table import read_columns
+from ...training.scoring.ranks import best_first
 from ..arguments import TEXT_FIELDS
 
 NEWS_FILE, BEHAVIORS_FILE = "news.tsv", "behaviors.tsv"
@@ -124,7 +125,7 @@ def prediction_text(rows: Sequence[dict[str, Any]], predictions: Sequence[Sequen
     order in which it did. Among equal scores the one shown first goes first, and not-a-number goes last."""
     lines = []
     for row, scores in zip(rows, predictions, strict=True):
-        order = np.argsort(-np.nan_to_num(np.array(scores, dtype=np.float64), nan=-np.inf), kind="stable")
+        order = best_first(np.array(scores, dtype=np.float64))
         ranks = np.argsort(order, kind="stable") + 1
         lines.append(f"{row['impression']} [{','.join(map(str, ranks))}]\n")
     return "".join(lines)

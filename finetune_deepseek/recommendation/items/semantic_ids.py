@@ -14,7 +14,7 @@ from transformers.utils import cached_file
 
 from modeling_deepseek.whole_folders import current
 
-from ...data.files import write_text
+from ...data.files import read_json, write_text
 from .catalogue import PADDING, PADDING_TOKEN
 
 # Letters: B users, M beams, N items, L digits.
@@ -54,7 +54,7 @@ class SemanticIdTokenizer(PreTrainedTokenizerFast):
         """
         name = current(name, CODES_FILE)
         tokenizer = super().from_pretrained(name, *args, revision=revision, **kwargs)
-        content = json.loads(Path(str(cached_file(name, CODES_FILE, revision=revision))).read_text(encoding="utf-8"))
+        content = read_json(Path(str(cached_file(name, CODES_FILE, revision=revision))))
         tokenizer.set_catalogue(content["items"], torch.tensor(content["codes"]))
         return tokenizer
 

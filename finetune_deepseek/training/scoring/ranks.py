@@ -56,6 +56,12 @@ def right_ranks(scores: np.ndarray, right: np.ndarray) -> np.ndarray:
     return found
 
 
+def best_first(scores: np.ndarray) -> np.ndarray:
+    """The places of scores [..., V], the best first; equal ones stay in order, what is no number counts as minus
+    infinity."""
+    return np.argsort(-np.where(np.isnan(scores), -np.inf, scores), axis=-1, kind="stable")
+
+
 def highest(scores: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The highest scores, best first, and their places, both [..., K]; what is no number counts as minus infinity.
 

@@ -1,0 +1,185 @@
+"""The files of a knowledge base, texts and tables, as passages with the places that they come from."""
+
+import hashlib
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from ..data.cells import plain
+from ..data.table import ENDINGS, is_table, read_columns
+
+TEXT_ENDINGS = (".txt", ".md", ".rst")
+TEXT_COLUMNS = ("text", "passage", "context")  # of a table, the first that it has
+MAX_CHARACTERS = 1000
+SPACE = re.compile(r"\s*")
+SENTENCE_END = re.compile(r"(?<=[.!?])(?=\s)|(?<=[。！？])")
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A stretch of a file; `source` is its path below the knowledge folder and its first line (a table's row)."""
+
+    text: str
+    source: str
+
+
+def split_text(text: str, max_characters: int = MAX_CHARACTERS) -> Iterator[tuple[int, str]]:
+    """Passages of a text with the number of the line that each begins in, from 1.
+
+    Paragraphs (which end at an empty line) are joined while they fit; a longer one is cut between sentences, and a
+    longer sentence anywhere.
+    """
+    held, held_line = "", 1
+    for line, paragraph in _paragraphs(text):
+        counted = 0  # up to where the paragraph's lines are in `line`
+        for start, piece in _pieces(paragraph, max_characters):
+            if held and len(held) + len(piece) + 1 > max_characters:
+                yield held_line, held
+                held = ""
+            if not held:
+                line += paragraph.count("\n", counted, start)
+                held_line, counted = line, start
+            held = f"{held}\n{piece}" if held else piece
+    if held:
+        yield held_line, held
+
+
+def _paragraphs(text: str) -> Iterator[tuple[int, str]]:
+    line = 1
+    for block in re.split(r"(\n[^\S\n]*\n\s*)", text):
+        if block.strip():
+            yield line + block[: len(block) - len(block.lstrip())].count("\n"), block.strip()
+        line += block.count("\n")
+
+
+def _pieces(paragraph: str, max_characters: int) -> Iterator[tuple[int, str]]:
+    """Where each piece begins, and its text as it stands in the paragraph."""
+    start = end = 0
+    for sentence_end in (*(match.start() for match in SENTENCE_END.finditer(paragraph)), len(paragraph)):
+        if end > start and sentence_end - start > max_characters:
+            yield start, paragraph[start:end]
+            start = end
+        start = cast(re.Match, SPACE.match(paragraph, start)).end() if start == end else start
+        while sentence_end - start > max_characters:
+            yield start, paragraph[start : start + max_characters]
+            start += max_characters
+        end = sentence_end
+    if end > start:
+        yield start, paragraph[start:end]
+
+
+def read_passages(path: Path, name: str, max_characters: int) -> list[Passage]:
+    """The passages of one file.
+
+    Raises:
+        ValueError: if it can't be read, or holds no text.
+    """
+    if path.suffix in TEXT_ENDINGS:
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"can't be read as UTF-8 text (byte {error.start + 1}); convert the file") from error
+        passages = [Passage(piece, f"{name}:{line}") for line, piece in split_text(text, max_characters)]
+    elif is_table(path):
+        columns = read_columns(str(path))
+        column = next((column for column in TEXT_COLUMNS if column in columns), None)
+        if column is None:
+            raise ValueError(f"none of the columns {', '.join(TEXT_COLUMNS)}; it has {', '.join(columns)}")
+        passages = [
+            Passage(piece, f"{name}:{number}")
+            for number, text in enumerate(map(plain, columns[column]), start=1)
+            if isinstance(text, str)
+            for _, piece in split_text(text, max_characters)
+        ]
+    else:
+        raise ValueError(f"unknown ending; texts are {', '.join(TEXT_ENDINGS)}, tables {', '.join(ENDINGS)}")
+    if not passages:
+        raise ValueError("no text in it")
+    return passages
+
+
+def knowledge_files(knowledge: Path) -> dict[str, Path]:
+    """Name by path of the files of a folder (hidden ones left out) or of one file.
+
+    Raises:
+        ValueError: if there is nothing.
+    """
+    if knowledge.is_file():
+        return {knowledge.name: knowledge}
+    if not knowledge.is_dir():
+        raise ValueError(f"{knowledge}: no such file or folder.")
+    files = {path.relative_to(knowledge).as_posix(): path for path in sorted(knowledge.rglob("*")) if path.is_file()}
+    files = {name: path for name, path in files.items() if not any(p.startswith(".") for p in name.split("/"))}
+    if not files:
+        raise ValueError(f"{knowledge}: there are no files in this folder.")
+    return files
+
+
+@dataclass
+class Knowledge:
+    """What was read of a knowledge base.
+
+    Attributes:
+        passages: of all files.
+        files: name, hash, place of the first passage and number of passages, in the order of these.
+        before: where each passage stood in what was read before, None for a new one.
+        unreadable: how many files were left out.
+    """
+
+    passages: list[Passage] = field(default_factory=list)
+    files: list[dict[str, Any]] = field(default_factory=list)
+    before: list[int | None] = field(default_factory=list)
+    unreadable: int = 0
+
+    @property
+    def new(self) -> list[int]:
+        """The places of new passages."""
+        return [place for place, before in enumerate(self.before) if before is None]
+
+    def add(self, name: str, digest: str, passages: list[Passage], before: Sequence[int | None]) -> None:
+        """Take up a file."""
+        start = len(self.passages)
+        self.files.append({"name": name, "sha256": digest, "start": start, "passages": len(passages)})
+        self.passages += passages
+        self.before += before
+
+
+def read_knowledge(
+    knowledge: Path, max_characters: int, known: Sequence[dict[str, Any]], passages: Sequence[Passage]
+) -> Knowledge:
+    """The passages of a folder or file; a file that hasn't changed keeps those that it had. What can't be read is left
+    out, with a line each.
+
+    Args:
+        known: files as in `Knowledge.files`, and passages: what was read of them before.
+
+    Raises:
+        ValueError: if there is nothing to read, or nothing of it can be read.
+    """
+    found, earlier = Knowledge(), {file["name"]: file for file in known}
+    for name, path in knowledge_files(knowledge).items():
+        try:
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            if name in earlier and earlier[name]["sha256"] == digest:
+                start = earlier[name]["start"]
+                places = range(start, start + earlier[name]["passages"])
+                found.add(name, digest, [passages[place] for place in places], places)
+            else:
+                fresh = read_passages(path, name, max_characters)
+                found.add(name, digest, fresh, [None] * len(fresh))
+        except (ValueError, OSError) as error:
+            found.unreadable += 1
+            print(f"left out {name}: {' '.join(str(error).split())}", file=sys.stderr)
+    if not found.passages:
+        raise ValueError(
+            f"{knowledge}: none of its {found.unreadable} files can be read, so there is nothing to find."
+        )
+    print(
+        f"{len(found.passages):,} passages of {len(found.files):,} files ({len(found.new):,} new; "
+        f"{found.unreadable:,} files left out)",
+        file=sys.stderr,
+    )
+    return found
