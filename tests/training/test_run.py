@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -359,3 +360,13 @@ def test_collator_pads_rows_right_and_prompts_left():
     assert batch["prompt_ids"].tolist() == [[9, 1], [5, 7]]
     assert batch["prompt_mask"].tolist() == [[0, 1], [1, 1]]
     assert batch["row"].tolist() == [4, 0]
+
+
+def test_an_equal_run_leaves_no_more_rows_in_the_cache(finetune, data, tmp_path, monkeypatch):
+    """Another folder for its results is no reason to keep what it made of the rows once more."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    counts = []
+    for number in range(3):
+        finetune(output_dir=tmp_path / f"out{number}", max_steps=1, **data)
+        counts.append(len([*(tmp_path / "cache").rglob("*.arrow")]))
+    assert counts[0] == counts[1] == counts[2] > 0
