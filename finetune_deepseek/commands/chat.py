@@ -38,7 +38,7 @@ def chat(argv: Sequence[str]) -> None:
 
     from ..language.serving.chat_format import ChatFormat, choose_template
     from ..language.serving.conversation import Conversation
-    from ..language.serving.language_model import LanguageModel, open_tokenizer, opened
+    from ..language.serving.language_model import TALKING, LanguageModel, open_tokenizer, opened
     from ..language.serving.terminal import Terminal
 
     if not sys.stdin.isatty():
@@ -48,6 +48,8 @@ def chat(argv: Sequence[str]) -> None:
     choose_template(tokenizer, arguments.chat_template, name)
     ChatFormat(tokenizer, name, arguments.thinking)  # refuses what doesn't fit before the weights are read
     terminal = Terminal(Conversation(LanguageModel.open(saved, tokenizer, arguments), arguments))
+    if saved.task not in TALKING:
+        terminal.note(f"{name} was trained for {saved.task}, not on conversations; expect little of its answers.")
     if terminal.asks:
         terminal.note(f"{name}: /help lists the commands, /exit or Ctrl-D ends.")
     terminal.run()

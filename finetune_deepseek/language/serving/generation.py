@@ -101,7 +101,7 @@ class Generator:
             ValueError: if scores are no numbers, or a batch doesn't fit into memory.
         """
         size = self.window
-        for first in range(start - start % size, len(prompts), size):
+        for first in range(start - start % size, len(prompts) if start < len(prompts) else 0, size):
             jobs = [
                 Job(place, number, prompts[place])
                 for place in range(first, min(first + size, len(prompts)))

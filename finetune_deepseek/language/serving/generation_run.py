@@ -15,12 +15,10 @@ from ...training.saved import Saved
 from .arguments import GenerateArguments
 from .chat_format import ChatFormat, choose_template, encode_raw, has_template
 from .generation import Completion, Generator
-from .language_model import LanguageModel, device_of, identity, open_tokenizer, opened
+from .language_model import TALKING, LanguageModel, device_of, identity, open_tokenizer, opened
 from .prompts import Prompt, read_prompts
 from .sampling import Sampling
 from .written import WrittenLines
-
-TALKING = (None, "conversation")  # tasks of training after which a tokenizer's chat format is what the model knows
 
 
 def note(text: str) -> None:
@@ -35,6 +33,8 @@ def run(name: str, arguments: GenerateArguments) -> None:
         ValueError: with one line, for bad input.
     """
     prompts = read_prompts(arguments.prompts, arguments.input, arguments.column)
+    if not prompts:
+        raise ValueError("There is no prompt; write it behind the model, in quotes, or name a file by --input.")
     saved = opened(name, arguments.model_revision, arguments.trust_remote_code)
     tokenizer = open_tokenizer(saved, arguments)
     is_chat = needs_format(arguments, prompts, has_template(tokenizer) and saved.task in TALKING)

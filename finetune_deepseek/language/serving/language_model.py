@@ -14,6 +14,7 @@ from ...training.loading import fitted, pretrained_model, saved_tokenizer, with_
 from ...training.saved import Saved
 from .arguments import TalkArguments
 
+TALKING = (None, "conversation")  # tasks of training after which a tokenizer's chat format is what the model knows
 VERBS: dict[str | None, str] = {  # what a model of another kind is for
     "SequenceClassification": "predict classification",
     "QuestionAnswering": "answer",

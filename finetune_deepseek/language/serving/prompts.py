@@ -73,4 +73,6 @@ def _prompt(number: int, where: str, name: str, cell: Any, identifier: Any, tool
         return Prompt(number, where, text=cell, tools=tools, id=identifier)
     if cell is None:
         raise ValueError(f"{where}: {name!r} is empty; write a prompt, or leave the row out.")
+    if not isinstance(cell, list):
+        raise ValueError(f"{where}: {name!r} is {type(cell).__name__}, neither a text nor a conversation (a list).")
     return Prompt(number, where, messages=checked_messages(cell, where), tools=tools, id=identifier)

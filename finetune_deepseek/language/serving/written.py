@@ -33,9 +33,17 @@ class WrittenLines:
             self._check_settings(settings)
             self.done = self._check_lines(expected)
         else:
-            path.write_bytes(b"")
             self.done = 0
+            self._begin()
         write_json(self.beside, settings)
+
+    def _begin(self) -> None:
+        try:
+            self.path.write_bytes(b"")
+        except OSError as error:
+            raise ValueError(
+                f"--output {self.path}: can't be written ({error.strerror}); name another file."
+            ) from error
 
     def _check_settings(self, settings: dict[str, Any]) -> None:
         before = read_json(self.beside)

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,6 +142,13 @@ def test_what_does_not_fit_is_refused_before_the_weights_are_read(argv, message,
     )
     code, out, err = main("chat", folders / argv[0], *argv[1:], stdin="hi\n")
     assert (code, out, err.count("\n")) == (2, "", 1) and message in err
+
+
+def test_a_model_of_another_task_is_said_to_be_one(folders, main, tmp_path):
+    shutil.copytree(folders / "v3", tmp_path / "v3")
+    (tmp_path / "v3" / "deepseek_hf.json").write_text('{"format": 1, "task": "translation", "settings": {}}')
+    code, out, err = main("chat", tmp_path / "v3", "--max_new_tokens", 3, stdin="hi\n")
+    assert code == 0 and out and "v3 was trained for translation, not on conversations" in err
 
 
 def test_the_format_of_a_release_is_named(trained):

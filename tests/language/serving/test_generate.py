@@ -98,7 +98,7 @@ REFUSED = {
     "unknown role": ([{"role": "critic", "content": "x"}], "message 1: no such role: 'critic'; there is system,"),
     "no content": ([*HELLO, {"role": "assistant"}], "row 1, message 2: it has no content"),
     "no message": (["hello"], "row 1, message 1: expected {"),
-    "number": (7, "row 1: a conversation is a list of messages, found int"),
+    "number": (7, "row 1: 'messages' is int, neither a text nor a conversation (a list)."),
     "nothing": (None, "row 1: 'messages' is empty; write a prompt, or leave the row out."),
     "no place": ([{"role": "developer", "content": "x"}], "row 1: this chat format has no role developer."),
     "part": ([{"role": "user", "content": [{"type": "image"}]}], "row 1: this chat format has no place for a part of"),
@@ -135,6 +135,9 @@ def test_what_is_no_conversation_is_refused_with_its_row(name, folders, main, tm
         (["v3", "--input", "none.txt"], "--input none.txt: no such file"),
         (["v3", "x", "--output", "none/a.jsonl"], "there is no such folder to write to"),
         (["v3", "x", "--column", "y"], "--column names a column of a table"),
+        (["v3"], "There is no prompt; write it behind the model, in quotes, or name a file by --input."),
+        (["v3", "--stop", "a", "swallowed"], "There is no prompt"),
+        (["v3", "x", "--output", "."], "--output .: this is a folder; name a file in it."),
         (["v3", "--raw", "word " * 200], "prompt 1: 602 tokens leave no room in the model's 128 positions; shorten"),
     ],
 )
