@@ -20,6 +20,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .control_tokens import control_tokens, pattern_of, twin_of, twin_view
+from .tool_calls import read_json
 
 _THOUGHT = "<think>"
 # What isn't a variable of the template, or is one (`bos_token`) that names a special token.
@@ -165,7 +166,7 @@ def _arguments(function: dict[str, Any], number: int) -> dict[str, Any]:
     given, why = function.get("arguments") or {}, ""
     arguments = given
     try:
-        arguments = json.loads(given) if isinstance(given, str) else given
+        arguments = read_json(given) if isinstance(given, str) else given
     except ValueError as error:
         why = f" ({error})"
     if not isinstance(arguments, dict):

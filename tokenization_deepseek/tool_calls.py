@@ -10,6 +10,16 @@ _FENCE = re.compile(r"(?P<name>[^\n]*)\n```json\n(?P<arguments>.*)\n```\s*", re.
 _INVOKE = re.compile(r'name="(?P<name>[^"]*)">\n?(?P<body>.*)', re.DOTALL)
 
 
+# Python's types of what a schema calls so; a bool is an int too, and none here.
+_TYPES: dict[Any, tuple[type, ...]] = {
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+    "array": (list,),
+    "object": (dict,),
+}
+
+
 class InvalidCall(ValueError):
     """A tool call that can't be read; the message says why."""
 
@@ -70,13 +80,15 @@ def cast(call: dict[str, Any], tools: Sequence[Any] | None) -> dict[str, Any]:
 
 
 def _by_schema(value: Any, schema: Any) -> Any:
+    """The value that a text stands for, if that is of the schema's type; else the text."""
     kind = schema.get("type") if isinstance(schema, Mapping) else None
-    if not isinstance(value, str) or kind not in ("integer", "number", "boolean", "array", "object"):
+    if not isinstance(value, str) or not isinstance(kind, str) or kind not in _TYPES:
         return value
     try:
-        return json.loads(value)
+        found = read_json(value)
     except ValueError:
         return value
+    return found if type(found) in _TYPES[kind] else value
 
 
 def _call(name: str, arguments: dict[str, Any], kind: str = "function") -> dict[str, Any]:
@@ -94,7 +106,33 @@ def _object(text: str) -> dict[str, Any]:
 
 def _json(text: str, name: str | None) -> Any:
     try:
-        return json.loads(text)
+        return read_json(text)
     except ValueError as error:
         what = "the arguments are" if name is None else f"parameter {name!r} is"
         raise InvalidCall(f"{what} no JSON ({error})") from None
+
+
+def read_json(text: str) -> Any:
+    """The value that a text of JSON says.
+
+    Raises:
+        ValueError: for what is none, NaN among it; for a key that is there twice, of which one would be lost; for
+            more lists in one another than Python reads, as a model writes that repeats itself.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError("too many lists and objects in one another") from None
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r} is there twice")
+        found[name] = value
+    return found
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(f"{name} is none of JSON's numbers")

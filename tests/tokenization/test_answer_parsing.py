@@ -152,6 +152,9 @@ GOOD = {"type": "function", "function": {"name": "get", "arguments": {}}}
 BAD = [
     ("v3.1", BLOCK, f'{CALL}get{SEP}{{"a": {CLOSED}', END, "the arguments are no JSON"),
     ("v3.1", BLOCK, f"{CALL}get{SEP}[1]{CLOSED}", END, "the arguments are no JSON object but list"),
+    ("v3.1", BLOCK, f'{CALL}get{SEP}{{"a": {"[" * 5000}{CLOSED}', END, "too many lists and objects in one another"),
+    ("v3.1", BLOCK, f'{CALL}get{SEP}{{"a": 1, "a": 2}}{CLOSED}', END, "'a' is there twice"),
+    ("v3.1", BLOCK, f'{CALL}get{SEP}{{"a": NaN}}{CLOSED}', END, "NaN is none of JSON's numbers"),
     ("v3.1", BLOCK, f"{CALL}get{CLOSED}", END, "no <｜tool▁sep｜> between"),
     ("v3.1", BLOCK, f"{CALL}{SEP}{{}}{CLOSED}", END, "the call has no name"),
     ("v3.1", BLOCK, "well, then", END, "text between tool calls"),
@@ -208,6 +211,29 @@ def test_texts_are_read_by_the_schemas_of_tools(trained):
     assert call["function"]["arguments"] == {"n": 7, "s": "7", "b": True, "l": "[1", "x": "7"}
     (call,) = trained.parse_response(text)["tool_calls"]
     assert call["function"]["arguments"] == given
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "value"),
+    [
+        ("integer", "true", "true"),
+        ("integer", "1.5", "1.5"),
+        ("number", "1.5", 1.5),
+        ("number", "NaN", "NaN"),
+        ("boolean", "1", "1"),
+        ("array", "5", "5"),
+        ("array", "[" * 5000, "[" * 5000),
+        ("object", "[1]", "[1]"),
+        ("object", '{"a": 1}', {"a": 1}),
+        (["string", "null"], "1", "1"),
+    ],
+)
+def test_a_text_becomes_a_value_of_its_schemas_type_or_stays(kind, text, value):
+    tools = [{"name": "get", "parameters": {"properties": {"a": {"type": kind}}}}]
+    (call,) = parse_answer(
+        FORMS["v3.2"], f"{DSML}{INVOKE}{PARAMETER('a', 'true', text)}{INVOKED}{DSML_END}", None, tools
+    )["tool_calls"]
+    assert json.dumps(call["function"]["arguments"]["a"]) == json.dumps(value)
 
 
 # ---- the tokenizer's methods
