@@ -44,6 +44,8 @@ def generate(argv: Sequence[str]) -> None:
         raise ValueError(f"--output {arguments.output}: there is no such folder to write to.")
     if arguments.output and Path(arguments.output).is_dir():
         raise ValueError(f"--output {arguments.output}: this is a folder; name a file in it.")
+    if arguments.output and arguments.input and Path(arguments.output).resolve() == Path(arguments.input).resolve():
+        raise ValueError(f"--output {arguments.output}: it is the --input; name another file.")
     if arguments.prompts and arguments.input:
         raise ValueError(f"--input and the prompt {arguments.prompts[0]!r}: two places for prompts; keep one of them.")
     if not arguments.prompts and not arguments.input and sys.stdin.isatty():

@@ -259,6 +259,15 @@ def test_a_file_that_somebody_else_wrote_is_left_alone(folders, main, tmp_path):
     assert main(*command(folders, tmp_path))[0] == 0
 
 
+def test_prompts_are_never_written_over(folders, main, tmp_path, monkeypatch):
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"prompt": "hello"}\n')
+    monkeypatch.chdir(tmp_path)
+    code, _, err = main("generate", folders / "v3", "--input", path, "--output", "in.jsonl", "--overwrite")
+    assert code == 2 and "in.jsonl: it is the --input; name another file." in err
+    assert path.read_text() == '{"prompt": "hello"}\n'
+
+
 def test_a_model_that_was_trained_on_is_another(folders, main, trained, tmp_path):
     shutil.copytree(folders / "v3", tmp_path / "v3")
     (tmp_path / "in.txt").write_text("hello")
