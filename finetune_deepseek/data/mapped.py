@@ -56,11 +56,21 @@ class TextBuilder(ArrowBasedBuilder):
             size = max(map(len, batch.values()), default=0)
             texts = {name: [None] * size for name in self.config.texts}
             texts |= typed(_flat(batch, paths[0], first_row), wanted, paths[0], first_row)
-            yield number, pa.table({name: pa.array(cells, pa.string()) for name, cells in texts.items()})
+            arrays = {name: _strings(cells, f"{paths[0]}, row ", first_row) for name, cells in texts.items()}
+            yield number, pa.table(arrays)
             first_row += size
 
     def _batches(self, path: str) -> Iterator[Columns]:
         return batches(path, separator=self.config.separator)
+
+
+def _strings(cells: list[Any], where: str, first_row: int) -> pa.Array:
+    try:
+        return pa.array(cells, pa.string())
+    except UnicodeEncodeError:  # JSON may name half of a character, as texts do that were cut
+        rows = enumerate(cells, start=first_row)
+        row = next(number for number, cell in rows if cell and cell.encode("utf-8", "replace").decode() != cell)
+        raise ValueError(f"{where}{row}: the text holds half of a character (such as \\ud83d); mend it.") from None
 
 
 def _flat(batch: Columns, where: str, first_row: int) -> Columns:

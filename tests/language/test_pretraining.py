@@ -430,6 +430,15 @@ def test_bad_texts_are_one_line(content, expected, separator, tmp_path, capsys):
     assert "corpus.txt" in line and (expected in line or "no documents" in line)
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_half_a_character_is_named_by_its_row(streaming, tmp_path):
+    path = tmp_path / "cut.jsonl"
+    path.write_text('{"text": "whole \\ud83d\\ude00"}\n{"text": "half \\ud83d"}\n')
+    with pytest.raises(ValueError, match=r"cut.jsonl, row 2: the text holds half of a character") as error:
+        load_documents(arguments(train_file=[str(path)], streaming=streaming))
+    assert "\n" not in str(error.value)
+
+
 def test_a_tokenizer_without_an_end_is_refused(rows, tmp_path, capsys):
     tokenizer = train_tokenizer(FULL, 300)
     tokenizer.save_pretrained(tmp_path / "tokenizer")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...data.cells import Column, absent, in_brackets, plain
-from ...data.files import read_lines
+from ...data.files import json_line, read_lines
 from ...data.table import Columns, is_table, read_columns
 from .messages import checked_messages
 
@@ -41,12 +41,21 @@ def read_prompts(words: Sequence[str], path: str | None, column: str | None = No
         ValueError: for a file that can't be read, with the row for what is no prompt.
     """
     if path and is_table(path):
-        return table_prompts(read_columns(path), path, column)
+        return [*map(_whole, table_prompts(read_columns(path), path, column))]
     if column:
         raise ValueError("--column names a column of a table; --input has none (.jsonl, .json, .csv, .tsv, .parquet).")
     texts = words or read_lines(path)
     kind = "prompt" if words else f"{path or 'standard input'}, line"
-    return [Prompt(number, f"{kind} {number}", text) for number, text in enumerate(texts, 1)]
+    return [_whole(Prompt(number, f"{kind} {number}", text)) for number, text in enumerate(texts, 1)]
+
+
+def _whole(prompt: Prompt) -> Prompt:
+    """The prompt, if it is made of whole characters: JSON may name half of one, and a terminal hand on other bytes."""
+    try:
+        json_line(prompt.shown).encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{prompt.where}: it holds half of a character (such as \\ud83d); mend it.") from None
+    return prompt
 
 
 def table_prompts(columns: Columns, path: str, column: str | None) -> list[Prompt]:

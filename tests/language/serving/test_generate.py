@@ -259,6 +259,13 @@ def test_a_file_that_somebody_else_wrote_is_left_alone(folders, main, tmp_path):
     assert main(*command(folders, tmp_path))[0] == 0
 
 
+@pytest.mark.parametrize("row", ['{"prompt": "%s"}', '{"messages": [{"role": "user", "content": "%s"}]}'])
+def test_half_a_character_is_named_by_its_row(row, folders, main, tmp_path):
+    (tmp_path / "in.jsonl").write_text("\n".join([row % "hello", row % r"cut \ud83d"]))
+    code, _, err = main("generate", folders / "v3", "--input", tmp_path / "in.jsonl")
+    assert code == 2 and "in.jsonl, row 2: it holds half of a character" in err and err.count("\n") == 1
+
+
 def test_prompts_are_never_written_over(folders, main, tmp_path, monkeypatch):
     path = tmp_path / "in.jsonl"
     path.write_text('{"prompt": "hello"}\n')
