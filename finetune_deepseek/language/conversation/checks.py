@@ -1,7 +1,8 @@
 """What is wrong with a conversation, by name; a report counts such rows and names them."""
 
-import json
 from typing import Any
+
+from tokenization_deepseek.tool_calls import read_json
 
 from ..serving.messages import ROLES
 from .layouts import Faulty, Turn
@@ -74,7 +75,7 @@ def _call(call: Any, number: int) -> dict[str, Any]:
         raise Faulty("broken", f"a call of turn {number} names no function")
     arguments = function.get("arguments", {})
     try:
-        value = json.loads(arguments) if isinstance(arguments, str) else arguments
+        value = read_json(arguments) if isinstance(arguments, str) else arguments
     except ValueError:
         value = None
     if not isinstance(value, dict):

@@ -8,9 +8,10 @@
 A layout is told by the columns, and the first two by the keys of the first turn. Cells of a csv file are JSON.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
+
+from tokenization_deepseek.tool_calls import read_json
 
 from ...data.cells import Column, in_brackets, plain, typed
 
@@ -126,7 +127,7 @@ def _of_speaker(turn: Turn) -> Turn:
 
 def _json(text: Any) -> Any:
     try:
-        return json.loads(text) if isinstance(text, str) else text
+        return read_json(text) if isinstance(text, str) else text
     except ValueError:
         raise Faulty("bad_arguments", f"a call is {str(text)[:40]!r}") from None
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from tokenization_deepseek import AnsweredChat, encode_answers
+from tokenization_deepseek.tool_calls import read_json
 
 from ...training.optimization import IGNORED_LABEL
 from .arguments import ConversationArguments
@@ -217,7 +218,7 @@ def _with_prompt(chat: AnsweredChat, span: tuple[int, int]) -> int:
 def _with_arguments(call: dict[str, Any], form: type) -> dict[str, Any]:
     arguments = call["function"]["arguments"]
     if form is dict and isinstance(arguments, str):
-        arguments = json.loads(arguments)
+        arguments = read_json(arguments)
     elif form is str and not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
     return call | {"function": call["function"] | {"arguments": arguments}}

@@ -22,6 +22,12 @@ FAULTY = [
     ("tool_without_call", [ASKED, CALLED, turn("tool", "1", tool_call_id="c2"), ANSWERED], "'c2', which no call"),
     ("bad_arguments", [ASKED, turn("assistant", "", tool_calls=[call('{"a": ')])], "turn 2, get: '{\"a\": '"),
     ("bad_arguments", [ASKED, turn("assistant", "", tool_calls=[call("[1]")])], "turn 2, get: '[1]'"),
+    (
+        "bad_arguments",
+        [ASKED, turn("assistant", "", tool_calls=[call('{"a": 1, "a": 2}')])],
+        'turn 2, get: \'{"a": 1, "a": 2}\'',
+    ),
+    ("bad_arguments", [ASKED, turn("assistant", "", tool_calls=[call('{"a": NaN}')])], "turn 2, get: '{\"a\": NaN}'"),
     ("broken", [ASKED, turn("assistant", None)], "turn 2 has no content"),
     ("broken", [turn("user", 3), ANSWERED], "the content of turn 1 is '3', not a text"),
     ("broken", [ASKED, turn("assistant", "", tool_calls=[{"arguments": "{}"}])], "a call of turn 2 names no function"),
