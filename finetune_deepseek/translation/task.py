@@ -322,7 +322,7 @@ class Translation(Prompts, Task):
         """
         for row in rows:
             made = self.prompt(row["source"], row["source_lang"], row["target_lang"])
-            if row["prompt"] != made:
+            if row.get("prompt", made) != made:
                 raise ValueError(
                     f"--adapter_off_check: the base was asked by {row['prompt']!r}, this run asks by {made!r}, and "
                     "outputs would differ without a fault; give the base's --prompt_template, or leave the check out."

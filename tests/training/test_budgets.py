@@ -104,7 +104,7 @@ def test_two_processes_end_with_the_first_ones_time(data, tmp_path):
     One of them saves, at every step here, so that a second writer of the same folder would be met.
     """
     settings = TINY | data | {
-        "output_dir": tmp_path / "out", "do_train": True, "train_minutes": 0.03, "tokens_per_batch": 16,
+        "output_dir": tmp_path / "out", "do_train": True, "train_minutes": 0.1, "tokens_per_batch": 16,
         "lr_scheduler_type": "linear", "ddp_backend": "gloo", "save_strategy": "steps", "save_steps": 1,
         "average_checkpoints": 2, "overwrite_output_dir": True, "optim": "muon",
     }  # fmt: skip
