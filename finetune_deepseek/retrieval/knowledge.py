@@ -14,6 +14,8 @@ from ..data.table import ENDINGS, is_table, read_columns
 TEXT_ENDINGS = (".txt", ".md", ".rst")
 TEXT_COLUMNS = ("text", "passage", "context")  # of a table, the first that it has
 MAX_CHARACTERS = 1000
+OWN_FILES = ("index.json", "passages.jsonl", "embeddings.safetensors")  # of an index, which may lie in what it is of
+SAVING = re.compile(r"_(.+\.)?saving-[0-9a-f]{8}")  # folders that a killed save has left
 SPACE = re.compile(r"\s*")
 SENTENCE_END = re.compile(r"(?<=[.!?])(?=\s)|(?<=[。！？])")
 
@@ -98,21 +100,38 @@ def read_passages(path: Path, name: str, max_characters: int) -> list[Passage]:
         raise ValueError(f"unknown ending; texts are {', '.join(TEXT_ENDINGS)}, tables {', '.join(ENDINGS)}")
     if not passages:
         raise ValueError("no text in it")
+    for passage in passages:
+        try:
+            passage.text.encode()
+        except UnicodeEncodeError:  # JSON may name half of a character
+            raise ValueError(f"{passage.source} holds half of a character (such as \\ud83d); mend it") from None
     return passages
 
 
-def knowledge_files(knowledge: Path) -> dict[str, Path]:
-    """Name by path of the files of a folder (hidden ones left out) or of one file.
+def readable(path: Path) -> str:
+    """A path with `/`; bytes that aren't UTF-8, as old archives name files, as escapes."""
+    return path.as_posix().encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+def is_knowledge(path: Path, below: Path, index_folder: Path | None) -> bool:
+    """Whether a file below a folder is read: a hidden one isn't, nor what an index is kept in."""
+    if any(part.startswith(".") or SAVING.fullmatch(part) for part in below.parts):
+        return False
+    return path.name not in OWN_FILES or index_folder is None or path.parent.resolve() != index_folder.resolve()
+
+
+def knowledge_files(knowledge: Path, index_folder: Path | None = None) -> dict[str, Path]:
+    """Name by path of the files of a folder (hidden ones and the index's own left out) or of one file.
 
     Raises:
         ValueError: if there is nothing.
     """
     if knowledge.is_file():
-        return {knowledge.name: knowledge}
+        return {readable(Path(knowledge.name)): knowledge}
     if not knowledge.is_dir():
         raise ValueError(f"{knowledge}: no such file or folder.")
-    files = {path.relative_to(knowledge).as_posix(): path for path in sorted(knowledge.rglob("*")) if path.is_file()}
-    files = {name: path for name, path in files.items() if not any(p.startswith(".") for p in name.split("/"))}
+    found = [(path.relative_to(knowledge), path) for path in sorted(knowledge.rglob("*")) if path.is_file()]
+    files = {readable(below): path for below, path in found if is_knowledge(path, below, index_folder)}
     if not files:
         raise ValueError(f"{knowledge}: there are no files in this folder.")
     return files
@@ -148,19 +167,24 @@ class Knowledge:
 
 
 def read_knowledge(
-    knowledge: Path, max_characters: int, known: Sequence[dict[str, Any]], passages: Sequence[Passage]
+    knowledge: Path,
+    max_characters: int,
+    known: Sequence[dict[str, Any]],
+    passages: Sequence[Passage],
+    index_folder: Path | None = None,
 ) -> Knowledge:
     """The passages of a folder or file; a file that hasn't changed keeps those that it had. What can't be read is left
     out, with a line each.
 
     Args:
         known: files as in `Knowledge.files`, and passages: what was read of them before.
+        index_folder: whose own files are no knowledge, should it lie in it.
 
     Raises:
         ValueError: if there is nothing to read, or nothing of it can be read.
     """
     found, earlier = Knowledge(), {file["name"]: file for file in known}
-    for name, path in knowledge_files(knowledge).items():
+    for name, path in knowledge_files(knowledge, index_folder).items():
         try:
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
             if name in earlier and earlier[name]["sha256"] == digest:

@@ -32,10 +32,10 @@ from ..training.saved import Saved
 from ..training.scoring.ranks import best_first
 from .arguments import EmbeddingArguments
 from .encoding import encode
-from .knowledge import MAX_CHARACTERS, Knowledge, Passage, read_knowledge
+from .knowledge import MAX_CHARACTERS, OWN_FILES, Knowledge, Passage, read_knowledge
 from .lexical import BM25, DEFAULT_WEIGHTS, WORDS_ALONE, fused_scores, part_terms
 
-INDEX_FILE, PASSAGES_FILE, EMBEDDINGS_FILE = "index.json", "passages.jsonl", "embeddings.safetensors"
+INDEX_FILE, PASSAGES_FILE, EMBEDDINGS_FILE = OWN_FILES
 FORMAT = 2  # 1 had its files in a mapping, whose order said nothing of where their passages stand
 # Fields of a config that say nothing about vectors.
 OTHER_FIELDS = ("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version")
@@ -176,7 +176,7 @@ class PassageIndex:
             if old.settings is None:
                 raise ValueError(f"{folder}: no index there; name the knowledge that it is to be made from.")
             return cls(old.passages, old.embeddings, retriever, old.settings, use_faiss)
-        found = read_knowledge(Path(knowledge), max_characters, old.files(), old.passages)
+        found = read_knowledge(Path(knowledge), max_characters, old.files(), old.passages, folder)
         vectors = _vectors_of(found, old.embeddings, retriever) if retriever else None
         settings = {"format": FORMAT, "fingerprint": fingerprint, "max_characters": max_characters}
         index = cls(found.passages, vectors, retriever, settings | {"files": found.files}, use_faiss)
@@ -330,6 +330,8 @@ def _read_index(folder: Path) -> Stored:
         settings = json_of(read_text(str(folder / INDEX_FILE)), INDEX_FILE)
         if not isinstance(settings, dict) or settings.get("format") not in (1, FORMAT):
             raise NotImplementedError
+        if missing := {"files", "fingerprint", "max_characters", "written"} - settings.keys():
+            raise ValueError(f"{INDEX_FILE} says no {', '.join(sorted(missing))}")
         for name, expected in settings["written"].items():
             if file_hash(folder / name) != expected:
                 raise ValueError(f"{name} is not the file that was written")

@@ -1,6 +1,7 @@
 """The passage index: splitting, searching, what persists, what is refused, and files that can't be read."""
 
 import json
+import os
 import sys
 import time
 
@@ -224,6 +225,41 @@ def test_a_damaged_index_is_made_anew_from_the_knowledge_that_is_named(knowledge
         assert PassageIndex.open(tmp_path / "index", knowledge).passages == first.passages
         assert "the index is damaged" in (said := capsys.readouterr().err) and "it is made anew" in said
         assert PassageIndex.open(tmp_path / "index").passages == first.passages
+
+
+@pytest.mark.parametrize("place", ["notes", "notes/index", "notes/more/index"])
+def test_an_index_in_what_it_is_of_is_no_part_of_it(place, knowledge, tmp_path):
+    first = PassageIndex.open(tmp_path / place, knowledge).passages
+    left = tmp_path / place / "_saving-0123abcd"  # by a save that was killed
+    left.mkdir()
+    (left / "passages.jsonl").write_text('{"text": "Old."}')
+    assert PassageIndex.open(tmp_path / place, knowledge).passages == first
+    (tmp_path / place / "index.json").write_text("{")
+    assert PassageIndex.open(tmp_path / place, knowledge).passages == first and len(first) == 3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are text elsewhere")
+def test_a_file_name_that_is_not_utf8_is_shown_by_escapes(tmp_path):
+    (tmp_path / "notes").mkdir()
+    with open(os.fsencode(tmp_path) + b"/notes/caf\xe9.txt", "w") as file:
+        file.write(FOX)
+    for _ in range(2):
+        assert found(PassageIndex.open(tmp_path / "index", tmp_path / "notes"), "fox") == [(FOX, "caf\\xe9.txt:1")]
+
+
+def test_half_of_a_character_leaves_its_file_out(knowledge, tmp_path, capsys):
+    (knowledge / "half.jsonl").write_text('{"text": "whole"}\n{"text": "cut \\ud83d"}\n')
+    assert len(PassageIndex.open(tmp_path / "index", knowledge).passages) == 3
+    assert "left out half.jsonl: half.jsonl:2 holds half of a character" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("field", ["files", "fingerprint", "max_characters", "written"])
+def test_an_index_that_lacks_a_field_is_damaged(field, knowledge, tmp_path, capsys):
+    first = PassageIndex.open(tmp_path / "index", knowledge).passages
+    path = tmp_path / "index/index.json"
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != field}))
+    assert PassageIndex.open(tmp_path / "index", knowledge).passages == first
+    assert f"index.json says no {field}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("first_format", [1, 2])
