@@ -51,13 +51,14 @@ def writing_beside(folder: str | os.PathLike) -> Iterator[str]:
     Raises:
         OSError: if writing fails (a full disk, say); `folder` then holds what it held before.
     """
-    folder = os.path.abspath(folder)
+    folder = os.path.realpath(folder)  # a link may lead to another file system, which no rename leads to
     os.makedirs(folder, exist_ok=True)
     is_new = _can_be_renamed(folder)
     # Else inside, because beside a mounted folder there is another file system.
     place, prefix = (os.path.dirname(folder), f"_{os.path.basename(folder)}.saving-") if is_new else (folder, PREFIX)
     beside = os.path.join(place, prefix + secrets.token_hex(4))
     os.mkdir(beside)
+    shutil.copymode(folder, beside)  # it may take the place of one that others may not read
     try:
         try:
             yield beside

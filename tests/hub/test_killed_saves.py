@@ -3,7 +3,9 @@
 import json
 import os
 import shutil
+import stat
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -126,6 +128,25 @@ def test_a_new_folder_comes_whole(tmp_path):
     for place in each_kill(tmp_path / "model", tmp_path, tiny(0).save_pretrained):
         assert not place.exists() or not any(place.iterdir()) or DeepSeekForCausalLM.from_pretrained(place)
     assert os.listdir(place.parent) == ["model"]
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="there is no second file system")
+def test_a_link_to_an_empty_folder_on_another_file_system(tmp_path):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        (tmp_path / "link").symlink_to(folder)
+        assert os.stat(folder).st_dev != os.stat(tmp_path).st_dev
+        with replaced_folder(tmp_path / "link") as beside:
+            (beside / "config.json").write_text("{}")
+        assert os.listdir(folder) == ["config.json"] and os.listdir(tmp_path) == ["link"]
+
+
+def test_who_may_read_a_folder_stays(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine").chmod(0o700)
+    with replaced_folder(tmp_path / "mine") as beside:
+        assert stat.S_IMODE(beside.stat().st_mode) == 0o700
+        (beside / "config.json").write_text("{}")
+    assert stat.S_IMODE((tmp_path / "mine").stat().st_mode) == 0o700
 
 
 def tokenizers():
