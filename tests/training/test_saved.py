@@ -389,6 +389,12 @@ def cut(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def blank(path, start, end):
+    """Zeros in place of bytes, as a disk gives that lost a page."""
+    content = path.read_bytes()
+    path.write_bytes(content[:start] + bytes(end - start) + content[end:])
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -398,6 +404,10 @@ def cut(path):
         (lambda folder: cut(folder / "rng_state.pth"), "rng_state.pth is damaged"),
         (lambda folder: cut(folder / "model.safetensors"), "model.safetensors is damaged"),
         (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
+        (lambda folder: (folder / "optimizer.pt").unlink(), "has no optimizer.pt or optimizer.bin, as --save_only"),
+        (lambda folder: (folder / "scheduler.pt").unlink(), "has no scheduler.pt, as --save_only"),
+        (lambda folder: blank(folder / "optimizer.pt", 0, 60), "optimizer.pt is damaged"),
+        (lambda folder: blank(folder / "optimizer.pt", 100, 400), "optimizer.pt is damaged"),
     ],
 )
 def test_the_last_whole_checkpoint_is_taken(interrupted, damage, said, capsys):
@@ -413,6 +423,14 @@ def test_the_last_whole_checkpoint_is_taken(interrupted, damage, said, capsys):
         damage(interrupted / f"checkpoint-{number}")
     with pytest.raises(ValueError, match=f"no whole checkpoint in .*; checkpoint-3: .*{said}"):
         find_checkpoint("true", interrupted)
+
+
+def test_the_folder_of_a_run_is_no_checkpoint(interrupted):
+    """It has weights and a state of Trainer, but no optimizer's."""
+    with pytest.raises(
+        ValueError, match="--resume_from_checkpoint .*out: .* has no optimizer.pt or optimizer.bin, no sch"
+    ):
+        find_checkpoint(str(interrupted), interrupted)
 
 
 def test_without_a_checkpoint_the_beginning_is_said(tmp_path, capsys):

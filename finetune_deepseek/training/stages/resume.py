@@ -9,6 +9,9 @@ from safetensors import SafetensorError, safe_open
 from ...data.files import read_json
 
 STATE_FILE = "trainer_state.json"
+TRAINING_FILES = (("optimizer.pt", "optimizer.bin"), ("scheduler.pt",))
+NO_WAY_ON = ", as --save_only_model leaves; to begin anew with its weights, give it as --model_name_or_path"
+READ_BYTES = 2**20  # of each part of a file of torch, the list of its tensors among them
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
@@ -59,16 +62,26 @@ def fault_of(folder: Path) -> str | None:
         if not _is_whole(path):
             return f"{path} is damaged"
     has_weights = any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*"))
-    is_sharded = any(path.is_dir() for path in folder.iterdir())  # as FSDP and DeepSpeed write
-    return None if has_weights or is_sharded else f"{folder} has no weights"
+    parts = [path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("checkpoint-")]
+    if parts:  # as FSDP and DeepSpeed write
+        return None
+    if not has_weights:
+        return f"{folder} has no weights"
+    # Trainer would begin both anew without a word.
+    missing = [" or ".join(names) for names in TRAINING_FILES if not any((folder / name).is_file() for name in names)]
+    return f"{folder} has no {', no '.join(missing)}{NO_WAY_ON}" if missing else None
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether the end of torch's zip file, or what a safetensors header promises, is there."""
-    if path.suffix != ".safetensors":
-        return zipfile.is_zipfile(path)
+    """Whether the parts of torch's zip file, or what a safetensors header promises, are there."""
     try:
-        with safe_open(path, "pt"):
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt"):
+                return True
+        with zipfile.ZipFile(path) as archive:
+            for part in archive.infolist():
+                with archive.open(part) as content:  # which reads its header
+                    content.read(READ_BYTES)  # to the end of what is small, and then it is held against its checksum
             return True
-    except (SafetensorError, OSError):
+    except (SafetensorError, OSError, zipfile.BadZipFile):
         return False
