@@ -19,6 +19,8 @@ from .data.words import nearest_match
 
 def guarded(argv: Sequence[str], verb: str = "finetune") -> int:
     """A verb with bad input turned into one line; returns the exit code."""
+    if reconfigure := getattr(sys.stdout, "reconfigure", None):
+        reconfigure(errors="backslashreplace")  # a pipe's encoding on Windows lacks most characters
     if verb not in OWN_HELP and (not argv or argv[0] in ("-h", "--help")):
         print(USAGE, end="")
         return 0

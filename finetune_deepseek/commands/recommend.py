@@ -76,4 +76,5 @@ def recommend(argv: Sequence[str]) -> None:
         if arguments.explain != "none":
             shares = recommender.explain(histories[user], items[0][0], arguments.explain, **features[user])
             line[arguments.explain] = {"of": items[0][0], "history": dict(sorted(shares, key=lambda pair: -pair[1]))}
-        print(json_line(line), end="")
+        sys.stdout.buffer.write(json_line(line).encode())  # JSON is UTF-8, whatever the terminal's
+    sys.stdout.flush()

@@ -1,5 +1,7 @@
 """What the command says of itself, and that it answers before torch and transformers are imported."""
 
+import contextlib
+import io
 import json
 import re
 import subprocess
@@ -199,3 +201,14 @@ def test_a_word_of_transformers_own_is_refused_in_one_line():
 def test_what_light_files_repeat_is_what_heavy_ones_have():
     assert (*checkpoint_export.FORMS,) == export.FORMS and (*checkpoint.DTYPES,) == export.DTYPES
     assert all(task_class(name).arguments_class is task_flags(name) for name in TASKS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_reaches_a_pipe_of_another_encoding(verb, monkeypatch):
+    pipe = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(pipe, "cp1252"))
+    monkeypatch.setattr("sys.argv", ["deepseek-hf", verb, "--help"])
+    with contextlib.suppress(SystemExit):
+        assert main() == 0
+    sys.stdout.flush()
+    assert b"deepseek-hf" in pipe.getvalue()

@@ -1,5 +1,6 @@
 """The recommendation task and the verb `recommend`, on users who walk around a ring of items."""
 
+import io
 import json
 import os
 from pathlib import Path
@@ -330,6 +331,14 @@ def test_recommend_prints_lines(learned, tmp_path, capsys):
     assert lines[0]["items"][0] == item(5) and lines[1]["items"][0] == item(1)
     assert lines[0]["scores"] == sorted(lines[0]["scores"], reverse=True) and len(lines[0]["items"]) == 3
     assert "left out 2 items" in err and "1 of 3 users have no known item and get nothing, first 'eve'" in err
+
+
+def test_recommend_prints_utf8_to_a_pipe_of_another_encoding(learned, tmp_path, monkeypatch):
+    (tmp_path / "items.json").write_text(json.dumps({"Zoë 安": [item(3)]}))
+    pipe = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(pipe, "cp1252"))
+    assert guarded([str(learned[0] / "out"), "--history", str(tmp_path / "items.json")], "recommend") == 0
+    assert json.loads(pipe.getvalue())["user"] == "Zoë 安"
 
 
 def test_recommend_one_history_with_a_filter(learned, tmp_path, capsys):
