@@ -7,13 +7,14 @@ answers, but otherwise than it was trained to.
 import copy
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file, find_adapter_config_file, logging
 
 from .configuration_deepseek import DeepSeekConfig
-from .whole_folders import current
+from .whole_folders import current, fingerprint_of
 
 logger = logging.get_logger(__name__)
 
@@ -28,7 +29,8 @@ def with_changes(model_class: type, source: Any, kwargs: dict[str, Any]) -> tupl
     its training left it, of the revision that it was trained on, and the adapter on it.
 
     Raises:
-        ValueError: for a record that changes what is no field of a config.
+        ValueError: for a record that changes what is no field of a config; for a base that isn't there, or is another
+            model than in training.
     """
     handed_on = dict(kwargs.get("adapter_kwargs") or {})
     adapter = handed_on.get(ADAPTER_PATH) or source
@@ -46,7 +48,9 @@ def with_changes(model_class: type, source: Any, kwargs: dict[str, Any]) -> tupl
         kwargs["revision"] = adapter_config.get("revision")  # else that of the adapter
     _say_its_class(model_class, adapter, record.get("architecture"))
     if adapter == source:
-        source = _base(adapter, adapter_config["base_model_name_or_path"], record)
+        source = _base(adapter, adapter_config["base_model_name_or_path"], record.get("base") or {})
+    else:  # an Auto class has found it
+        source = _base(adapter, source, (record.get("base") or {}) | {"beside": None})
     changes, config = changes_in(record, adapter), kwargs.get("config")
     if isinstance(config, PreTrainedConfig):
         kwargs["config"] = changed(config, changes)
@@ -107,8 +111,26 @@ def _say_its_class(model_class: type, adapter: Any, architecture: str | None) ->
         )
 
 
-def _base(adapter: Any, name: str, record: dict[str, Any]) -> str:
-    """Where its base is: beside it, where the record says so and the folder is there, or what the adapter names."""
-    beside = (record.get("base") or {}).get("beside")
-    place = os.path.join(adapter, beside) if beside else ""
-    return place if os.path.isdir(place) else name
+def _base(adapter: Any, name: str, recorded: dict[str, Any]) -> str:
+    """Where its base is: beside it or in the folder of that name, as it was in training; else on the Hub.
+
+    Raises:
+        ValueError: if another model is there, or nothing where there was a folder.
+    """
+    beside, expected = recorded.get("beside"), recorded.get("print")
+    places = [os.path.join(adapter, beside)] if beside else []
+    places = [place for place in (*places, name) if os.path.isdir(place)]
+    for place in places:
+        if expected in (None, fingerprint_of(Path(place))):
+            return place
+    if places:
+        raise ValueError(
+            f"{adapter}: its base model {name}: {places[0]} is another model than the one that the adapter was "
+            "trained on (config.json or weights differ). Put that one there; or, to take this one all the same, "
+            f"remove `print` from the adapter's {RECORD_FILE}."
+        )
+    if expected and recorded.get("name") == name:
+        raise ValueError(
+            f"{adapter}: its base model {name} is not there: put it where it was, or correct adapter_config.json."
+        )
+    return name

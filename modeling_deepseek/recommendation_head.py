@@ -117,6 +117,7 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
         """What the trunk reads in place of item numbers: [B, S] -> [B, S, D]."""
         return self.pick_items().read(input_ids)
 
+    @torch.inference_mode(False)  # what is made in that mode could not be trained later
     def add_items(self, texts: Sequence[Sequence[int]]) -> torch.Tensor:
         """Append items to a catalogue of texts (`config.num_items`), given as tokens. Not amid a training: the
         optimizer would go on with the former rows.

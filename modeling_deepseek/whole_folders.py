@@ -4,10 +4,13 @@ A new folder comes by one rename. Where an earlier save stands, the files of bot
 new ones wait in a folder inside, until its head (config.json, say) takes its place with a word of where they wait,
 which whoever opens the folder follows (`current`). Then the others get their places, and last the head as it is to be.
 
+What a model in a folder is recognised by, as the base of an adapter, stands here too (`fingerprint_of`).
+
 The same file lies in modeling_deepseek and tokenization_deepseek, each of which travels without the other.
 """
 
 import filecmp
+import hashlib
 import json
 import os
 import re
@@ -16,6 +19,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 from safetensors import SafetensorError
 
@@ -26,6 +30,8 @@ PREFIX = "_saving-"  # of that folder; Trainer's uploads pass over a leading "_"
 # A model's weights, whole or in shards. Loading prefers whole weights to shards, so none may stay from an older save.
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 COMPARED_BYTES = 2**20  # files up to this size are left where they are if they would not change
+MODEL_FILES = ("*.safetensors", "pytorch_model*.bin")
+END = 65_536  # bytes at the end of each weight file that a print reads
 LEFT_SECONDS = 24 * 60 * 60  # after which a folder to write to has nobody who writes there
 
 
@@ -200,3 +206,22 @@ def _drop_word(head: str) -> None:
     if content.pop(WORD, None) is not None:
         with open(head, "w", encoding="utf-8") as file:
             json.dump(content, file, indent=2, ensure_ascii=False)
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The weight files of a model, not of an adapter."""
+    files = sorted(path for pattern in MODEL_FILES for path in folder.glob(pattern) if path.is_file())
+    return [path for path in files if not path.name.startswith("adapter_")]
+
+
+def fingerprint_of(folder: Path) -> str:
+    """SHA-256 of config.json, and of the names, sizes and ends of the weight files: cheap, and of one model only."""
+    digest = hashlib.sha256()
+    if (folder / "config.json").is_file():
+        digest.update((folder / "config.json").read_bytes())
+    for path in model_files(folder):
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - END))
+            digest.update(f"{path.name} {size} ".encode() + file.read())
+    return digest.hexdigest()

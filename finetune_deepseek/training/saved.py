@@ -11,7 +11,6 @@ knows beside config.json stands in deepseek_hf.json, beside the weights:
 README.md is for people; only folders of earlier versions, which have no such file, are read by it.
 """
 
-import hashlib
 import json
 import os
 import sys
@@ -30,7 +29,7 @@ from safetensors import SafetensorError
 
 from configuration_deepseek.fields import FIELD_NAMES
 from configuration_deepseek.official import SOURCES
-from tokenization_deepseek.whole_folders import current
+from tokenization_deepseek.whole_folders import current, fingerprint_of, model_files
 
 from ..data.files import read_json, write_json
 from ..data.hub import check_source, is_hub_id
@@ -38,8 +37,6 @@ from ..data.hub import check_source, is_hub_id
 RECORD_FILE, FORMAT = "deepseek_hf.json", 1
 CONFIG_FILE, ADAPTER_FILE, CARD_FILE = "config.json", "adapter_config.json", "README.md"
 SMALL_FILES = ["*.json", "*.jinja", "*.model", CARD_FILE, "LICENSE*", "adapter_model.*"]
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
-END = 65_536  # bytes at the end of each weight file that a print reads
 HEADS = ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "Embedding",
          "Recommendation", "ImageClassification")  # fmt: skip
 HEADS_BY_TASK_TYPE = {
@@ -101,7 +98,7 @@ class Saved:
         """
         if not self.own_config and not self.is_adapter:
             raise ValueError(f"{self.where}: no model there, for it has no {CONFIG_FILE} and no {ADAPTER_FILE}.")
-        both = _model_files(self.folder)
+        both = model_files(self.folder)
         if self.is_adapter and both and self.commit is None:
             raise ValueError(
                 f"{self.where}: it holds an adapter ({ADAPTER_FILE}) and a model ({both[0].name}); move one of them "
@@ -264,7 +261,7 @@ class Saved:
                 f"({CONFIG_FILE} or weights differ). Put that one there; or, to take this one all the same, remove "
                 f"`print` from {self.folder / RECORD_FILE}."
             )
-        if expected or not is_hub_id(name):
+        if (expected and recorded.get("name") == name) or not is_hub_id(name):
             raise ValueError(f"{where} is not there: put it where it was, or correct {ADAPTER_FILE}.")
         return Saved.open(None, name, self.adapter.get("revision") if self.adapter else None, where)
 
@@ -362,25 +359,6 @@ def _card(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: the metadata can't be read: {error}") from error
 
 
-def _model_files(folder: Path) -> list[Path]:
-    """The weight files of a model, not of an adapter."""
-    files = sorted(path for pattern in WEIGHTS for path in folder.glob(pattern) if path.is_file())
-    return [path for path in files if not path.name.startswith("adapter_")]
-
-
-def fingerprint_of(folder: Path) -> str:
-    """SHA-256 of config.json, and of the names, sizes and ends of the weight files: cheap, and of one model only."""
-    digest = hashlib.sha256()
-    if (folder / CONFIG_FILE).is_file():
-        digest.update((folder / CONFIG_FILE).read_bytes())
-    for path in _model_files(folder):
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - END))
-            digest.update(f"{path.name} {size} ".encode() + file.read())
-    return digest.hexdigest()
-
-
 # Changes of a config -------------------------------------------------------------------------------------------------
 
 
@@ -455,7 +433,7 @@ def check_place(folder: Path, is_adapter: bool) -> None:
         ValueError: naming the folder.
     """
     if is_adapter:
-        others = [path.name for path in _model_files(folder)]
+        others = [path.name for path in model_files(folder)]
     else:
         others = [ADAPTER_FILE] if (folder / ADAPTER_FILE).is_file() else []
     if others:

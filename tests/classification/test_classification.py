@@ -417,6 +417,13 @@ def test_bad_flags_are_one_line(settings, message):
         ClassificationArguments(**settings)
 
 
+def test_rows_as_they_are_are_not_drawn():
+    argv = ["--train_file=x", "--output_dir=x", "--preset=tiny_v3", "--balance=sampler"]
+    with pytest.raises(ValueError, match="--balance sampler has no effect with --train_sampling_strategy sequential"):
+        parse_command("classification", ClassificationArguments, [*argv, "--train_sampling_strategy=sequential"])
+    parse_command("classification", ClassificationArguments, argv)
+
+
 def test_labels_must_come_from_somewhere():
     with pytest.raises(ValueError, match="no labels yet and there are no training rows"):
         task(SINGLE, where="test")

@@ -144,6 +144,16 @@ def test_vectors_outlive_the_mode_that_made_them(mode):
     assert model.model.norm.weight.grad.abs().max() > 0
 
 
+def test_items_that_came_in_inference_mode_are_trained_later():
+    model = text_model(item_id_embeddings=True)
+    with torch.inference_mode():
+        assert model.add_items([[5, 6]]).tolist() == [8]
+    rows, before = torch.tensor([[1, 2, 8]]), model.item_texts.identities.weight.detach().clone()
+    model.train()(rows, labels=rows).loss.backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    assert (model.item_texts.identities.weight - before)[8].abs().max() > 0
+
+
 def test_vectors_follow_the_adapters_switches():
     model = text_model()
     plain = model.item_embeddings()

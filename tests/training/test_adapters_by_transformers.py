@@ -2,6 +2,7 @@
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -99,6 +100,27 @@ def test_the_base_beside_it_is_found_when_both_have_moved(tmp_path):
     expected = answers(DeepSeekForEmbedding.from_pretrained(tmp_path / "before" / "adapter"))
     (tmp_path / "before").rename(tmp_path / "after")
     assert_close(answers(DeepSeekForEmbedding.from_pretrained(tmp_path / "after" / "adapter")), expected)
+
+
+def test_another_model_in_the_place_of_its_base_is_refused(tmp_path, monkeypatch):
+    """Also where the adapter has moved, and the name of its base is one from the working directory."""
+    (tmp_path / "one").mkdir()
+    monkeypatch.chdir(tmp_path / "one")
+    save(Path(), *(CASES["last_token"][0], *CASES["last_token"][2:]))
+    moved = (tmp_path / "one" / "adapter").rename(tmp_path / "adapter")
+    expected = answers(DeepSeekForEmbedding.from_pretrained(moved))
+    (tmp_path / "two").mkdir()
+    monkeypatch.chdir(tmp_path / "two")
+    with pytest.raises(ValueError, match="adapter: its base model base is not there"):
+        DeepSeekForEmbedding.from_pretrained(moved)
+    DeepSeekForCausalLM(preset("tiny_v3")).save_pretrained("base")
+    for opened_by in (DeepSeekForEmbedding, AutoModelForEmbedding):
+        with pytest.raises(ValueError, match="base model base: base is another model than the one"):
+            opened_by.from_pretrained(moved)
+    record = json.loads((moved / "deepseek_hf.json").read_text())
+    del record["base"]["print"]
+    (moved / "deepseek_hf.json").write_text(json.dumps(record))
+    assert (answers(DeepSeekForEmbedding.from_pretrained(moved)) - expected).abs().max() > 1e-3
 
 
 def test_a_record_gives_no_argument_of_from_pretrained(tmp_path):

@@ -305,6 +305,21 @@ def test_a_model_and_an_adapter_have_folders_of_their_own(adapter, base, tmp_pat
         check_place(base, is_adapter=True)
 
 
+def test_an_adapters_base_may_be_named_anew(tmp_path, monkeypatch):
+    """A folder in training, on the Hub by now."""
+    record(tmp_path / "ad", base={"name": "runs/base", "commit": None, "beside": "../gone", "print": "5e88"})
+    config = tmp_path / "ad" / "adapter_config.json"
+    for name, where in (("runs/base", "is not there: put it where it was, or correct"), ("me/base", "asked the Hub")):
+        config.write_text(json.dumps({"base_model_name_or_path": name}))
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match=where):
+            patch.setattr("finetune_deepseek.training.saved.download", refuse)
+            Saved.open(None, str(tmp_path / "ad")).base  # noqa: B018
+
+
+def refuse(where, name, *args):
+    raise ValueError(f"asked the Hub for {name}")
+
+
 # Damaged, absent ----------------------------------------------------------------------------------------------------
 
 

@@ -438,6 +438,10 @@ BY_SCORE |= {"eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
         ({"lr_scheduler_type": "multistep"}, "(did you mean 'multi_step'?)"),
         ({"lr_milestones": [0.5]}, "--lr_milestones has no effect without --lr_scheduler_type multi_step"),
         ({"lr_decay_share": 0.5}, "--lr_decay_share has no effect without --lr_scheduler_type warmup_stable_decay"),
+        (
+            {"tokens_per_batch": 64, "train_sampling_strategy": "sequential"},
+            "--tokens_per_batch 64 has no effect with --train_sampling_strategy sequential",
+        ),
         ({"lr_factor": 0.5}, "--lr_factor has no effect without --lr_scheduler_type multi_step"),
         ({"lr_scheduler_type": "multi_step", "lr_milestones": [0, 0.5]}, "--lr_milestones 0 0.5: each must be"),
         ({"lr_scheduler_type": "multi_step", "lr_factor": 1.5}, "--lr_factor 1.5: it must be above 0 and below 1"),

@@ -174,6 +174,13 @@ def check_together(given: set[str], lora: LoraArguments, values: dict[str, Any])
         raise ValueError(f"--tokens_budget and --{min(others)} both say when to stop; keep one of them.")
     if values.get("tokens_budget") and values["tokens_per_batch"]:
         raise ValueError("--tokens_budget counts blocks, of which --tokens_per_batch leaves the number open; drop it.")
+    if values["train_sampling_strategy"] == "sequential":
+        drawing = {"tokens_per_batch": values["tokens_per_batch"], "balance": values.get("balance") == "sampler"}
+        for flag in (flag for flag, is_asked in drawing.items() if is_asked):
+            raise ValueError(
+                f"--{flag} {values[flag]} has no effect with --train_sampling_strategy sequential, which takes the "
+                "rows as they are; drop one of the two."
+            )
     if not lora.use_peft:
         return
     if values["average_checkpoints"]:
