@@ -10,12 +10,13 @@ import tarfile
 import tomllib
 import zipfile
 from collections.abc import Iterator
-from importlib.metadata import packages_distributions
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("configuration_deepseek", "tokenization_deepseek", "modeling_deepseek", "finetune_deepseek")
@@ -78,6 +79,20 @@ def test_every_requirement_has_a_lower_bound_that_the_tested_versions_meet():
         version = tested.get(canonicalize_name(requirement.name))
         assert version is not None or requirement in EXTRAS["tensorboard"] + EXTRAS["trackio"], requirement
         assert version is None or requirement.specifier.contains(version), (requirement, version)
+
+
+def lower_bound(requirement: Requirement) -> Version | None:
+    bounds = [Version(specifier.version) for specifier in requirement.specifier if specifier.operator == ">="]
+    return max(bounds, default=None)
+
+
+def test_no_lower_bound_is_below_what_transformers_asks_for():
+    """Its extras too: it refuses chat templates with an older jinja2, which nothing else would raise."""
+    ours = {canonicalize_name(requirement.name): lower_bound(requirement) for requirement in DEPENDENCIES}
+    theirs = [Requirement(text) for text in requires("transformers") or ()]
+    bounds = [(canonicalize_name(their.name), lower_bound(their)) for their in theirs]
+    assert ("jinja2" in {name for name, _ in bounds}) and len(bounds) > 10
+    assert [(name, bound) for name, bound in bounds if bound and ours.get(name) and ours[name] < bound] == []
 
 
 def test_links_of_the_readme_work_on_another_site_too():
