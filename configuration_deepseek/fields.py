@@ -12,7 +12,15 @@ from typing import Any, ClassVar, NamedTuple
 from .validation import require, validate_layers
 from .weight_names import Shapes, weights_of
 
-CACHE_LAYER_TYPES = {"mha": "deepseek_kv", "mla": "deepseek_latent", "dsa": "deepseek_latent_indexed"}
+CACHE_LAYER_TYPES = {
+    "mha": "deepseek_kv",
+    "mla": "deepseek_latent",
+    "dsa": "deepseek_latent_indexed",
+    "swa": "deepseek_window",
+    "hca": "deepseek_compressed",
+    "csa": "deepseek_compressed_indexed",
+}
+CSA_RATIO = 4  # the release's own code gives an indexer, and overlapping blocks, to layers of this ratio alone
 HEADS_BY_AUTO_CLASS = {
     "AutoModelForCausalLM": "DeepSeekForCausalLM",
     "AutoModelForSequenceClassification": "DeepSeekForSequenceClassification",
@@ -38,6 +46,7 @@ class LayerSpec(NamedTuple):
 
     attention: str
     feed_forward: str
+    residual: str = "add"
 
 
 @dataclass(kw_only=True, repr=False)
@@ -73,19 +82,38 @@ class DeepSeekFields:
             `rope_scaling` and `rope_theta` are understood.
         rope_interleave: rotary pairs are (0, 1), (2, 3), ... instead of (i, i + width / 2).
 
+    Compressed attention (DeepSeek-V4, section 2.3; needs q_lora_rank, head_dim and qk_rope_head_dim)
+        compress_ratios: selects it; how many tokens an entry of each layer stands for. 0 is a sliding window alone, 4
+            adds overlapping entries of which the indexer chooses index_topk, any other number entries that are all
+            seen. What goes beyond num_hidden_layers is of prediction layers.
+        sliding_window: how many tokens, itself among them, a query sees uncompressed.
+        compress_rope_theta: rotary base of layers that compress, to which the scaling of rope_parameters applies;
+            layers with a window alone have rope_theta and no scaling.
+        o_groups, o_lora_rank: the output projection takes heads in so many groups to so many numbers each, and then
+            all of these to the hidden width.
+
     Feed-forward
         intermediate_size, mlp_bias: the dense SwiGLU.
         n_routed_experts: `None` makes every layer dense; else mixture of experts (DeepSeekMoE, arXiv 2401.06066).
         n_shared_experts, num_experts_per_tok, moe_intermediate_size: shared experts, experts per token, expert width.
         first_k_dense_replace, moe_layer_freq: layer i has experts if i >= first_k_dense_replace and
             i % moe_layer_freq == 0.
-        scoring_func: "softmax" or "sigmoid" of the router logits.
+        scoring_func: "softmax", "sigmoid" or "sqrtsoftplus" (V4) of the router logits.
         topk_method: "greedy", "group_limited_greedy" (V2: groups by their best expert) or "noaux_tc" (V3: correction
             bias, groups by the sum of their two best).
         n_group, topk_group: number of expert groups, and how many of them a token may use.
         norm_topk_prob, routed_scaling_factor: normalise the chosen scores; factor on them. With softmax scoring the
             factor applies only where the scores are not normalised (the rule of V2's released code).
+        num_hash_layers: so many first layers choose experts by the token's id, out of a table (V4).
+        swiglu_limit: SwiGLU takes gates from above, and the other half on both sides, to this limit (V4); `None`: not.
+        expert_dtype: how the published experts are quantized, "fp4" or "fp8".
         output_router_logits: return the router logits of every MoE layer.
+
+    Residual
+        hc_mult: how many residual streams there are, mixed anew at each sub-layer (manifold-constrained
+            hyper-connections, arXiv 2512.24880; V4). `None`: one, to which sub-layers are added.
+        hc_sinkhorn_iters, hc_eps: rounds of normalising rows and columns of the mixing matrix, and what is added to
+            their sums.
 
     Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2)
         num_nextn_predict_layers: modules after the last layer, each of which predicts one more token ahead.
@@ -123,7 +151,8 @@ class DeepSeekFields:
         query_prefix, passage_prefix: what stands before each text of that kind.
 
     Layers
-        layer_specs: `None` to derive them, or one (attention, feed_forward) pair of words per layer.
+        layer_specs: `None` to derive them, or one (attention, feed_forward) pair of words per layer; a third word, of
+            the residual, is derived where it is absent.
         source_model_type: the model_type of the published config.json from which this one was translated.
         source_quantization_config: how the published weights are quantized. They are dequantized while loading.
     """
@@ -168,6 +197,12 @@ class DeepSeekFields:
     index_topk: int | None = None
     rope_parameters: dict | None = None
     rope_interleave: bool | None = None
+    # compressed attention
+    compress_ratios: list[int] | None = None
+    sliding_window: int | None = None
+    compress_rope_theta: float | None = None
+    o_groups: int | None = None
+    o_lora_rank: int | None = None
 
     # feed-forward
     intermediate_size: int = 11008
@@ -184,7 +219,15 @@ class DeepSeekFields:
     topk_group: int | None = None
     norm_topk_prob: bool = False
     routed_scaling_factor: float = 1.0
+    num_hash_layers: int = 0
+    swiglu_limit: float | None = None
+    expert_dtype: str | None = None
     output_router_logits: bool = False
+
+    # residual
+    hc_mult: int | None = None
+    hc_sinkhorn_iters: int = 20
+    hc_eps: float = 1e-6
 
     # multi-token prediction
     num_nextn_predict_layers: int = 0
@@ -230,13 +273,13 @@ class DeepSeekFields:
             ValueError: for `layer_specs` that can't be.
         """
         if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
+            self.num_key_value_heads = self.num_attention_heads if self.compress_ratios is None else 1
         if self.kv_lora_rank is not None:
             self.head_dim = self.qk_rope_head_dim
         elif self.head_dim is None:
             self.head_dim = self.hidden_size // max(self.num_attention_heads, 1)
         if self.rope_interleave is None:
-            self.rope_interleave = self.kv_lora_rank is not None
+            self.rope_interleave = self.kv_lora_rank is not None or self.compress_ratios is not None
         if self.n_routed_experts is not None:
             self.n_group = self.n_group or 1
             self.topk_group = self.topk_group or 1
@@ -254,14 +297,25 @@ class DeepSeekFields:
     def specs(self) -> list[LayerSpec]:
         """One `LayerSpec` per layer: those given, or those that the fields imply."""
         if self.layer_specs is not None:
-            return [LayerSpec(*spec) for spec in self.layer_specs[: self.num_hidden_layers]]
-        latent = "mla" if self.index_topk is None else "dsa"
-        attention = "mha" if self.kv_lora_rank is None else latent
-        return [LayerSpec(attention, self._feed_forward_word(i)) for i in range(self.num_hidden_layers)]
+            return [self._whole_spec(spec) for spec in self.layer_specs[: self.num_hidden_layers]]
+        layers = range(self.num_hidden_layers)
+        return [self._whole_spec((self._attention_word(i), self._feed_forward_word(i))) for i in layers]
 
     @specs.setter
     def specs(self, value: list) -> None:
-        self._take_derived("specs", [LayerSpec(*spec) for spec in value], "layer_specs")
+        self._take_derived("specs", [self._whole_spec(spec) for spec in value], "layer_specs")
+
+    @property
+    def prediction_spec(self) -> LayerSpec:
+        """What prediction layers are: as the last layer, or in V4 a window alone and experts by their scores."""
+        if self.compress_ratios is None:
+            return self.specs[-1]
+        return self._whole_spec(("swa", "moe"))
+
+    def _whole_spec(self, words: Iterable[str]) -> LayerSpec:
+        """The words of a layer; the residual is derived unless it is among them."""
+        attention, feed_forward, *residual = words
+        return LayerSpec(attention, feed_forward, *(residual or ["add" if self.hc_mult is None else "mhc"]))
 
     def _take_derived(self, name: str, value: Any, fields_behind: str) -> None:
         derived = getattr(self, name)
@@ -275,7 +329,15 @@ class DeepSeekFields:
             and layer_idx >= self.first_k_dense_replace
             and layer_idx % self.moe_layer_freq == 0
         )
-        return "moe" if has_experts else "dense"
+        experts = "hash_moe" if layer_idx < self.num_hash_layers else "moe"
+        return experts if has_experts else "dense"
+
+    def _attention_word(self, layer_idx: int) -> str:
+        if self.compress_ratios is not None:
+            ratio = self.compress_ratios[layer_idx]
+            return {0: "swa", CSA_RATIO: "csa"}.get(ratio, "hca")
+        latent = "mla" if self.index_topk is None else "dsa"
+        return "mha" if self.kv_lora_rank is None else latent
 
     @property
     def layer_types(self) -> list[str]:
@@ -284,7 +346,9 @@ class DeepSeekFields:
 
     @layer_types.setter
     def layer_types(self, value: list[str]) -> None:
-        self._take_derived("layer_types", list(value), "num_hidden_layers, kv_lora_rank, index_topk and layer_specs")
+        self._take_derived(
+            "layer_types", list(value), "num_hidden_layers, kv_lora_rank, index_topk, compress_ratios and layer_specs"
+        )
 
     @property
     def qk_head_dim(self) -> int:
@@ -325,6 +389,16 @@ class DeepSeekFields:
     @property
     def mla_value_width(self) -> int:
         return self.num_attention_heads * self.v_head_dim
+
+    @property
+    def o_group_width(self) -> int:
+        """What one group of heads brings to the output projection of compressed attention."""
+        return self.mha_query_width // int(self.o_groups or 1)
+
+    @property
+    def o_latent_width(self) -> int:
+        """What all groups together make of it."""
+        return int(self.o_groups or 0) * int(self.o_lora_rank or 0)
 
     @property
     def index_query_width(self) -> int:

@@ -3,10 +3,12 @@
 import difflib
 from typing import Any
 
-ATTENTION_WORDS = ("mha", "mla", "dsa")
-FEED_FORWARD_WORDS = ("dense", "moe")
+COMPRESSED_WORDS = ("swa", "hca", "csa")
+ATTENTION_WORDS = ("mha", "mla", "dsa", *COMPRESSED_WORDS)
+FEED_FORWARD_WORDS = ("dense", "moe", "hash_moe")
+RESIDUAL_WORDS = ("add", "mhc")
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
-SCORING_FUNCTIONS = ("softmax", "sigmoid")
+SCORING_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus")
 POOLINGS = ("mean", "last_token", "latent")
 ITEM_LOSSES = ("softmax", "sampled_softmax", "gbce")
 ITEM_TEXT_ENCODER_WORDS = ("trunk", "bag_of_words")
@@ -36,7 +38,7 @@ def validate(config: Any) -> None:
     if any(spec.attention in ("mla", "dsa") for spec in words):
         validate_mla(config)
     require(
-        config.index_topk is None or config.kv_lora_rank is not None,
+        config.index_topk is None or config.kv_lora_rank is not None or config.compress_ratios is not None,
         f"index_topk={config.index_topk} asks for sparse attention, but kv_lora_rank is None; set kv_lora_rank, or "
         "index_topk=None",
     )
@@ -44,8 +46,12 @@ def validate(config: Any) -> None:
         validate_indexer(config)
     if any(spec.attention == "mha" for spec in words):
         validate_mha(config)
-    if any(spec.feed_forward == "moe" for spec in words):
+    if any(spec.attention in COMPRESSED_WORDS for spec in words):
+        validate_compressed(config)
+    if any(spec.feed_forward in ("moe", "hash_moe") for spec in words):
         validate_moe(config)
+    if any(spec.residual == "mhc" for spec in words):
+        validate_streams(config)
     validate_rope_words(config)
     validate_recommendation(config)
     validate_embedding(config)
@@ -68,6 +74,8 @@ def validate_sizes(config: Any) -> None:
 
 def validate_layers(config: Any) -> None:
     require(config.moe_layer_freq >= 1, f"moe_layer_freq={config.moe_layer_freq} must be at least 1")
+    if config.compress_ratios is not None:
+        validate_ratios(config)
     if config.layer_specs is None:
         return
     require(
@@ -76,21 +84,92 @@ def validate_layers(config: Any) -> None:
         "give one pair of words per layer",
     )
     for i, spec in enumerate(config.layer_specs):
-        require(len(spec) == 2, f"layer_specs[{i}]={spec} must be a pair (attention, feed_forward)")
-        for word, known in zip(spec, (ATTENTION_WORDS, FEED_FORWARD_WORDS), strict=True):
+        require(len(spec) in (2, 3), f"layer_specs[{i}]={spec} must be a pair (attention, feed_forward)")
+        for word, known in zip(spec, (ATTENTION_WORDS, FEED_FORWARD_WORDS, RESIDUAL_WORDS), strict=False):
             _require_word(f"layer_specs[{i}]", word, known)
         require(
-            spec[0] == "mha" or config.kv_lora_rank is not None,
+            spec[0] not in ("mla", "dsa") or config.kv_lora_rank is not None,
             f"layer_specs[{i}] says {spec[0]!r} but kv_lora_rank is None; set kv_lora_rank, or say 'mha'",
+        )
+        require(
+            (spec[0] in COMPRESSED_WORDS) == (config.compress_ratios is not None),
+            f"layer_specs[{i}] says {spec[0]!r}, which clashes with compress_ratios={config.compress_ratios!r:.40}; "
+            "swa, csa and hca, and no others, go with compress_ratios",
+        )
+        require(
+            config.compress_ratios is None or (spec[0] == "swa") == (config.compress_ratios[i] == 0),
+            f"layer_specs[{i}] says {spec[0]!r} but compress_ratios[{i}] does not; 0 is 'swa', others 'csa' or 'hca'",
         )
         require(
             spec[0] != "dsa" or config.index_topk is not None,
             f"layer_specs[{i}] says 'dsa' but index_topk is None; set index_topk, or say 'mla'",
         )
         require(
-            spec[1] != "moe" or config.n_routed_experts is not None,
-            f"layer_specs[{i}] says 'moe' but n_routed_experts is None; set n_routed_experts, or say 'dense'",
+            spec[1] == "dense" or config.n_routed_experts is not None,
+            f"layer_specs[{i}] says {spec[1]!r} but n_routed_experts is None; set n_routed_experts, or say 'dense'",
         )
+
+
+def validate_ratios(config: Any) -> None:
+    ratios = config.compress_ratios
+    require(
+        len(ratios) >= config.num_hidden_layers,
+        f"compress_ratios has {len(ratios)} entries but num_hidden_layers={config.num_hidden_layers}; give one per "
+        "layer",
+    )
+    for i, ratio in enumerate(ratios):
+        require(
+            ratio == 0 or ratio >= 2,
+            f"compress_ratios[{i}]={ratio} is no ratio; 0 is a sliding window alone, else it is at least 2 tokens",
+        )
+    for name in ("kv_lora_rank", "use_qk_norm", "attention_bias", "attention_out_bias"):
+        require(
+            not getattr(config, name),
+            f"{name}={getattr(config, name)} clashes with compress_ratios; unset one of them",
+        )
+
+
+def validate_compressed(config: Any) -> None:
+    """Of compressed attention: its widths, and what it can't be combined with."""
+    names = ("sliding_window", "q_lora_rank", "head_dim", "qk_rope_head_dim", "o_groups", "o_lora_rank")
+    ratios = config.compress_ratios[: config.num_hidden_layers]
+    for name in (*names, *(("compress_rope_theta",) if any(ratios) else ())):
+        value = getattr(config, name)
+        require(value is not None and value > 0, f"{name}={value} must be positive where there are compress_ratios")
+    require(
+        config.num_key_value_heads == 1,
+        f"num_key_value_heads={config.num_key_value_heads} clashes with compress_ratios: all heads share one key; "
+        "set 1",
+    )
+    require(
+        config.num_attention_heads % config.o_groups == 0,
+        f"num_attention_heads={config.num_attention_heads} is no multiple of o_groups={config.o_groups}; change one "
+        "of them",
+    )
+    widths = ["head_dim"]
+    if any(spec.attention == "csa" for spec in config.specs):
+        validate_indexer(config)
+        widths.append("index_head_dim")
+    for name in widths:
+        require(
+            config.qk_rope_head_dim % 2 == 0 and config.qk_rope_head_dim <= getattr(config, name),
+            f"qk_rope_head_dim={config.qk_rope_head_dim} must be even and at most {name}={getattr(config, name)}",
+        )
+    require(
+        config.attention_direction == "causal",
+        f"attention_direction={config.attention_direction!r} clashes with compress_ratios: entries are made of what "
+        "came before; use 'causal'",
+    )
+    require(
+        config.rope_parameters["rope_type"] != "dynamic",
+        "rope_parameters['rope_type']='dynamic' clashes with compress_ratios: entries are rotated once; use 'yarn'",
+    )
+
+
+def validate_streams(config: Any) -> None:
+    for name in ("hc_mult", "hc_sinkhorn_iters", "hc_eps"):
+        value = getattr(config, name)
+        require(value is not None and value > 0, f"{name}={value} must be positive for residual streams")
 
 
 def validate_mla(config: Any) -> None:
@@ -152,10 +231,13 @@ def validate_moe(config: Any) -> None:
     _require_word("scoring_func", config.scoring_func, SCORING_FUNCTIONS)
     _require_word("topk_method", config.topk_method, TOPK_METHODS)
     require(
-        (config.topk_method == "noaux_tc") == (config.scoring_func == "sigmoid"),
+        (config.topk_method == "noaux_tc") == (config.scoring_func in ("sigmoid", "sqrtsoftplus")),
         f"scoring_func={config.scoring_func!r} clashes with topk_method={config.topk_method!r}; use 'sigmoid' with "
         "'noaux_tc', and 'softmax' with 'greedy' or 'group_limited_greedy'",
     )
+    require(config.num_hash_layers >= 0, f"num_hash_layers={config.num_hash_layers} must be at least 0")
+    limit = config.swiglu_limit
+    require(limit is None or limit > 0, f"swiglu_limit={limit} must be positive, or None for no limit")
     if config.topk_method == "greedy":
         return
     require(

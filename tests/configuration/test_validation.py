@@ -90,7 +90,7 @@ REFUSED = [
     (
         "tiny_moe",
         {"scoring_func": "relu6"},
-        "scoring_func has the unknown word 'relu6'; use one of 'softmax', 'sigmoid'",
+        "scoring_func has the unknown word 'relu6'; use one of 'softmax', 'sigmoid', 'sqrtsoftplus'",
     ),
     (
         "tiny_moe",
@@ -148,7 +148,7 @@ REFUSED = [
     (
         "tiny_v3",
         {"layer_specs": [["mla", "sparse"], PAIR, PAIR]},
-        "layer_specs[0] has the unknown word 'sparse'; use one of 'dense', 'moe'",
+        "layer_specs[0] has the unknown word 'sparse'; use one of 'dense', 'moe', 'hash_moe'",
     ),
     (
         "tiny_moe",
