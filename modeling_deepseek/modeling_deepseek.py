@@ -2,8 +2,8 @@
 
 Read it in this order: `DeepSeekDecoderLayer` (what a block is), `DeepSeekModel` (what the trunk is), the heads in
 language_heads.py, embedding_head.py and recommendation_head.py. The mechanisms that a block is made of are one file
-each: attention_mha.py, attention_mla.py, attention_dsa.py, moe.py, routers.py, rope.py, cache.py. Which of them a
-layer has is said by the config (`config.specs`), so no forward asks for a generation.
+each: attention_mha.py, attention_mla.py, attention_dsa.py, moe.py, routers.py, residual.py, rope.py, cache.py. Which
+of them a layer has is said by the config (`config.specs`), so no forward asks for a generation.
 
 Letters: B batch, S tokens of this call, T tokens including cached ones, D hidden width, V vocabulary.
 """
@@ -29,6 +29,7 @@ from .moe import DeepSeekMoE
 from .mtp import MultiTokenPrediction, shift_left
 from .outputs import DeepSeekModelOutput
 from .pretrained import DeepSeekPreTrainedModel
+from .residual import RESIDUALS, STREAMS
 from .rope import DeepSeekRotaryEmbedding
 from .routers import DeepSeekTopKRouter
 from .transformers_names import GradientCheckpointingLayer, create_causal_mask
@@ -42,7 +43,7 @@ FEED_FORWARDS = {"dense": DeepSeekMLP, "moe": DeepSeekMoE}
 
 
 class DeepSeekDecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm block: attention, then a feed-forward, each added to the residual stream."""
+    """Pre-norm block: attention, then a feed-forward, each joined to the residual stream as residual.py says."""
 
     def __init__(self, config: DeepSeekConfig, layer_idx: int):
         super().__init__()
@@ -51,14 +52,23 @@ class DeepSeekDecoderLayer(GradientCheckpointingLayer):
         self.mlp = FEED_FORWARDS[spec.feed_forward](config)
         self.input_layernorm = DeepSeekRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = DeepSeekRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attn_hc = RESIDUALS["add"](config)
+        self.ffn_hc = RESIDUALS["add"](config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        """[B, S, D] -> [B, S, D]; kwargs are the attention's."""
+        """[B, S, D] -> [B, S, D], or N streams of these; kwargs are the attention's."""
+        hidden_states = self.attn_hc(hidden_states, self.attend, **kwargs)
+        return self.ffn_hc(hidden_states, self.transform)
+
+    def attend(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        """[B, S, D] -> [B, S, D], the attention's part of the block."""
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = hidden_states + self.dropout(attended)
-        transformed = self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states + self.dropout(transformed)
+        return self.dropout(attended)
+
+    def transform(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[B, S, D] -> [B, S, D], the feed-forward's part of the block."""
+        return self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
 
 
 class DeepSeekMTPLayer(MultiTokenPrediction, DeepSeekDecoderLayer):  # type: ignore[misc]  # forward takes one more
@@ -83,6 +93,7 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(DeepSeekDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = DeepSeekRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hc_head = STREAMS["add"](config)
         self.rotary_emb = DeepSeekRotaryEmbedding(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.gradient_checkpointing = False
@@ -162,7 +173,7 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
 
-        hidden_states = self.dropout(inputs_embeds)
+        hidden_states = self.hc_head.enter(self.dropout(inputs_embeds))
         for layer in self.layers[: self.config.num_hidden_layers]:  # early-exit assistance lowers the number
             hidden_states = layer(
                 hidden_states,
@@ -178,7 +189,7 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
                 'prediction layers, which stand behind it; leave those out (target_modules=["model.layers.0", ...])'
             )
         return DeepSeekModelOutput(  # type: ignore[call-arg]  # the word of 5.24
-            last_hidden_state=self.norm(hidden_states),
+            last_hidden_state=self.norm(self.hc_head(hidden_states)),
             cache=cache,
             state_before_norm=hidden_states if output_state_before_norm else None,
         )

@@ -230,6 +230,6 @@ def test_a_folder_holds_no_file_that_its_class_does_not_need(saved, folder, head
     trunk = """adapters configuration_deepseek fields official modeling_deepseek pretrained outputs attention_core
         attention_dsa
         attention_mha attention_mla cache checkpoint_files checkpoint_keys indexer layers masks moe mtp quantization
-        rope routers tested_versions transformers_names validation weight_names weight_state whole_folders"""
+        residual rope routers tested_versions transformers_names validation weight_names weight_state whole_folders"""
     needed = {f"{name}.py" for name in trunk.split()} | extra
     assert {file.name for file in (folder / "tiny_v3" / head).glob("*.py")} == needed
