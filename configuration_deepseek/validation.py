@@ -50,7 +50,9 @@ def validate(config: Any) -> None:
         validate_compressed(config)
     if any(spec.feed_forward in ("moe", "hash_moe") for spec in words):
         validate_moe(config)
-    if any(spec.residual == "mhc" for spec in words):
+    residuals = sorted({spec.residual for spec in words})
+    require(len(residuals) == 1, f"layer_specs has residuals {residuals}; layers hand on one kind of state, say one")
+    if "mhc" in residuals:
         validate_streams(config)
     validate_rope_words(config)
     validate_recommendation(config)

@@ -52,8 +52,8 @@ class DeepSeekDecoderLayer(GradientCheckpointingLayer):
         self.mlp = FEED_FORWARDS[spec.feed_forward](config)
         self.input_layernorm = DeepSeekRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = DeepSeekRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attn_hc = RESIDUALS["add"](config)
-        self.ffn_hc = RESIDUALS["add"](config)
+        self.attn_hc = RESIDUALS[spec.residual](config)
+        self.ffn_hc = RESIDUALS[spec.residual](config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -93,7 +93,7 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(DeepSeekDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = DeepSeekRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.hc_head = STREAMS["add"](config)
+        self.hc_head = STREAMS[config.specs[0].residual](config)
         self.rotary_emb = DeepSeekRotaryEmbedding(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.gradient_checkpointing = False

@@ -16,6 +16,7 @@ from .checkpoint_keys import register_conversions
 from .configuration_deepseek import DeepSeekConfig
 from .moe import DeepSeekExperts
 from .quantization import DequantizedSlice, dequantized
+from .residual import HyperConnection, HyperStreams
 from .routers import DeepSeekTopKRouter
 from .tested_versions import tell_if_untested
 from .weight_names import LAYER, CheckpointError, take_mtp_keys
@@ -38,7 +39,7 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias", "gate.weight"]
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias", "gate.weight", "attn_hc", "ffn_hc", "hc_head"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -51,6 +52,10 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
         elif isinstance(module, DeepSeekExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
+        elif isinstance(module, (HyperConnection, HyperStreams)):
+            init.normal_(module.fn, mean=0.0, std=std)
+            init.zeros_(module.base)
+            init.ones_(module.scale)
 
     # transformers finds out by reading this file's text whether implementations may be chosen; ours are in siblings.
     @classmethod

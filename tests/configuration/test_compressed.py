@@ -36,10 +36,10 @@ def test_layers_follow_from_ratios():
 
 
 def test_words_may_say_otherwise_than_the_ratios():
-    words = [["swa", "moe"], ["hca", "hash_moe", "add"], ["csa", "moe"], ["csa", "moe"]]
+    words = [["swa", "moe"], ["hca", "hash_moe", "mhc"], ["csa", "moe"], ["csa", "moe"]]
     config = DeepSeekConfig(**V4, layer_specs=words)
     assert [spec.attention for spec in config.specs] == ["swa", "hca", "csa", "csa"]
-    assert [spec.residual for spec in config.specs] == ["mhc", "add", "mhc", "mhc"]
+    assert [spec.residual for spec in config.specs] == ["mhc"] * 4
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,13 @@ import torch
 from torch import nn
 from transformers.models.deepseek_v4 import modeling_deepseek_v4 as native
 
+from configuration_deepseek import preset
+from modeling_deepseek import DeepSeekForCausalLM
 from modeling_deepseek.residual import RESIDUALS, STREAMS, HyperConnection, HyperStreams, sinkhorn
 from tests.reference import residual as reference
 from tests.reference.compare import assert_close, assert_same_gradients, twin
+
+NAMES = ("fn", "base", "scale")
 
 
 def config_of(**fields) -> SimpleNamespace:
@@ -130,3 +134,38 @@ def test_coefficients_are_float32_under_autocast_and_in_a_bfloat16_model():
         pre, post, comb = module.coefficients(streams)
     assert ours.dtype == torch.bfloat16 and {x.dtype for x in (pre, post, comb)} == {torch.float32}
     assert_close(ours, expected, tolerance=2**-8)
+
+
+def test_a_model_of_any_attention_takes_streams():
+    """What reads the trunk's state gets one stream, and gradients reach all weights."""
+    torch.manual_seed(0)
+    model = DeepSeekForCausalLM(preset("tiny_v3", hc_mult=3, hidden_dropout=0.1))
+    assert [spec.residual for spec in model.config.specs] == ["mhc"] * 3
+    ids = torch.arange(3, 17).view(2, 7)
+    result = model(ids, labels=ids, output_hidden_states=True, use_cache=False)
+    assert result.hidden_states[0].shape == (2, 7, 3, 32) and result.logits.shape == (2, 7, 97)
+    result.loss.backward()
+    missing = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert all("experts" in name for name in missing), missing
+    own = {name for name, _ in model.named_parameters() if "hc" in name}
+    expected = {f"model.layers.{i}.{part}_hc.{name}" for i in range(3) for part in ("attn", "ffn") for name in NAMES}
+    assert own == expected | {f"model.hc_head.{name}" for name in NAMES}
+
+
+def test_checkpointed_streams_learn_the_same():
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = DeepSeekForCausalLM(preset("tiny_moe", hc_mult=2)).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        ids = torch.arange(3, 17).view(2, 7)
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_layers_of_one_model_have_one_residual():
+    with pytest.raises(ValueError, match=r"residuals \['add', 'mhc'\]; layers hand on one kind of state"):
+        preset("tiny_llm", hc_mult=2, num_hidden_layers=2, layer_specs=[["mha", "dense", "add"], ["mha", "dense"]])
