@@ -10,7 +10,13 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-from .fields import FILES_BY_CLASS, HEADS_BY_AUTO_CLASS, HEADS_BY_OWN_AUTO_CLASS, DeepSeekFields
+from .fields import (
+    FILES_BY_CLASS,
+    HEADS_BY_AUTO_CLASS,
+    HEADS_BY_OWN_AUTO_CLASS,
+    IMAGE_HEADS_BY_AUTO_CLASS,
+    DeepSeekFields,
+)
 from .official import from_official
 from .validation import require, validate
 
@@ -61,11 +67,13 @@ class DeepSeekConfig(DeepSeekFields, PreTrainedConfig):
     def auto_map(self) -> dict[str, str]:
         """Where a process without this package finds the classes in the files beside config.json.
 
-        A saved class brings the files that it needs: a text head those of all text heads, others none of these.
+        A saved class brings the files that it needs: a text head those of all text heads, an image head those of all
+        image heads, others none of these.
         """
         saved = next((name for name in self.architectures or [] if name in FILES_BY_CLASS), None)
         trunk = saved if saved in HEADS_BY_OWN_AUTO_CLASS.values() else "DeepSeekModel"
-        heads = {} if saved == trunk else HEADS_BY_AUTO_CLASS
+        is_image = saved in IMAGE_HEADS_BY_AUTO_CLASS.values()
+        heads = {} if saved == trunk else IMAGE_HEADS_BY_AUTO_CLASS if is_image else HEADS_BY_AUTO_CLASS
         classes = {"AutoModel": trunk, **heads}
         return {
             "AutoConfig": "configuration_deepseek.DeepSeekConfig",

@@ -6,7 +6,7 @@ seconds (plain.py). The file travels to the Hub with configuration_deepseek.py.
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple
 
 from .validation import require, validate_layers
@@ -33,9 +33,11 @@ HEADS_BY_OWN_AUTO_CLASS = {
     "AutoModelForEmbedding": "DeepSeekForEmbedding",
     "AutoModelForRecommendation": "DeepSeekForRecommendation",
 }
+IMAGE_HEADS_BY_AUTO_CLASS = {"AutoModelForImageClassification": "DeepSeekForImageClassification"}
 FILES_BY_CLASS = {
     "DeepSeekModel": "modeling_deepseek",
     **dict.fromkeys(HEADS_BY_AUTO_CLASS.values(), "language_heads"),
+    **dict.fromkeys(IMAGE_HEADS_BY_AUTO_CLASS.values(), "image_heads"),
     "DeepSeekForEmbedding": "embedding_head",
     "DeepSeekForRecommendation": "recommendation_head",
 }
@@ -149,6 +151,12 @@ class DeepSeekFields:
             trains the whole ones alone.
         contrastive_temperature: divides the products of queries and passages in the loss.
         query_prefix, passage_prefix: what stands before each text of that kind.
+    Images (DeepSeekForImageClassification; its `pooling` is as for embeddings)
+        image_stem: how pixels become tokens: "patch", a linear map of squares (arXiv 2010.11929); "conv", convolutions
+            and max pooling; or "conv_lstm", the same and an LSTM over the tokens in both directions. `None`: no image.
+        num_channels: channels of an image, 1 for grey, 3 for colour.
+        patch_size: side of a square of "patch", in pixels.
+        conv_channels, conv_pooling: channels of each convolution, and the side of the pooling behind it (1: none).
 
     Layers
         layer_specs: `None` to derive them, or one (attention, feed_forward) pair of words per layer; a third word, of
@@ -258,6 +266,12 @@ class DeepSeekFields:
     contrastive_temperature: float = 0.05
     query_prefix: str = ""
     passage_prefix: str = ""
+    # images
+    image_stem: str | None = None
+    num_channels: int = 3
+    patch_size: int = 4
+    conv_channels: list[int] = field(default_factory=lambda: [32, 64])
+    conv_pooling: list[int] = field(default_factory=lambda: [1, 2])
 
     # layers
     layer_specs: list | None = None
@@ -417,7 +431,7 @@ class DeepSeekFields:
     @classmethod
     def field_names(cls) -> list[str]:
         """Names that `DeepSeekConfig(...)` understands, aliases included."""
-        return [field.name for field in fields(cls)] + [*cls.attribute_map, "rope_scaling", "rope_theta"]
+        return [one.name for one in fields(cls)] + [*cls.attribute_map, "rope_scaling", "rope_theta"]
 
     def refuse_misspelled(self, names: Iterable[str]) -> None:
         """Refuse a near miss of a field; other unknown names are kept as attributes by transformers.
@@ -432,4 +446,4 @@ class DeepSeekFields:
                 raise ValueError(f"DeepSeekConfig: unknown field {key!r}; did you mean {nearest[0]!r}?")
 
 
-FIELD_NAMES = tuple(field.name for field in fields(DeepSeekFields))
+FIELD_NAMES = tuple(one.name for one in fields(DeepSeekFields))

@@ -13,6 +13,7 @@ POOLINGS = ("mean", "last_token", "latent")
 ITEM_LOSSES = ("softmax", "sampled_softmax", "gbce")
 ITEM_TEXT_ENCODER_WORDS = ("trunk", "bag_of_words")
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
+IMAGE_STEMS = ("patch", "conv", "conv_lstm")
 ATTENTION_DIRECTIONS = ("causal", "prefix", "bidirectional")
 
 
@@ -57,6 +58,7 @@ def validate(config: Any) -> None:
     validate_rope_words(config)
     validate_recommendation(config)
     validate_embedding(config)
+    validate_images(config)
 
 
 def validate_sizes(config: Any) -> None:
@@ -334,3 +336,24 @@ def validate_embedding(config: Any) -> None:
             heads > 0 and config.hidden_size % heads == 0,
             f"num_pooling_heads={heads} must divide hidden_size={config.hidden_size}",
         )
+
+
+def validate_images(config: Any) -> None:
+    if config.image_stem is None:
+        return
+    _require_word("image_stem", config.image_stem, IMAGE_STEMS)
+    for name in ("num_channels", "patch_size"):
+        require(getattr(config, name) > 0, f"{name}={getattr(config, name)} must be positive")
+    channels, pooling = config.conv_channels, config.conv_pooling
+    require(
+        len(channels) == len(pooling) > 0,
+        f"conv_channels={channels} and conv_pooling={pooling} must be lists of equal length, a number for each "
+        "convolution",
+    )
+    for name in ("conv_channels", "conv_pooling"):
+        require(min(getattr(config, name)) > 0, f"{name}={getattr(config, name)} must be positive numbers")
+    require(
+        config.image_stem != "conv_lstm" or config.hidden_size % 2 == 0,
+        f"hidden_size={config.hidden_size} is odd, but the LSTM of image_stem='conv_lstm' gives half of it in each "
+        "direction; make it even",
+    )

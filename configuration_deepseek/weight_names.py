@@ -196,6 +196,7 @@ HEADS: dict[str, Callable[[Any], Shapes | None]] = {
     "ForQuestionAnswering": _questions,
     "ForEmbedding": _pooled,
     "ForRecommendation": _items,
+    "ForImageClassification": lambda config: None,
 }
 
 
@@ -207,7 +208,7 @@ def weights_of(config: Any, head: str) -> Shapes | None:
 
     Returns:
         Name -> shape; None for heads with parts of their own (pooling by latents, items of text, side features,
-        counts), of which the model itself has to be asked.
+        counts, stems of images), of which the model itself has to be asked.
     """
     own = HEADS[head](config) if head in HEADS else None
     return None if own is None else _under("" if head == "Model" else "model.", _trunk(config)) | own

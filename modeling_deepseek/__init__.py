@@ -3,6 +3,7 @@
 from configuration_deepseek import DeepSeekConfig
 
 from .embedding_head import DeepSeekForEmbedding
+from .image_heads import DeepSeekForImageClassification
 from .language_heads import (
     DeepSeekForCausalLM,
     DeepSeekForQuestionAnswering,
@@ -22,6 +23,7 @@ __all__ = [
     "DeepSeekConfig",
     "DeepSeekForCausalLM",
     "DeepSeekForEmbedding",
+    "DeepSeekForImageClassification",
     "DeepSeekForQuestionAnswering",
     "DeepSeekForRecommendation",
     "DeepSeekForSequenceClassification",

@@ -130,6 +130,7 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
         use_cache: bool | None = None,
         block_sequence_ids: torch.Tensor | None = None,
         output_state_before_norm: bool = False,
+        grid_positions: torch.Tensor | None = None,
         **kwargs,
     ) -> DeepSeekModelOutput:
         """Run the trunk.
@@ -143,6 +144,7 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
             block_sequence_ids: [B, S]; tokens of equal number see each other in both directions, -1 is causal. Absent
                 it is -1, or 0 with `attention_direction` "bidirectional".
             output_state_before_norm: return the state that the final norm gets, too.
+            grid_positions: [B or 1, S, 2]; rows and columns of an image's tokens, which are rotated by these.
             kwargs: `output_hidden_states`, `output_attentions`, `output_router_logits`, `output_index_scores` (of the
                 sparse layers, [B, S, T] each and differentiable in their indexers), and what attention
                 implementations take.
@@ -171,7 +173,9 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
         if position_ids is None:
             seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
-        position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
+        position_embeddings = self.rotary_emb(
+            inputs_embeds, position_ids if grid_positions is None else grid_positions
+        )
 
         hidden_states = self.hc_head.enter(self.dropout(inputs_embeds))
         for layer in self.layers[: self.config.num_hidden_layers]:  # early-exit assistance lowers the number

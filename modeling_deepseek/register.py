@@ -8,6 +8,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageClassification,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -22,6 +23,7 @@ from configuration_deepseek.official import SOURCES
 from tokenization_deepseek import DeepSeekTokenizer
 
 from .embedding_head import DeepSeekForEmbedding
+from .image_heads import DeepSeekForImageClassification
 from .language_heads import (
     DeepSeekForCausalLM,
     DeepSeekForQuestionAnswering,
@@ -48,6 +50,7 @@ MODELS_BY_AUTO_CLASS = {
     AutoModel: DeepSeekModel,
     AutoModelForCausalLM: DeepSeekForCausalLM,
     AutoModelForEmbedding: DeepSeekForEmbedding,
+    AutoModelForImageClassification: DeepSeekForImageClassification,
     AutoModelForQuestionAnswering: DeepSeekForQuestionAnswering,
     AutoModelForRecommendation: DeepSeekForRecommendation,
     AutoModelForSequenceClassification: DeepSeekForSequenceClassification,

@@ -1,7 +1,8 @@
 """Rotary position embedding (RoFormer, arXiv 2104.09864) in both pair layouts, with its long-context scalings.
 
 Used by every generation: multi-head attention rotates whole heads in the half layout, latent attention rotates its
-rotary part in the interleaved layout. Frequencies under linear, dynamic, llama3 and YaRN scaling come from
+rotary part in the interleaved layout. Tokens of an image are rotated by their row and their column, which take turns
+over the pairs (axial RoPE, arXiv 2403.13298). Frequencies under linear, dynamic, llama3 and YaRN scaling come from
 transformers' initialisers; YaRN's softmax factor is here.
 """
 
@@ -41,6 +42,14 @@ def apply_rotary(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interlea
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+def of_pairs(position_ids: torch.Tensor, pairs: int) -> torch.Tensor:
+    """Positions [B, S] -> [B, S, 1]; or [B, S, A] -> [B, S, pairs], the axes in turn."""
+    if position_ids.ndim == 2:
+        return position_ids[..., None]
+    axes = torch.arange(pairs, device=position_ids.device) % position_ids.shape[-1]
+    return position_ids[..., axes]
+
+
 class DeepSeekRotaryEmbedding(Float32Buffers):
     """Positions to cos and sin, one angle per pair, computed in float32."""
 
@@ -65,8 +74,9 @@ class DeepSeekRotaryEmbedding(Float32Buffers):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Positions [B or 1, S] -> cos, sin [B or 1, S, W / 2] in the type of x (whose values are not read)."""
+        """Positions [B or 1, S], or on A axes [B or 1, S, A] -> cos, sin [B or 1, S, W / 2] in the type of x (whose
+        values are not read). Of several axes, pair i is turned by axis i % A."""
         with torch.autocast(device_type=x.device.type, enabled=False):  # angles need float32
-            angles = position_ids[..., None].float() * self.inv_freq.to(x.device).float()
+            angles = of_pairs(position_ids, len(self.inv_freq)).float() * self.inv_freq.to(x.device).float()
             cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return cos.to(x.dtype), sin.to(x.dtype)

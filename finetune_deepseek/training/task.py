@@ -61,7 +61,7 @@ class Task(ABC):
     next_command: ClassVar[str] = "deepseek-hf predict {task} {folder} --test_file FILE"  # said when a run has ended
     auto_class: Any = AutoModelForCausalLM
     tokenizer_class: Any = None  # that of its saved models, None for the model's own
-    peft_task_type: str = "CAUSAL_LM"
+    peft_task_type: str | None = "CAUSAL_LM"
     counts: Mapping[str, dict[str, int]] = MappingProxyType({})  # of a split's text and features, for the results
     fault_names: ClassVar[dict[str, str]] = CHECKS  # what is said of a fault in the data, see data/fault_report.py
 

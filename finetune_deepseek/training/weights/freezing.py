@@ -16,9 +16,9 @@ LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 def is_before_layer(name: str, first: int) -> bool:
-    """Whether a parameter belongs to the embeddings or to a decoder layer before number `first`."""
+    """Whether a parameter belongs to the embeddings, a stem or a decoder layer before number `first`."""
     layer = LAYER.search(name)
-    return int(layer[1]) < first if layer else group_of(name) == "embeddings"
+    return int(layer[1]) < first if layer else group_of(name) in ("embeddings", "stem")
 
 
 def freeze_weights(model: PreTrainedModel | PeftModel, args: TrainingArguments) -> None:
@@ -69,10 +69,12 @@ def unreached_groups(model: PreTrainedModel | PeftModel) -> tuple[str, ...]:
     """The groups of weights that the model has and no loss of ours reaches.
 
     The indexer chooses keys, and a choice has no gradient; prediction layers take part in nothing but their own loss,
-    which has a weight in the config.
+    which has a weight in the config; images are read by a stem in place of the embeddings.
     """
     names = [name for name, _ in model.named_parameters()]
     found = ["indexer"] if any(map(INDEXER.search, names)) else []
+    if any(group_of(plain_name(name)) == "stem" for name in names):
+        found.append("embeddings")
     if prediction_layers(model) and not getattr(model.config, "mtp_loss_weight", 0):
         found.append("mtp")
     return tuple(found)
@@ -87,8 +89,8 @@ def freeze_unreached(model: PreTrainedModel | PeftModel) -> None:
     groups, ahead = unreached_groups(model), prediction_layers(model)
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     for name, parameter in trained:
-        is_ahead = "mtp" in groups and group_of(plain_name(name), ahead) == "mtp"
-        if is_ahead or INDEXER.search(name):
+        is_unreached = group_of(plain_name(name), ahead) in set(groups) - {"indexer"}
+        if is_unreached or INDEXER.search(name):
             parameter.requires_grad_(False)
     if trained and not any(parameter.requires_grad for _, parameter in trained):
         raise ValueError(

@@ -27,6 +27,7 @@ GROUPS = {
     "router": Group(parameters=("mlp.gate.weight",)),
     "indexer": Group(r".*\.indexer\.(?:wq_b|wk|weights_proj)"),
     "mtp": Group(r".*\.eh_proj"),
+    "stem": Group(r"(?:.*\.)?stem\..*"),
     "embeddings": Group(r"(?:.*\.)?embed_tokens"),
     "head": Group(r"lm_head"),
 }

@@ -85,7 +85,11 @@ def choose_groups(words: Iterable[str] | None, targets: dict[str, list[str]], ti
 
 
 def lora_config(
-    arguments: LoraArguments, groups: list[str], task_type: str, targets: dict[str, list[str]], ahead: tuple[str, ...]
+    arguments: LoraArguments,
+    groups: list[str],
+    task_type: str | None,
+    targets: dict[str, list[str]],
+    ahead: tuple[str, ...],
 ) -> LoraConfig:
     """PEFT's configuration for the given groups.
 
@@ -141,7 +145,7 @@ def attached_layers(model: nn.Module) -> dict[str, list[Any]]:
     return layers
 
 
-def apply_lora(model: PreTrainedModel, arguments: LoraArguments, task_type: str = "CAUSAL_LM") -> PeftModel:
+def apply_lora(model: PreTrainedModel, arguments: LoraArguments, task_type: str | None = "CAUSAL_LM") -> PeftModel:
     """Wrap the model with LoRA on the groups that `arguments.lora_target` names, and check what was attached.
 
     Raises:
@@ -157,8 +161,10 @@ def apply_lora(model: PreTrainedModel, arguments: LoraArguments, task_type: str 
             f"({', '.join(DEFAULT_GROUPS)}); name groups after --lora_target."
         )
     config = lora_config(arguments, groups, task_type, targets, prediction_layers(model))
-    small = ("pooling", "side_features", "token_type_embeddings")
+    small = ("stem", "pooling", "side_features", "token_type_embeddings")
     whole = [name for name in small if isinstance(getattr(model, name, None), nn.Module)]
+    if task_type is None:  # by the others' PEFT knows what their heads are called
+        whole += [name for name in ("score",) if hasattr(model, name)]
     if whole:
         config.modules_to_save = whole  # learned like a head: in full beside the adapters, and saved with them
     if groups == [OWN_TARGETS]:
