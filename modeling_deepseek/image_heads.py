@@ -21,7 +21,7 @@ class DeepSeekImageModel(DeepSeekPreTrainedModel):
     """What the heads for images share: stem and trunk, whose embeddings of words are never read here."""
 
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
 
     def __init__(self, config: DeepSeekConfig):
         super().__init__(config)

@@ -31,6 +31,21 @@ REFUSED = [
         "head_dim=9 (hidden_size=36, num_attention_heads=4) is odd, but rotary pairs need an even width; make it even",
     ),
     ("tiny_llm", {"head_dim": 7}, "head_dim=7 (hidden_size=32, num_attention_heads=4) is odd"),
+    # images
+    ("tiny_llm", {"image_stem": "convs"}, "image_stem has the unknown word 'convs'; did you mean 'conv'?"),
+    ("tiny_llm", {"image_stem": "conv", "num_channels": 0}, "num_channels=0 must be positive"),
+    ("tiny_llm", {"image_stem": "patch", "patch_size": 0}, "patch_size=0 must be positive"),
+    (
+        "tiny_llm",
+        {"image_stem": "conv", "conv_channels": [4]},
+        "conv_channels=[4] and conv_pooling=[1, 2] must be lists of equal length",
+    ),
+    ("tiny_llm", {"image_stem": "conv", "conv_pooling": [1, 0]}, "conv_pooling=[1, 0] must be positive numbers"),
+    (
+        "tiny_llm",
+        {"image_stem": "conv_lstm", "hidden_size": 33, "head_dim": 8},
+        "hidden_size=33 is odd, but the LSTM of image_stem='conv_lstm' gives half of it in each direction",
+    ),
     # latent attention
     ("tiny_v3", {"kv_lora_rank": 0}, "kv_lora_rank=0 must be positive"),
     ("tiny_v3", {"q_lora_rank": 0}, "q_lora_rank=0 must be positive, or None for no latent"),
