@@ -44,6 +44,13 @@ class Float32Buffers(nn.Module):
         return self
 
 
+def gated(act_fn, gate: torch.Tensor, up: torch.Tensor, limit: float | None) -> torch.Tensor:
+    """act(gate) * up; with a limit L (V4: 10) gate is at most L, and up within -L and L."""
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return act_fn(gate) * up
+
+
 class DeepSeekMLP(nn.Module):
     """SwiGLU feed-forward (arXiv 2002.05202): down(act(gate(x)) * up(x)). Dense layers and shared experts."""
 
@@ -53,8 +60,9 @@ class DeepSeekMLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
         self.up_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
         self.down_proj = nn.Linear(width, config.hidden_size, bias=config.mlp_bias)
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.act_fn, self.limit = ACT2FN[config.hidden_act], config.swiglu_limit
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[..., D] -> [..., D]."""
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+    def forward(self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """[..., D] -> [..., D]; input_ids are for hash layers alone."""
+        gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
+        return self.down_proj(gated(self.act_fn, gate, up, self.limit))

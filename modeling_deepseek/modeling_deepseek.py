@@ -25,7 +25,7 @@ from .configuration_deepseek import HEADS_BY_OWN_AUTO_CLASS, DeepSeekConfig
 from .indexer import DeepSeekIndexer
 from .layers import DeepSeekMLP, DeepSeekRMSNorm
 from .masks import after_cached, with_documents
-from .moe import DeepSeekMoE
+from .moe import DeepSeekHashMoE, DeepSeekMoE
 from .mtp import MultiTokenPrediction, shift_left
 from .outputs import DeepSeekModelOutput
 from .pretrained import DeepSeekPreTrainedModel
@@ -39,7 +39,7 @@ ATTENTIONS = {
     "mla": DeepSeekMultiHeadLatentAttention,
     "dsa": DeepSeekSparseAttention,
 }
-FEED_FORWARDS = {"dense": DeepSeekMLP, "moe": DeepSeekMoE}
+FEED_FORWARDS = {"dense": DeepSeekMLP, "moe": DeepSeekMoE, "hash_moe": DeepSeekHashMoE}
 
 
 class DeepSeekDecoderLayer(GradientCheckpointingLayer):
@@ -56,19 +56,19 @@ class DeepSeekDecoderLayer(GradientCheckpointingLayer):
         self.ffn_hc = RESIDUALS[spec.residual](config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        """[B, S, D] -> [B, S, D], or N streams of these; kwargs are the attention's."""
+    def forward(self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
+        """[B, S, D] -> [B, S, D], or N streams of these; input_ids are for hash layers, kwargs for the attention."""
         hidden_states = self.attn_hc(hidden_states, self.attend, **kwargs)
-        return self.ffn_hc(hidden_states, self.transform)
+        return self.ffn_hc(hidden_states, self.transform, input_ids=input_ids)
 
     def attend(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         """[B, S, D] -> [B, S, D], the attention's part of the block."""
         attended, _ = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
         return self.dropout(attended)
 
-    def transform(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def transform(self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None) -> torch.Tensor:
         """[B, S, D] -> [B, S, D], the feed-forward's part of the block."""
-        return self.dropout(self.mlp(self.post_attention_layernorm(hidden_states)))
+        return self.dropout(self.mlp(self.post_attention_layernorm(hidden_states), input_ids=input_ids))
 
 
 class DeepSeekMTPLayer(MultiTokenPrediction, DeepSeekDecoderLayer):  # type: ignore[misc]  # forward takes one more
@@ -181,6 +181,7 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
         for layer in self.layers[: self.config.num_hidden_layers]:  # early-exit assistance lowers the number
             hidden_states = layer(
                 hidden_states,
+                input_ids=input_ids,
                 attention_mask=mask,
                 position_ids=position_ids,
                 position_embeddings=position_embeddings,

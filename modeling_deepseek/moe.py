@@ -12,8 +12,8 @@ from transformers.activations import ACT2FN
 from transformers.integrations.moe import use_experts_implementation
 
 from .checkpoint_keys import fuse_expert_keys
-from .layers import DeepSeekMLP, is_traced
-from .routers import DeepSeekTopKRouter
+from .layers import DeepSeekMLP, gated, is_traced
+from .routers import DeepSeekHashRouter, DeepSeekTopKRouter
 
 
 @use_experts_implementation
@@ -26,7 +26,12 @@ class DeepSeekExperts(nn.Module):
         self.num_experts = experts
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * expert_width, width))
         self.down_proj = nn.Parameter(torch.empty(experts, width, expert_width))
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.act_fn, self.limit = ACT2FN[config.hidden_act], config.swiglu_limit
+
+    def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """[..., 2 I] -> [..., I]; transformers' implementations call it by this name."""
+        gate, up = gate_up.chunk(2, dim=-1)
+        return gated(self.act_fn, gate, up, self.limit)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -59,14 +64,13 @@ class DeepSeekExperts(nn.Module):
         elsewhere = self.num_experts
         weights = top_k_weights.new_zeros(hidden_states.shape[0], elsewhere + 1)
         weights = weights.scatter_add(1, top_k_index, top_k_weights)[:, :elsewhere]  # [N, E]
-        gate, up = (hidden_states @ self.gate_up_proj.transpose(1, 2)).chunk(2, dim=-1)  # [E, N, I]
-        outputs = (self.act_fn(gate) * up) @ self.down_proj.transpose(1, 2)  # [E, N, D]
+        inner = self._apply_gate(hidden_states @ self.gate_up_proj.transpose(1, 2))  # [E, N, I]
+        outputs = inner @ self.down_proj.transpose(1, 2)  # [E, N, D]
         return (outputs * weights.T.unsqueeze(-1)).sum(0).to(hidden_states.dtype)
 
     def one_expert(self, hidden_states: torch.Tensor, expert: int) -> torch.Tensor:
         """[n, D] -> [n, D] through one expert."""
-        gate, up = F.linear(hidden_states, self.gate_up_proj[expert]).chunk(2, dim=-1)
-        return F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+        return F.linear(self._apply_gate(F.linear(hidden_states, self.gate_up_proj[expert])), self.down_proj[expert])
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         # Trainer's resume and load_best_model_at_end hand a checkpoint with one tensor per expert to load_state_dict,
@@ -78,17 +82,25 @@ class DeepSeekExperts(nn.Module):
 class DeepSeekMoE(nn.Module):
     """Routed experts by the gate's choice, plus the shared experts (one SwiGLU of their joint width)."""
 
+    router_class = DeepSeekTopKRouter
+
     def __init__(self, config):
         super().__init__()
-        self.gate = DeepSeekTopKRouter(config)
+        self.gate = self.router_class(config)
         self.experts = DeepSeekExperts(config)
         self.shared_experts = None
         if config.n_shared_experts:
             self.shared_experts = DeepSeekMLP(config, config.shared_expert_width)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[B, S, D] -> [B, S, D]."""
+    def forward(self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """[B, S, D], and for hash layers token ids [B, S] -> [B, S, D]."""
         tokens = hidden_states.flatten(0, -2)  # [N, D]
-        _, weights, indices = self.gate(tokens)
+        _, weights, indices = self.gate(tokens, input_ids)
         output = self.experts(tokens, indices, weights).view_as(hidden_states)
         return output if self.shared_experts is None else output + self.shared_experts(hidden_states)
+
+
+class DeepSeekHashMoE(DeepSeekMoE):
+    """The same, with the experts of a token chosen by its id (V4's first layers)."""
+
+    router_class = DeepSeekHashRouter

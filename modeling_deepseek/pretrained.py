@@ -17,7 +17,7 @@ from .configuration_deepseek import DeepSeekConfig
 from .moe import DeepSeekExperts
 from .quantization import DequantizedSlice, dequantized
 from .residual import HyperConnection, HyperStreams
-from .routers import DeepSeekTopKRouter
+from .routers import DeepSeekTopKRouter, refuse_bad_tables
 from .tested_versions import tell_if_untested
 from .weight_names import LAYER, CheckpointError, take_mtp_keys
 from .whole_folders import current, writing_beside
@@ -171,4 +171,5 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
                 f"{source}: the model has no place for {len(foreign)} weights of the checkpoint, the first is "
                 f"{foreign[0]}; config.json describes another model"
             )
+        refuse_bad_tables(model)
         return loading_info

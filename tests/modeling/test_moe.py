@@ -17,6 +17,7 @@ LAYERS = {
     "no shared": ("tiny_moe", {"n_shared_experts": None}),
     "one expert": ("tiny_moe", {"num_experts_per_tok": 1, "routed_scaling_factor": 3.0}),
     "all experts": ("tiny_moe", {"num_experts_per_tok": 8}),
+    "V4": ("tiny_v3", {"scoring_func": "sqrtsoftplus", "n_group": 1, "topk_group": 1, "swiglu_limit": 0.8}),
 }
 
 

@@ -5,13 +5,14 @@ import torch
 
 from configuration_deepseek import preset
 from modeling_deepseek import DeepSeekForCausalLM
-from modeling_deepseek.routers import DeepSeekTopKRouter
+from modeling_deepseek.routers import DeepSeekTopKRouter, sqrt_softplus
 from tests.reference.compare import assert_close, assert_same_gradients, twin
 from tests.reference.routers import route
 
 GREEDY = {"scoring_func": "softmax", "topk_method": "greedy"}
 GROUP_MAX = {"scoring_func": "softmax", "topk_method": "group_limited_greedy"}
 SIGMOID = {"scoring_func": "sigmoid", "topk_method": "noaux_tc"}
+SQRT_SOFTPLUS = {"scoring_func": "sqrtsoftplus", "topk_method": "noaux_tc", "n_group": 1, "topk_group": 1}
 EXPERTS = {"n_routed_experts": 12, "num_experts_per_tok": 5, "n_group": 4, "topk_group": 2}
 ROUTERS = {
     "greedy": GREEDY,
@@ -31,6 +32,8 @@ ROUTERS = {
     "sigmoid": {**SIGMOID, "norm_topk_prob": True, "routed_scaling_factor": 2.5},
     "sigmoid, not normalised": {**SIGMOID, "norm_topk_prob": False, "routed_scaling_factor": 2.5},
     "sigmoid, no groups": {**SIGMOID, "n_group": 1, "topk_group": 1, "n_routed_experts": 13, "norm_topk_prob": True},
+    "sqrt softplus": {**SQRT_SOFTPLUS, "norm_topk_prob": True, "routed_scaling_factor": 1.5},
+    "sqrt softplus, not normalised": {**SQRT_SOFTPLUS, "norm_topk_prob": False, "routed_scaling_factor": 1.5},
 }
 
 
@@ -93,6 +96,15 @@ def test_correction_bias_chooses_but_does_not_weigh():
     assert (indices == 4).any(-1).all()
     scores = logits.sigmoid().gather(1, indices)
     assert_close(weights, scores / scores.sum(-1, keepdim=True) * 2.5, "weights")
+
+
+def test_sqrt_softplus_has_finite_gradients_where_it_vanishes():
+    logits = torch.tensor([-1e30, -200.0, -104.0, -60.0, 0.0, 90.0, 1e30], requires_grad=True)
+    scores = sqrt_softplus(logits)
+    (gradient,) = torch.autograd.grad(scores.sum(), logits)
+    assert scores.isfinite().all() and gradient.isfinite().all() and (gradient >= 0).all()
+    exact = logits.detach().double().exp().log1p().sqrt()
+    torch.testing.assert_close(scores[3:6].double(), exact[3:6], rtol=1e-6, atol=0)
 
 
 def test_scores_are_float32_under_bfloat16_and_autocast():

@@ -17,7 +17,12 @@ def linear(x: torch.Tensor, weights: dict[str, torch.Tensor], name: str) -> torc
     return y + weights[f"{name}.bias"] if f"{name}.bias" in weights else y
 
 
-def swiglu(x: torch.Tensor, weights: dict[str, torch.Tensor], prefix: str = "") -> torch.Tensor:
-    """down(swish(gate(x)) * up(x)), swish(z) = z / (1 + e^-z)."""
+def swiglu(
+    x: torch.Tensor, weights: dict[str, torch.Tensor], prefix: str = "", limit: float | None = None
+) -> torch.Tensor:
+    """down(swish(gate(x)) * up(x)), swish(z) = z / (1 + e^-z); gate up to the limit, up between both (V4)."""
     gate, up = linear(x, weights, f"{prefix}gate_proj"), linear(x, weights, f"{prefix}up_proj")
+    if limit is not None:
+        gate = torch.where(gate > limit, limit, gate)
+        up = torch.where(up.abs() > limit, limit * up.sign(), up)
     return linear(gate / (1 + torch.exp(-gate)) * up, weights, f"{prefix}down_proj")

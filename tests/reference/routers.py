@@ -13,9 +13,11 @@ def best(values: list[float], count: int) -> list[int]:
 
 
 def scores_of(logits: torch.Tensor, scoring: str) -> torch.Tensor:
-    """[E] softmax or sigmoid of the logits."""
+    """[E] softmax, sigmoid or sqrt(log(1 + e^x)) of the logits."""
     if scoring == "sigmoid":
         return 1 / (1 + torch.exp(-logits))
+    if scoring == "sqrtsoftplus":
+        return torch.log1p(torch.exp(logits)) ** 0.5
     powers = torch.exp(logits - logits.max().detach())
     return powers / powers.sum()
 
@@ -35,7 +37,9 @@ def chosen_experts(scores: list[float], top_k: int, method: str, bias: list[floa
     return best([value if i // size in kept else outside for i, value in enumerate(choice)], top_k)
 
 
-def route(logits: torch.Tensor, router: dict, bias: torch.Tensor | None = None) -> dict[int, torch.Tensor]:
+def route(
+    logits: torch.Tensor, router: dict, bias: torch.Tensor | None = None, row: list[int] | None = None
+) -> dict[int, torch.Tensor]:
     """Expert -> weight for one token.
 
     Args:
@@ -43,11 +47,12 @@ def route(logits: torch.Tensor, router: dict, bias: torch.Tensor | None = None) 
         router: the config's fields scoring_func, topk_method, num_experts_per_tok, n_group, topk_group,
             norm_topk_prob, routed_scaling_factor.
         bias: [E], e_score_correction_bias, with noaux_tc.
+        row: the experts that a table has for the token, in hash layers (DeepSeek-V4's report, section 2.1).
     """
     top_k, scores = router["num_experts_per_tok"], scores_of(logits, router["scoring_func"])
     offsets = [0.0] * len(logits) if bias is None else bias.tolist()
     groups = router.get("n_group") or 1, router.get("topk_group") or 1
-    chosen = chosen_experts(scores.tolist(), top_k, router["topk_method"], offsets, *groups)
+    chosen = row or chosen_experts(scores.tolist(), top_k, router["topk_method"], offsets, *groups)
     weights = {expert: scores[expert] for expert in chosen}
     factor = router["routed_scaling_factor"]
     if router["scoring_func"] == "softmax":
