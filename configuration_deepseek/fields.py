@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple
 
+from .official import attention_of_ratio
 from .validation import require, validate_layers
 from .weight_names import Shapes, weights_of
 
@@ -20,7 +21,6 @@ CACHE_LAYER_TYPES = {
     "hca": "deepseek_compressed",
     "csa": "deepseek_compressed_indexed",
 }
-CSA_RATIO = 4  # the release's own code gives an indexer, and overlapping blocks, to layers of this ratio alone
 HEADS_BY_AUTO_CLASS = {
     "AutoModelForCausalLM": "DeepSeekForCausalLM",
     "AutoModelForSequenceClassification": "DeepSeekForSequenceClassification",
@@ -326,6 +326,20 @@ class DeepSeekFields:
             return self.specs[-1]
         return self._whole_spec(("swa", "moe"))
 
+    def spec_at(self, layer_idx: int) -> LayerSpec:
+        """The words of a layer, prediction layers among them."""
+        return self.specs[layer_idx] if layer_idx < self.num_hidden_layers else self.prediction_spec
+
+    @property
+    def mask_word(self) -> str:
+        """What attention has for a mask: "causal", pairs of tokens; "rows", which tokens belong together."""
+        return "causal" if self.compress_ratios is None else "rows"
+
+    @property
+    def norms_in_float32(self) -> bool:
+        """Whether norms multiply by their weights in float32 too."""
+        return self.compress_ratios is not None
+
     def _whole_spec(self, words: Iterable[str]) -> LayerSpec:
         """The words of a layer; the residual is derived unless it is among them."""
         attention, feed_forward, *residual = words
@@ -348,8 +362,7 @@ class DeepSeekFields:
 
     def _attention_word(self, layer_idx: int) -> str:
         if self.compress_ratios is not None:
-            ratio = self.compress_ratios[layer_idx]
-            return {0: "swa", CSA_RATIO: "csa"}.get(ratio, "hca")
+            return attention_of_ratio(self.compress_ratios[layer_idx])
         latent = "mla" if self.index_topk is None else "dsa"
         return "mha" if self.kv_lora_rank is None else latent
 

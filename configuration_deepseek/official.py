@@ -39,6 +39,7 @@ ARCHITECTURES = {
     "deepseek_v2": "DeepseekV2",
     "deepseek_v3": "DeepseekV3",
     "deepseek_v32": "DeepseekV32",
+    "deepseek_v4": "DeepseekV4",
 }
 
 TRUNK_FIELDS = (
@@ -53,6 +54,14 @@ EXPERT_FIELDS = (
     *("first_k_dense_replace", "moe_layer_freq", "scoring_func", "norm_topk_prob"),
 )
 GROUP_FIELDS = ("topk_method", "n_group", "topk_group", "routed_scaling_factor")
+COMPRESSED_FIELDS = (
+    *("q_lora_rank", "qk_rope_head_dim", "o_groups", "o_lora_rank", "sliding_window"),
+    *("compress_ratios", "compress_rope_theta", "index_n_heads", "index_head_dim", "index_topk"),
+)
+V4_FIELDS = (
+    *("num_hash_layers", "swiglu_limit", "expert_dtype", "hc_mult", "hc_sinkhorn_iters", "hc_eps"),
+    *("topk_method", "routed_scaling_factor", "num_nextn_predict_layers"),
+)
 LATENT_FIELDS = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 # model_type -> the fields that its published config.json has, by our names
 PUBLISHED_FIELDS: dict[str, tuple[str, ...]] = {
@@ -66,6 +75,11 @@ PUBLISHED_FIELDS: dict[str, tuple[str, ...]] = {
         *(*TRUNK_FIELDS, *EXPERT_FIELDS, *GROUP_FIELDS, *LATENT_FIELDS, "num_nextn_predict_layers"),
         *("index_n_heads", "index_head_dim", "index_topk"),
     ),
+    "deepseek_v4": (
+        *(name for name in TRUNK_FIELDS if name != "intermediate_size"),
+        *(name for name in EXPERT_FIELDS if name not in ("first_k_dense_replace", "moe_layer_freq")),
+        *(*HEAD_FIELDS, *COMPRESSED_FIELDS, *V4_FIELDS),
+    ),
 }
 # (attention of the layers, scores of the router) -> model_type
 SOURCE_BY_MECHANISM = {
@@ -76,6 +90,7 @@ SOURCE_BY_MECHANISM = {
     ("mla", "softmax"): "deepseek_v2",
     ("mla", "sigmoid"): "deepseek_v3",
     ("dsa", "sigmoid"): "deepseek_v32",
+    ("compressed", "sqrtsoftplus"): "deepseek_v4",
 }
 
 # Published name -> ours. Under its own name transformers would take the entry for a wish to run quantized.
@@ -85,6 +100,7 @@ UNUSED_FIELDS = {
     "aux_loss_alpha",  # training hyper-parameters of the release
     "seq_aux",
     "router_aux_loss_coef",
+    "router_jitter_noise",
     "ep_size",  # parallel layout of the release's own inference code
     "pretraining_tp",
     "qk_head_dim",  # derived
@@ -96,6 +112,8 @@ UNUSED_FIELDS = {
     "use_mrope",
     "transformers_version",
 }
+# model_type -> those of them that it does use
+USED_AFTER_ALL = {"deepseek_v4": {"sliding_window"}}
 # Where a release misspelled a word.
 SPELLINGS = {"topk_method": {"gready": "greedy"}}
 
@@ -117,6 +135,16 @@ OTHERS = {
     "qwen3_moe": "Qwen3-MoE",
 }
 SUPPORTED = "DeepSeek-LLM, Coder, Math, MoE-16B, V2, V2.5, V3, V3.1, V3.2, R1 and R1-Distill"
+
+
+CSA_RATIO = 4
+TRANSFORMERS_RATES = {"compressed_sparse_attention": CSA_RATIO, "heavily_compressed_attention": 128}
+TRANSFORMERS_KINDS = {
+    "sliding_attention": "swa",
+    "compressed_sparse_attention": "csa",
+    "heavily_compressed_attention": "hca",
+}
+NOT_SCALING = ("rope_theta", "partial_rotary_factor", "attention_factor")
 
 
 def from_official(config_dict: dict[str, Any]) -> dict[str, Any]:
@@ -142,10 +170,11 @@ def from_official(config_dict: dict[str, Any]) -> dict[str, Any]:
             f"{', '.join(map(repr, SOURCES))}: {SUPPORTED}"
         )
     _refuse_unsupported(config_dict, model_type)
+    config_dict = IN_PUBLISHED_FORM.get(model_type, dict)(config_dict)
     fields = {
         RENAMES.get(key, key): dict(value) if isinstance(value, dict) else value  # configs complete theirs in place
         for key, value in config_dict.items()
-        if key not in UNUSED_FIELDS and not (key in RENAMES and value is None)
+        if key not in UNUSED_FIELDS - USED_AFTER_ALL.get(model_type, set()) and not (key in RENAMES and value is None)
     }
     for key, spellings in SPELLINGS.items():
         if fields.get(key) in spellings:
@@ -156,6 +185,45 @@ def from_official(config_dict: dict[str, Any]) -> dict[str, Any]:
     defaults = {key: value for key, value in SOURCES[model_type].items() if fields.get(key) is None}
     source = {"model_type": "deepseek", "source_model_type": model_type, "deepseek_format": 1}
     return {**fields, **defaults, **FIXED.get(model_type, {}), **source}
+
+
+def attention_of_ratio(ratio: int) -> str:
+    """The attention of a V4 layer: the release's own code gives overlapping blocks and an indexer to ratio 4 alone."""
+    return {0: "swa", CSA_RATIO: "csa"}.get(ratio, "hca")
+
+
+def _v4_as_published(config_dict: dict[str, Any]) -> dict[str, Any]:
+    """A V4 config as transformers writes it, with words for layers and two rotary dictionaries, as it was published.
+
+    Raises:
+        ValueError: for a word of a layer that is none of V4's.
+    """
+    fields = dict(config_dict)
+    rates = {"sliding_attention": 0, **TRANSFORMERS_RATES, **(fields.pop("compress_rates", None) or {})}
+    words, experts = fields.get("layer_types") or [], fields.get("mlp_layer_types")
+    if experts is not None:
+        fields["num_hash_layers"] = experts.count("hash_moe")
+    if fields.get("compress_ratios") is None:
+        if unknown := [word for word in words if word not in rates]:
+            raise ValueError(f"config.json has layer_types with {unknown[0]!r}; V4's are {', '.join(rates)}")
+        if not words:
+            raise ValueError("config.json has neither compress_ratios nor layer_types; copy it from the release")
+        fields["compress_ratios"] = [rates[word] for word in words]
+        kinds = [TRANSFORMERS_KINDS[word] for word in words]
+        if kinds != [attention_of_ratio(ratio) for ratio in fields["compress_ratios"]]:
+            fields["layer_specs"] = [list(pair) for pair in zip(kinds, experts or ["moe"] * len(kinds), strict=True)]
+    rope = fields.get("rope_parameters") or {}
+    if "main" in rope and "compress" in rope:
+        fields["compress_rope_theta"] = rope["compress"].get("rope_theta", fields.get("compress_rope_theta"))
+        scaling = {name: value for name, value in rope["compress"].items() if name not in NOT_SCALING}
+        fields["rope_parameters"] = {**scaling, "rope_theta": rope["main"].get("rope_theta", 10000.0)}
+    factor = fields.pop("partial_rotary_factor", None)
+    if fields.get("qk_rope_head_dim") is None and factor is not None:
+        fields["qk_rope_head_dim"] = int(fields["head_dim"] * factor)
+    return fields
+
+
+IN_PUBLISHED_FORM = {"deepseek_v4": _v4_as_published}
 
 
 def _refuse_unsupported(config_dict: dict[str, Any], model_type: str) -> None:
@@ -184,11 +252,14 @@ def official_model_type(fields: dict[str, Any]) -> str:
     """
     latent = "mla" if fields.get("index_topk") is None else "dsa"
     attention = "mha" if fields.get("kv_lora_rank") is None else latent
+    if fields.get("compress_ratios") is not None:
+        attention = "compressed" if fields.get("hc_mult") is not None else "compressed without streams"
     if fields.get("use_qk_norm"):
         attention += " with norms"
     elif fields.get("attention_bias") and fields.get("attention_out_bias") is False:
         attention += " with bias"
-    if fields.get("rope_interleave") not in (None, fields.get("kv_lora_rank") is not None):
+    is_latent = fields.get("kv_lora_rank") is not None or fields.get("compress_ratios") is not None
+    if fields.get("rope_interleave") not in (None, is_latent):
         attention += " with the other rotary pairs"
     router = fields["scoring_func"] if fields.get("n_routed_experts") is not None else None
     if fields.get("layer_specs") is None and (attention, router) in SOURCE_BY_MECHANISM:

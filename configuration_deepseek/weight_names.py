@@ -102,6 +102,44 @@ def _dsa(config: Any) -> Shapes:
     }
 
 
+def _swa(config: Any) -> Shapes:
+    width, latent, head = config.hidden_size, config.q_lora_rank, config.head_dim
+    return {
+        **_linear("wq_a", latent, width),
+        **_norm("q_norm", latent),
+        **_linear("wq_b", config.mha_query_width, latent),
+        **_linear("wkv", head, width),
+        **_norm("kv_norm", head),
+        **_linear("wo_a", config.o_latent_width, config.o_group_width),
+        **_linear("wo_b", width, config.o_latent_width),
+        "attn_sink": (config.num_attention_heads,),
+    }
+
+
+def _compressor(config: Any, ratio: int, width: int, inner: int, prefix: str = "") -> Shapes:
+    return {
+        **_linear(f"{prefix}compressor.wkv", inner, config.hidden_size),
+        **_linear(f"{prefix}compressor.wgate", inner, config.hidden_size),
+        **_norm(f"{prefix}compressor.norm", width),
+        f"{prefix}compressor.ape": (ratio, inner),
+    }
+
+
+def _hca(config: Any, ratio: int) -> Shapes:
+    return _swa(config) | _compressor(config, ratio, config.head_dim, config.head_dim)
+
+
+def _csa(config: Any, ratio: int) -> Shapes:
+    head, index = config.head_dim, config.index_head_dim
+    return {
+        **_swa(config),
+        **_compressor(config, ratio, head, 2 * head),
+        **_linear("indexer.wq_b", config.index_query_width, config.q_lora_rank),
+        **_linear("indexer.weights_proj", config.index_n_heads, config.hidden_size),
+        **_compressor(config, ratio, index, 2 * index, "indexer."),
+    }
+
+
 def _mlp(config: Any, inner: int, prefix: str = "") -> Shapes:
     width, bias = config.hidden_size, config.mlp_bias
     return {
@@ -116,10 +154,18 @@ def _dense(config: Any) -> Shapes:
 
 
 def _moe(config: Any) -> Shapes:
+    experts = config.n_routed_experts
+    chooses: Shapes = {"gate.e_score_correction_bias": (experts,)} if config.topk_method == "noaux_tc" else {}
+    return chooses | _experts(config)
+
+
+def _hash_moe(config: Any) -> Shapes:
+    return {"gate.tid2eid": (config.vocab_size, config.num_experts_per_tok), **_experts(config)}
+
+
+def _experts(config: Any) -> Shapes:
     width, inner, experts = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
     shapes = _linear("gate", experts, width)
-    if config.topk_method == "noaux_tc":
-        shapes["gate.e_score_correction_bias"] = (experts,)
     for expert in range(experts):
         shapes |= _linear(f"experts.{expert}.gate_proj", inner, width)
         shapes |= _linear(f"experts.{expert}.up_proj", inner, width)
@@ -128,27 +174,45 @@ def _moe(config: Any) -> Shapes:
     return shapes | shared
 
 
-ATTENTIONS: dict[str, Callable[[Any], Shapes]] = {"mha": _mha, "mla": _mla, "dsa": _dsa}
-FEED_FORWARDS: dict[str, Callable[[Any], Shapes]] = {"dense": _dense, "moe": _moe}
+def _streams(prefix: str, config: Any, coefficients: int, scales: int) -> Shapes:
+    width = config.hc_mult * config.hidden_size
+    return {f"{prefix}.fn": (coefficients, width), f"{prefix}.base": (coefficients,), f"{prefix}.scale": (scales,)}
+
+
+def _mhc(config: Any) -> Shapes:
+    coefficients = config.hc_mult * (2 + config.hc_mult)
+    return _streams("attn_hc", config, coefficients, 3) | _streams("ffn_hc", config, coefficients, 3)
+
+
+ATTENTIONS: dict[str, Callable[..., Shapes]] = {"mha": _mha, "mla": _mla, "dsa": _dsa, "swa": _swa}
+COMPRESSING: dict[str, Callable[[Any, int], Shapes]] = {"hca": _hca, "csa": _csa}
+FEED_FORWARDS: dict[str, Callable[[Any], Shapes]] = {"dense": _dense, "moe": _moe, "hash_moe": _hash_moe}
+RESIDUALS: dict[str, Callable[[Any], Shapes]] = {"add": lambda config: {}, "mhc": _mhc}
 
 
 def _under(prefix: str, shapes: Shapes) -> Shapes:
     return {prefix + name: shape for name, shape in shapes.items()}
 
 
-def _layer(config: Any, spec: Any) -> Shapes:
+def _layer(config: Any, spec: Any, ratio: int = 0) -> Shapes:
+    attention = COMPRESSING[spec.attention](config, ratio) if ratio else ATTENTIONS[spec.attention](config)
     return {
-        **_under("self_attn.", ATTENTIONS[spec.attention](config)),
+        **_under("self_attn.", attention),
         **_under("mlp.", FEED_FORWARDS[spec.feed_forward](config)),
+        **RESIDUALS[spec.residual](config),
         **_norm("input_layernorm", config.hidden_size),
         **_norm("post_attention_layernorm", config.hidden_size),
     }
 
 
 def _trunk(config: Any) -> Shapes:
-    kinds = {spec: _layer(config, spec) for spec in config.specs}
-    layers = [_under(f"layers.{i}.", kinds[spec]) for i, spec in enumerate(config.specs)]
+    ratios = config.compress_ratios or [0] * config.num_hidden_layers
+    words = list(zip(config.specs, ratios[: config.num_hidden_layers], strict=True))
+    kinds = {kind: _layer(config, *kind) for kind in words}
+    layers = [_under(f"layers.{i}.", kinds[kind]) for i, kind in enumerate(words)]
     shapes = {"embed_tokens.weight": (config.vocab_size, config.hidden_size)} | _norm("norm", config.hidden_size)
+    if config.hc_mult is not None:
+        shapes |= _streams("hc_head", config, config.hc_mult, 1)
     for layer in layers:
         shapes |= layer
     return shapes
@@ -157,7 +221,7 @@ def _trunk(config: Any) -> Shapes:
 def _predictions(config: Any) -> Shapes:
     """Prediction layers, as the model holds them: layers like the last one, without copies of embedding and head."""
     width, first = config.hidden_size, config.num_hidden_layers
-    shapes = _layer(config, config.specs[-1])
+    shapes = _layer(config, config.prediction_spec)
     for name in ("enorm", "hnorm", "shared_head.norm"):
         shapes |= _norm(name, width)
     shapes |= _linear("eh_proj", width, 2 * width)

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .rope import apply_rotary
+from .rope import apply_rotary, rotate_tail
 
 
 class Float32Linear(nn.Linear):
@@ -78,6 +78,23 @@ class DeepSeekIndexer(nn.Module):
         """[B, J or 1, S, W] with the first dimensions rotated in the half layout."""
         rope, nope = x.split((self.rope, self.head_dim - self.rope), dim=-1)
         return torch.cat((apply_rotary(rope, *position_embeddings, interleaved=False), nope), dim=-1)
+
+
+class DeepSeekEntryIndexer(DeepSeekIndexer):
+    """The indexer of V4, which scores entries of several tokens; `compressor`, set by its attention, makes its keys.
+
+    The last dimensions of queries and keys are rotated, in interleaved pairs.
+    """
+
+    def __init__(self, config):
+        nn.Module.__init__(self)
+        self.num_heads, self.head_dim, self.topk = config.index_n_heads, config.index_head_dim, config.index_topk
+        self.wq_b = nn.Linear(config.q_lora_rank, config.index_query_width, bias=False)
+        self.weights_proj = Float32Linear(config.hidden_size, self.num_heads, bias=False)
+
+    def rotated(self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """[B, J, S, W] with the last dimensions rotated."""
+        return rotate_tail(x, *position_embeddings)
 
 
 def select_keys(scores: torch.Tensor, count: int) -> torch.Tensor:

@@ -32,6 +32,25 @@ class DeepSeekRMSNorm(nn.Module):
         return f"{self.weight.numel()}, eps={self.variance_epsilon}"
 
 
+class DeepSeekFloat32RMSNorm(DeepSeekRMSNorm):
+    """As V4 has it: multiplied by the weight in float32 too, and rounded once."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[..., width] -> [..., width], in the input's type."""
+        return (self.weight.float() * unit_rms(hidden_states.float(), self.variance_epsilon)).to(hidden_states.dtype)
+
+
+def norm_of(config) -> DeepSeekRMSNorm:
+    """The norm over the hidden width, of the config's kind."""
+    kind = DeepSeekFloat32RMSNorm if config.norms_in_float32 else DeepSeekRMSNorm
+    return kind(config.hidden_size, config.rms_norm_eps)
+
+
+def unit_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + eps) over the last dimension, the factor in float32."""
+    return x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps).to(x.dtype)
+
+
 class Float32Buffers(nn.Module):
     """Base of modules whose buffers stay float32: `.to(bfloat16)` or `.half()` of the model casts weights only."""
 

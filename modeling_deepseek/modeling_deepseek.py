@@ -2,8 +2,8 @@
 
 Read it in this order: `DeepSeekDecoderLayer` (what a block is), `DeepSeekModel` (what the trunk is), the heads in
 language_heads.py, embedding_head.py and recommendation_head.py. The mechanisms that a block is made of are one file
-each: attention_mha.py, attention_mla.py, attention_dsa.py, moe.py, routers.py, residual.py, rope.py, cache.py. Which
-of them a layer has is said by the config (`config.specs`), so no forward asks for a generation.
+each: attention_mha.py, attention_mla.py, attention_dsa.py, attention_compressed.py, moe.py, routers.py, residual.py,
+rope.py, cache.py. Which of them a layer has is said by the config (`config.specs`), so no forward asks for one.
 
 Letters: B batch, S tokens of this call, T tokens including cached ones, D hidden width, V vocabulary.
 """
@@ -17,27 +17,37 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .attention_compressed import (
+    DeepSeekCompressedSparseAttention,
+    DeepSeekHeavilyCompressedAttention,
+    DeepSeekWindowAttention,
+)
 from .attention_dsa import DeepSeekSparseAttention
 from .attention_mha import DeepSeekMultiHeadAttention
 from .attention_mla import DeepSeekMultiHeadLatentAttention
 from .cache import takes_cache
+from .cache_compressed import layer_of
 from .configuration_deepseek import HEADS_BY_OWN_AUTO_CLASS, DeepSeekConfig
 from .indexer import DeepSeekIndexer
-from .layers import DeepSeekMLP, DeepSeekRMSNorm
+from .layers import DeepSeekMLP, norm_of
 from .masks import after_cached, with_documents
 from .moe import DeepSeekHashMoE, DeepSeekMoE
 from .mtp import MultiTokenPrediction, shift_left
 from .outputs import DeepSeekModelOutput
 from .pretrained import DeepSeekPreTrainedModel
 from .residual import RESIDUALS, STREAMS
-from .rope import DeepSeekRotaryEmbedding
+from .rope import DeepSeekRotaryEmbedding, without_entries
 from .routers import DeepSeekTopKRouter
+from .row_tokens import RowTokens, row_tokens
 from .transformers_names import GradientCheckpointingLayer, create_causal_mask
 
 ATTENTIONS = {
     "mha": DeepSeekMultiHeadAttention,
     "mla": DeepSeekMultiHeadLatentAttention,
     "dsa": DeepSeekSparseAttention,
+    "swa": DeepSeekWindowAttention,
+    "hca": DeepSeekHeavilyCompressedAttention,
+    "csa": DeepSeekCompressedSparseAttention,
 }
 FEED_FORWARDS = {"dense": DeepSeekMLP, "moe": DeepSeekMoE, "hash_moe": DeepSeekHashMoE}
 
@@ -47,11 +57,11 @@ class DeepSeekDecoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: DeepSeekConfig, layer_idx: int):
         super().__init__()
-        spec = config.specs[min(layer_idx, config.num_hidden_layers - 1)]  # prediction layers are as the last one
+        spec = config.spec_at(layer_idx)
         self.self_attn = ATTENTIONS[spec.attention](config, layer_idx)
         self.mlp = FEED_FORWARDS[spec.feed_forward](config)
-        self.input_layernorm = DeepSeekRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = DeepSeekRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = norm_of(config)
+        self.post_attention_layernorm = norm_of(config)
         self.attn_hc = RESIDUALS[spec.residual](config)
         self.ffn_hc = RESIDUALS[spec.residual](config)
         self.dropout = nn.Dropout(config.hidden_dropout)
@@ -80,8 +90,8 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
 
     _can_record_outputs = {
         "hidden_states": DeepSeekDecoderLayer,
-        # each attention once: sparse attention is a subclass of the latent one
-        "attentions": [OutputRecorder(ATTENTIONS[word], index=1) for word in ("mha", "mla")],
+        # each attention once: sparse attention is a subclass of the latent one, compressed ones of the window
+        "attentions": [OutputRecorder(ATTENTIONS[word], index=1) for word in ("mha", "mla", "swa")],
         "index_scores": OutputRecorder(DeepSeekIndexer, index=0),
         "router_logits": OutputRecorder(DeepSeekTopKRouter, index=0),
     }
@@ -92,9 +102,9 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(DeepSeekDecoderLayer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = DeepSeekRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = norm_of(config)
         self.hc_head = STREAMS[config.specs[0].residual](config)
-        self.rotary_emb = DeepSeekRotaryEmbedding(config)
+        self.rotary_emb = DeepSeekRotaryEmbedding(without_entries(config))
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.gradient_checkpointing = False
         self.post_init()
@@ -169,7 +179,7 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
                 )
         if use_cache and cache is None:
             cache = DynamicCache(config=self.config)
-        mask = self.causal_mask(inputs_embeds, attention_mask, position_ids, cache, block_sequence_ids)
+        mask = self.mask_of(inputs_embeds, attention_mask, position_ids, cache, block_sequence_ids)
         if position_ids is None:
             seen = cache.get_seq_length() if cache is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
@@ -223,7 +233,7 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
         """
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        mask = self.causal_mask(inputs_embeds, attention_mask, position_ids, None)
+        mask = self.mask_of(inputs_embeds, attention_mask, position_ids, None)
         if position_ids is None:
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device).unsqueeze(0)
         position_embeddings = self.rotary_emb(inputs_embeds, position_ids)
@@ -240,6 +250,24 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
             predicted.append(layer.shared_head(state))
             hidden_states = predicted[-1] if self.config.mtp_after_norm else state
         return predicted
+
+    def mask_of(self, *args, **kwargs) -> Any:
+        """What this model's attention takes as a mask, of the arguments of `causal_mask`."""
+        return MASKS[self.config.mask_word](self, *args, **kwargs)
+
+    def rows_mask(
+        self,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: Cache | None,
+        block_sequence_ids: torch.Tensor | None = None,
+    ) -> RowTokens:
+        """Which tokens of this call belong together, for attention that compresses them."""
+        if block_sequence_ids is not None:
+            raise ValueError("block_sequence_ids: compressed attention has no blocks; entries are of what came before")
+        counted = None if cache is None else layer_of(cache, 0)
+        return row_tokens(attention_mask, position_ids, inputs_embeds.shape[:2], inputs_embeds.device, counted)
 
     def causal_mask(
         self,
@@ -276,3 +304,6 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
             block_sequence_ids=block_sequence_ids,
             **documents,
         )
+
+
+MASKS = {"causal": DeepSeekModel.causal_mask, "rows": DeepSeekModel.rows_mask}

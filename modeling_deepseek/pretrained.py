@@ -11,8 +11,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import PreTrainedModel
 
 from .adapters import PLACE, tell_what_differs, with_changes
+from .attention_compressed import DeepSeekWindowAttention, GroupedLinear
 from .checkpoint_files import in_turn, naming_the_broken_file, open_slices, unlisted
 from .checkpoint_keys import register_conversions
+from .compressor import DeepSeekCompressor
 from .configuration_deepseek import DeepSeekConfig
 from .moe import DeepSeekExperts
 from .quantization import DequantizedSlice, dequantized
@@ -56,6 +58,12 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
             init.normal_(module.fn, mean=0.0, std=std)
             init.zeros_(module.base)
             init.ones_(module.scale)
+        elif isinstance(module, GroupedLinear):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, DeepSeekWindowAttention):
+            init.zeros_(module.attn_sink)
+        elif isinstance(module, DeepSeekCompressor):
+            init.zeros_(module.ape)
 
     # transformers finds out by reading this file's text whether implementations may be chosen; ours are in siblings.
     @classmethod

@@ -4,8 +4,12 @@ Used by every generation: multi-head attention rotates whole heads in the half l
 rotary part in the interleaved layout. Tokens of an image are rotated by their row and their column, which take turns
 over the pairs (axial RoPE, arXiv 2403.13298). Frequencies under linear, dynamic, llama3 and YaRN scaling come from
 transformers' initialisers; YaRN's softmax factor is here.
+=======
+rotary part in the interleaved layout, compressed attention the end of each head, likewise. Frequencies under linear,
+dynamic, llama3 and YaRN scaling come from transformers' initialisers; YaRN's softmax factor is here.
 """
 
+import copy
 import math
 
 import torch
@@ -48,6 +52,41 @@ def of_pairs(position_ids: torch.Tensor, pairs: int) -> torch.Tensor:
         return position_ids[..., None]
     axes = torch.arange(pairs, device=position_ids.device) % position_ids.shape[-1]
     return position_ids[..., axes]
+
+
+def rotate_tail(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate the interleaved pairs at the end of the last dimension, and leave every number where it stands.
+
+    Keys that are values too come out as values, so V4 turns the result back by the query's position (-sin).
+
+    Args:
+        x: [B, H, S, W]; cos, sin: [B or 1, S, R / 2], of which the last R of W are rotated.
+    """
+    width = 2 * cos.shape[-1]
+    pairs = x[..., -width:].float().unflatten(-1, (-1, 2))
+    first, second = pairs.unbind(-1)
+    cos, sin = cos.unsqueeze(1).float(), sin.unsqueeze(1).float()
+    rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
+    return torch.cat((x[..., :-width], rotated.to(x.dtype)), dim=-1)
+
+
+def without_entries(config):
+    """The config as the rotary embedding of windows reads it: V4 scales positions only where it compresses."""
+    if config.compress_ratios is None:
+        return config
+    return _rotating(config, {"rope_type": "default", "rope_theta": config.rope_parameters["rope_theta"]})
+
+
+def with_entries(config):
+    """The config as the rotary embedding of layers that compress reads it: their base, and YaRN without a factor."""
+    amplitude = {"attention_factor": 1.0} if config.rope_parameters["rope_type"] == "yarn" else {}
+    return _rotating(config, {**config.rope_parameters, "rope_theta": config.compress_rope_theta, **amplitude})
+
+
+def _rotating(config, rope_parameters: dict):
+    changed = copy.copy(config)
+    changed.head_dim, changed.rope_parameters = config.qk_rope_head_dim, rope_parameters
+    return changed
 
 
 class DeepSeekRotaryEmbedding(Float32Buffers):
