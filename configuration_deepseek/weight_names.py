@@ -8,17 +8,20 @@ Letters: D hidden width, E routed experts, V vocabulary.
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
 
 LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
 SHARED_WITH = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
 SCALE = "weight_scale_inv"
-# The weights that the releases quantize: not norms, router, embedding, head, eh_proj, and the indexer's weights_proj.
+# The weights that the releases quantize: not norms, router, embedding, head, eh_proj, compressors, and the indexer's
+# weights_proj.
 QUANTIZED = re.compile(
-    r".*\.(?:self_attn\.\w+_proj\w*|self_attn\.indexer\.(?:wq_b|wk)|mlp\.(?:.*\.)?(?:gate|up|down)_proj)\.weight"
+    r".*\.(?:self_attn\.(?:\w+_proj\w*|w\w+)|self_attn\.indexer\.(?:wq_b|wk)|mlp\.(?:.*\.)?(?:gate|up|down)_proj"
+    r"|[eh]_proj)\.weight"
 )
+ROUTED = re.compile(r".*\.mlp\.experts\.\d+\.(?:gate|up|down)_proj\.weight")
 
 
 class CheckpointError(ValueError, RuntimeError):
@@ -34,7 +37,9 @@ def grid_of(shape: Sequence[int], block: list[int]) -> list[int]:
 
 
 def shared_mtp_keys(config: Any) -> dict[str, str]:
-    """Keys of the copies in prediction layers -> the key of the weight that they repeat."""
+    """Keys of the copies in prediction layers -> the key of the weight that they repeat; V4 stores none."""
+    if config.compress_ratios is not None:
+        return {}
     first, count = config.num_hidden_layers, config.num_nextn_predict_layers
     layers = range(first, first + count)
     return {f"model.layers.{i}.{name}": shared for i in layers for name, shared in SHARED_WITH.items()}
@@ -276,3 +281,93 @@ def weights_of(config: Any, head: str) -> Shapes | None:
     """
     own = HEADS[head](config) if head in HEADS else None
     return None if own is None else _under("" if head == "Model" else "model.", _trunk(config)) | own
+
+
+# Names in V4's releases ----------------------------------------------------------------------------------------------
+
+# Each table is read in both directions: what begins so in a release -> ours.
+V4_TOP = {
+    "embed.": "model.embed_tokens.",
+    "norm.": "model.norm.",
+    "head.": "lm_head.",
+    "hc_head_": "model.hc_head.",
+}
+V4_LAYER = {  # the longer first
+    "ffn.gate.bias": "mlp.gate.e_score_correction_bias",
+    "attn_norm.": "input_layernorm.",
+    "ffn_norm.": "post_attention_layernorm.",
+    "hc_attn_": "attn_hc.",
+    "hc_ffn_": "ffn_hc.",
+    "attn.": "self_attn.",
+    "ffn.": "mlp.",
+}
+V4_PREDICTION = {**V4_LAYER, "hc_head_": "hc_head.", "norm.": "shared_head.norm."}
+V4_EXPERT = {"w1.": "gate_proj.", "w3.": "up_proj.", "w2.": "down_proj."}
+V4_PARTS = re.compile(r"(.*?experts\.(?:\d+\.)?)?(.*)")  # of a name in a layer: up to an expert, and what it has
+V4_RELEASE = re.compile(r"layers\.\d+\.(?:attn|ffn)\.|embed\.weight$|mtp\.\d+\.")
+
+
+def _exchanged(name: str, table: dict[str, str]) -> str:
+    """The name with its beginning as the table has it."""
+    for begin, other in table.items():
+        if name.startswith(begin):
+            return other + name.removeprefix(begin)
+    return name
+
+
+def _back(table: dict[str, str]) -> dict[str, str]:
+    return {ours: theirs for theirs, ours in table.items()}
+
+
+def from_v4_name(name: str, num_hidden_layers: int) -> str:
+    """A name of V4's releases as ours; prediction layers, `mtp.0` and on, stand behind the others.
+
+    >>> from_v4_name("mtp.0.ffn.experts.3.w1.scale", 43)
+    'model.layers.43.mlp.experts.3.gate_proj.weight_scale_inv'
+    """
+    kind, _, rest = name.partition(".")
+    if kind not in ("layers", "mtp"):
+        return _exchanged(name, V4_TOP)
+    layer, _, part = rest.partition(".")
+    offset, table = (num_hidden_layers, V4_PREDICTION) if kind == "mtp" else (0, V4_LAYER)
+    before, own = _parts(_exchanged(part, table))
+    own = _exchanged(own, V4_EXPERT) if before else own
+    if own.endswith(".scale") and not own.startswith(("attn_hc.", "ffn_hc.", "hc_head.")):
+        own = own.removesuffix("scale") + SCALE
+    return f"model.layers.{int(layer) + offset}.{before}{own}"
+
+
+def to_v4_name(name: str, num_hidden_layers: int) -> str:
+    """The inverse of `from_v4_name`."""
+    match = LAYER.match(name)
+    if match is None:
+        return _exchanged(name, _back(V4_TOP))
+    layer = int(match[1])
+    before, own = _parts(name[match.end() :])
+    own = _exchanged(own, _back(V4_EXPERT)) if before else own
+    own = own.removesuffix(SCALE) + "scale" if own.endswith(SCALE) else own
+    if layer < num_hidden_layers:
+        return f"layers.{layer}.{_exchanged(before + own, _back(V4_LAYER))}"
+    return f"mtp.{layer - num_hidden_layers}.{_exchanged(before + own, _back(V4_PREDICTION))}"
+
+
+def _parts(name: str) -> tuple[str, str]:
+    match = V4_PARTS.fullmatch(name)
+    return (match[1] or "", match[2]) if match else ("", name)
+
+
+Entry = TypeVar("Entry")
+
+
+def with_our_names(weights: dict[str, Entry], config: Any) -> dict[str, Entry]:
+    """The entries of a checkpoint under our names, whether they are a V4 release's or ours already."""
+    if not any(V4_RELEASE.match(name) for name in weights):
+        return weights
+    return {from_v4_name(name, config.num_hidden_layers): entry for name, entry in weights.items()}
+
+
+def with_release_names(weights: dict[str, Entry], config: Any) -> dict[str, Entry]:
+    """The entries under the names that releases of this kind of model have."""
+    if config.compress_ratios is None:
+        return weights
+    return {to_v4_name(name, config.num_hidden_layers): entry for name, entry in weights.items()}

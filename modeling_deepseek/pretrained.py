@@ -21,7 +21,7 @@ from .quantization import DequantizedSlice, dequantized
 from .residual import HyperConnection, HyperStreams
 from .routers import DeepSeekTopKRouter, refuse_bad_tables
 from .tested_versions import tell_if_untested
-from .weight_names import LAYER, CheckpointError, take_mtp_keys
+from .weight_names import LAYER, CheckpointError, take_mtp_keys, with_our_names
 from .whole_folders import current, writing_beside
 
 register_conversions()
@@ -117,12 +117,12 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
 
     def official_slices(self, weights: dict[str, Any], load_config) -> dict[str, Any]:
         """What of a checkpoint's entries, still in their files, is to be loaded into this model."""
-        weights = dequantized(weights, self.config)
+        weights = dequantized(with_our_names(weights, self.config), self.config)
         reads_elsewhere = is_deepspeed_zero3_enabled() or "disk" in (load_config.device_map or {}).values()
         if reads_elsewhere and any(isinstance(entry, DequantizedSlice) for entry in weights.values()):
             raise CheckpointError(
-                "FP8 weights cannot be loaded under DeepSpeed ZeRO-3 or with offload to disk; load the model without, "
-                "and save it dequantized first"
+                "quantized weights cannot be loaded under DeepSpeed ZeRO-3 or with offload to disk; load the model "
+                "without, and save it dequantized first"
             )
         rest, ahead = take_mtp_keys(weights, self.config)
         return {**rest, **self.slices_ahead(ahead, rest, load_config.pretrained_model_name_or_path)}

@@ -1,8 +1,11 @@
-"""FP8 weights in blocks, as V3 and its successors are published (DeepSeek-V3, arXiv 2412.19437, section 3.3.2).
+"""Quantized weights as releases publish them: FP8 in blocks (DeepSeek-V3, arXiv 2412.19437, section 3.3.2), and FP4.
 
-A weight [R, C] is e4m3; beside it lies `weight_scale_inv` [ceil(R / r), ceil(C / c)], one factor per block of r x c,
-the last blocks of a row or column being partial: w = q * factor of its block. Factors are float32 or powers of two
-(ue8m0, V3.1). The block comes from the config: a grid of scales does not tell it.
+FP8: a weight [R, C] is e4m3; beside it lies `weight_scale_inv` [ceil(R / r), ceil(C / c)], one factor per block of
+r x c, the last blocks of a row or column being partial: w = q * factor of its block. Factors are float32 or powers of
+two (ue8m0, V3.1 and V4). The block comes from the config: a grid of scales does not tell it.
+
+FP4, V4's routed experts: an int8 weight [R, C / 2] holds two e2m1 numbers in each byte, the even column in its lower
+half, and every 32 columns of a row share a power of two, [R, C / 32].
 """
 
 from typing import Any
@@ -13,13 +16,53 @@ from .weight_names import SCALE, CheckpointError, grid_of
 
 E4M3_MAX = 448.0
 FP8_WORD = "F8_E4M3"  # as safetensors' headers have it
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by the lower three bits; the fourth is the sign
+E2M1_MAX = E2M1[-1]
+E2M1_TIES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # halfway between two; the code of even number takes it
+FP4_WORD, FP4_BLOCK = "I8", [1, 32]
+
+
+def unpack_fp4(packed: torch.Tensor) -> torch.Tensor:
+    """int8 [R, C / 2] -> float32 [R, C]."""
+    table = torch.tensor([*E2M1, *(-value for value in E2M1)], device=packed.device)
+    codes = packed.view(torch.uint8).int()
+    return table[torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)]
+
+
+def pack_fp4(values: torch.Tensor) -> torch.Tensor:
+    """The other way: [R, C], C even and no value beyond 6 -> int8 [R, C / 2], each rounded to the nearest."""
+    ties = torch.tensor(E2M1_TIES, device=values.device)
+    upwards = torch.arange(len(E2M1_TIES), device=values.device) % 2 == 1
+    ties = torch.where(upwards, torch.nextafter(ties, ties.new_zeros(())), ties)
+    codes = torch.bucketize(values.float().abs(), ties) + 8 * values.signbit().int()
+    even, odd = codes.unflatten(-1, (-1, 2)).unbind(-1)
+    return (even + 16 * odd).to(torch.uint8).view(torch.int8)
 
 
 def dequantize_blocks(weight: torch.Tensor, scale: torch.Tensor, block: list[int]) -> torch.Tensor:
-    """e4m3 [R, C] and its scales [ceil(R / r), ceil(C / c)] -> float32 [R, C], each product rounded once."""
-    rows, columns = weight.shape
+    """e4m3 [R, C] or int8 [R, C / 2], and scales [ceil(R / r), ceil(C / c)] -> float32 [R, C], each product rounded
+    once."""
+    values = unpack_fp4(weight) if weight.dtype == torch.int8 else weight.float()
+    rows, columns = values.shape
     factors = scale.float().repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]
-    return factors.mul_(weight.float())
+    return factors.mul_(values)
+
+
+def power_of_two_from(scale: torch.Tensor) -> torch.Tensor:
+    """The least powers of two that are not below positive numbers."""
+    mantissa, exponent = torch.frexp(scale)  # mantissa in [1/2, 1)
+    return torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
+
+
+def quantize_fp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[R, C], C a multiple of 32 -> int8 [R, C / 2] and float32 powers of two [R, C / 32].
+
+    What was FP4 before becomes the same values again; other weights are off by at most one rounding to e2m1.
+    """
+    blocks = weight.float().unflatten(-1, (-1, FP4_BLOCK[1]))
+    largest = blocks.abs().amax(-1)
+    scale = power_of_two_from(torch.where(largest > 0, largest / E2M1_MAX, 1.0))
+    return pack_fp4((blocks / scale.unsqueeze(-1)).flatten(-2)), scale
 
 
 def quantize_blocks(
@@ -42,8 +85,7 @@ def quantize_blocks(
     scale = blocks.abs().amax(dim=(1, 3)) / E4M3_MAX  # [down, across]
     scale = torch.where(scale > 0, scale, 1.0)
     if scale_fmt == "ue8m0":
-        mantissa, exponent = torch.frexp(scale)  # mantissa in [1/2, 1)
-        scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
+        scale = power_of_two_from(scale)
     quantized = (blocks / scale[:, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX)
     return quantized.flatten(2, 3).flatten(0, 1)[:rows, :columns].to(torch.float8_e4m3fn), scale
 
@@ -55,8 +97,8 @@ class DequantizedSlice:
         self.weight, self.scale, self.block = weight, scale, block
 
     def get_shape(self) -> list[int]:
-        """Shape of the weight."""
-        return self.weight.get_shape()
+        """Shape of the weight, unpacked."""
+        return shape_of(self.weight)
 
     def get_dtype(self) -> str:
         """safetensors' word for the type of what is read."""
@@ -64,6 +106,12 @@ class DequantizedSlice:
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         return dequantize_blocks(self.weight[...], self.scale[...], self.block)[index]
+
+
+def shape_of(entry: Any) -> list[int]:
+    """Shape of what a slice of safetensors means: a byte of packed FP4 is two columns."""
+    *rows, columns = entry.get_shape()
+    return [*rows, 2 * columns if entry.get_dtype() == FP4_WORD else columns]
 
 
 def check_readable(word: str, weight: str) -> None:
@@ -83,7 +131,7 @@ def dequantized(weights: dict[str, Any], config: Any) -> dict[str, Any]:
 
     Args:
         weights: key -> safetensors slice, scales among them.
-        config: of the model; `source_quantization_config` says the block.
+        config: of the model; `source_quantization_config` says the block of FP8.
 
     Returns:
         Key -> slice, without the scales.
@@ -92,34 +140,42 @@ def dequantized(weights: dict[str, Any], config: Any) -> dict[str, Any]:
         CheckpointError: for a scale of the wrong shape, a quantized weight without one, one without its weight, and a
             config that does not say the block. The line names the key.
     """
-    quantized = {key for key, entry in weights.items() if entry.get_dtype() == FP8_WORD}
     scales = {key for key in weights if key.endswith(f".{SCALE}")}
-    if not quantized and not scales:
-        return weights
-    block = (config.source_quantization_config or {}).get("weight_block_size")
+    quantized = {key for key, entry in weights.items() if is_quantized(key, entry)}
+    for key in sorted(scales):
+        if key.removesuffix(SCALE) + "weight" not in quantized:
+            raise CheckpointError(f"scale {key} has no quantized weight beside it; the checkpoint is damaged")
+    return {
+        key: _dequantized(key, weights, config) if key in quantized else entry
+        for key, entry in weights.items()
+        if key not in scales
+    }
+
+
+def is_quantized(key: str, entry: Any) -> bool:
+    """Whether an entry of a checkpoint is a weight in FP8 or FP4."""
+    return entry.get_dtype() == FP8_WORD or (entry.get_dtype() == FP4_WORD and key.endswith(".weight"))
+
+
+def _dequantized(key: str, weights: dict[str, Any], config: Any) -> DequantizedSlice:
+    """A weight that reads itself by its scale, with the errors of `dequantized`."""
+    entry, scale_key = weights[key], f"{key}_scale_inv"
+    if scale_key not in weights:
+        raise CheckpointError(f"weight {key} is quantized but its scale {scale_key} is missing")
+    is_fp4 = entry.get_dtype() == FP4_WORD
+    block = FP4_BLOCK if is_fp4 else (config.source_quantization_config or {}).get("weight_block_size")
     if not block:
         raise CheckpointError(
-            f"weight {min(quantized | scales)} is quantized in blocks, but config.json has no quantization_config "
-            "with weight_block_size; copy it from the release"
+            f"weight {key} is quantized in blocks, but config.json has no quantization_config with "
+            "weight_block_size; copy it from the release"
         )
-    result = {}
-    for key, entry in weights.items():
-        if key in scales:
-            if key.removesuffix(SCALE) + "weight" not in quantized:
-                raise CheckpointError(f"scale {key} has no quantized weight beside it; the checkpoint is damaged")
-        elif key in quantized:
-            scale_key = f"{key}_scale_inv"
-            if scale_key not in scales:
-                raise CheckpointError(f"weight {key} is quantized but its scale {scale_key} is missing")
-            found, wanted = list(weights[scale_key].get_shape()), grid_of(entry.get_shape(), block)
-            if found != wanted:
-                raise CheckpointError(
-                    f"scale {scale_key} has shape {tuple(found)}, but a weight of shape {tuple(entry.get_shape())} in "
-                    f"blocks of {block[0]} x {block[1]} has {tuple(wanted)}; mend weight_block_size, or copy the "
-                    "checkpoint again"
-                )
-            check_readable(weights[scale_key].get_dtype(), f"scale {scale_key}")
-            result[key] = DequantizedSlice(entry, weights[scale_key], block)
-        else:
-            result[key] = entry
-    return result
+    shape = shape_of(entry)
+    found, wanted = list(weights[scale_key].get_shape()), grid_of(shape, block)
+    if found != wanted:
+        mend = "" if is_fp4 else "mend weight_block_size, or "
+        raise CheckpointError(
+            f"scale {scale_key} has shape {tuple(found)}, but a weight of shape {tuple(shape)} in blocks of "
+            f"{block[0]} x {block[1]} has {tuple(wanted)}; {mend}copy the checkpoint again"
+        )
+    check_readable(weights[scale_key].get_dtype(), f"scale {scale_key}")
+    return DequantizedSlice(entry, weights[scale_key], block)

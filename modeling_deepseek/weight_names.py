@@ -7,6 +7,7 @@ from configuration_deepseek.weight_names import (
     grid_of,
     shared_mtp_keys,
     take_mtp_keys,
+    with_our_names,
 )
 
-__all__ = ["LAYER", "SCALE", "CheckpointError", "grid_of", "shared_mtp_keys", "take_mtp_keys"]
+__all__ = ["LAYER", "SCALE", "CheckpointError", "grid_of", "shared_mtp_keys", "take_mtp_keys", "with_our_names"]

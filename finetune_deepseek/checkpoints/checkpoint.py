@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 HEADS = tuple(name.removeprefix("DeepSeek") for name in FILES_BY_CLASS)
 DTYPES = {"bf16": "BF16", "fp32": "F32", "fp8": "BF16"}  # fp8: of what isn't quantized
 FP8_BLOCKS = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
-FLOAT32_WEIGHTS = ("e_score_correction_bias",)  # whatever the type of the rest
+# whatever the type of the rest
+STREAM_WEIGHTS = tuple(f"{part}.{name}" for part in ("_hc", "hc_head") for name in ("fn", "base", "scale"))
+FLOAT32_WEIGHTS = ("e_score_correction_bias", "attn_sink", ".ape", *STREAM_WEIGHTS)
 
 
 @dataclass(frozen=True)
@@ -182,10 +184,9 @@ def in_type(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:
         release, config.source_quantization_config = config.source_quantization_config or {}, None
     if dtype == "fp8":
         config.source_quantization_config = {**FP8_BLOCKS, **release}
-        block, scale_fmt = config.source_quantization_config["weight_block_size"], release.get("scale_fmt")
         exact = cast(checkpoint.tensors, "F32")
         tensors = quantize(
-            {name: exact[name] if QUANTIZED.fullmatch(name) else tensors[name] for name in tensors}, block, scale_fmt
+            {name: exact[name] if QUANTIZED.fullmatch(name) else tensors[name] for name in tensors}, config
         )
     tensors = {
         name: tensor.to("F32") if name.endswith(FLOAT32_WEIGHTS) and tensor.word != "F32" else tensor

@@ -21,6 +21,7 @@ from transformers.dynamic_module_utils import custom_object_save
 from configuration_deepseek import DeepSeekConfig
 from configuration_deepseek.fields import FIELD_NAMES
 from configuration_deepseek.official import ARCHITECTURES, official_model_type, to_official
+from configuration_deepseek.weight_names import with_release_names
 from modeling_deepseek.whole_folders import writing_beside
 
 from ..data.files import read_json
@@ -32,7 +33,7 @@ from .merging import open_adapter, write_per_expert
 from .opening import open_model
 from .shards import new_destination, write_json, write_shards
 from .spot_logits import difference, spot_logits
-from .tensors import open_checkpoint, split_experts
+from .tensors import open_model_weights
 
 # The heads that transformers has for a published model_type, beside ForCausalLM.
 NATIVE_HEADS = {
@@ -79,6 +80,8 @@ def native_config(checkpoint: Checkpoint) -> dict[str, Any]:
     official["architectures"] = [ARCHITECTURES[model_type] + head]
     if config.source_quantization_config is not None:
         official["quantization_config"] = config.source_quantization_config
+    else:
+        official.pop("expert_dtype", None)
     if head != "ForCausalLM":
         official |= {name: fields[name] for name in LABEL_FIELDS if fields.get(name) is not None}
     return official
@@ -113,7 +116,7 @@ def export_native(
         tensors = with_copies(checkpoint.tensors, checkpoint.config)
         with writing_beside(destination) as beside:
             folder = Path(beside)
-            write_shards(tensors, folder, max_shard_size, report)
+            write_shards(with_release_names(tensors, checkpoint.config), folder, max_shard_size, report)
             write_json(folder / "config.json", official)
             copy_beside(checkpoint, folder)
             _speak_of_stock_tokenizer(folder / "tokenizer_config.json")
@@ -153,7 +156,7 @@ def verify_logits(checkpoint: Checkpoint, folder: Path) -> None:
         OSError: if they differ by more than the type of the weights explains.
     """
     config = DeepSeekConfig.from_pretrained(folder)
-    tensors = dequantize_at(folder, split_experts(open_checkpoint(folder)), config)
+    tensors = dequantize_at(folder, open_model_weights(folder, config), config)
     written = spot_logits(Checkpoint(folder, config, head_of(folder, config), tensors).skeleton(), tensors)
     adapter = checkpoint.adapter
     source = checkpoint.skeleton() if adapter is None else adapter.model

@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 
 from configuration_deepseek.fields import FIELD_NAMES, DeepSeekFields
 from configuration_deepseek.official import official_model_type
-from configuration_deepseek.weight_names import SCALE, CheckpointError
+from configuration_deepseek.weight_names import SCALE, CheckpointError, with_our_names
 from tokenization_deepseek import DeepSeekTokenizer
 
 from ..training.saved import Saved
@@ -31,6 +31,7 @@ from .tensors import (
     OpenFiles,
     Tensors,
     has_weights,
+    is_fp4,
     known_word,
     open_checkpoint,
     open_weights,
@@ -83,7 +84,7 @@ def inspect_checkpoint(source: str | os.PathLike | Saved) -> Inspection:
     """
     saved = source if isinstance(source, Saved) else Saved.open(None, str(source)).require_model()
     config, source = plain_config_of(saved), saved.name
-    tensors = split_experts(headers(saved))
+    tensors = split_experts(with_our_names(headers(saved), config))
     try:
         model_type = official_model_type({name: getattr(config, name) for name in FIELD_NAMES})
         generation = GENERATIONS.get(model_type, model_type)
@@ -151,7 +152,7 @@ def count_parameters(tensors: Tensors, config: DeepSeekFields) -> dict[str, int]
     counts: Counter[str] = Counter()
     for name, tensor in tensors.items():
         if not name.endswith(SCALE):  # of FP8 blocks: no parameters
-            counts[group_of_weight(name, config)] += tensor.numel
+            counts[group_of_weight(name, config)] += tensor.numel * (2 if is_fp4(name, tensor) else 1)
     return dict(counts.most_common())
 
 

@@ -15,7 +15,7 @@ from .checkpoint import (
 )
 from .merging import merge, open_adapter, resized_vocabulary
 from .shards import with_weights
-from .tensors import FP8, open_checkpoint, split_experts
+from .tensors import is_packed, open_model_weights
 
 
 def open_model(
@@ -44,7 +44,7 @@ def open_model(
     head = f"For{saved.head}" if adapter is not None and saved.head else head_of(source, config)
     if adapter is not None:
         config.vocab_size = resized_vocabulary(saved, config, has_head=head == "ForCausalLM")
-    stored = split_experts(open_checkpoint(folder))
+    stored = open_model_weights(folder, config)
     checkpoint = Checkpoint(folder, config, head, dequantize_at(folder, stored, config), saved=saved)
     loaded = None
     if adapter is not None:
@@ -52,7 +52,7 @@ def open_model(
         loaded = open_adapter(saved, checkpoint.skeleton())
     tensors = check_weights(checkpoint, {} if loaded is None else loaded.replaced)
     checkpoint = replace(checkpoint, source=tensors, adapter=loaded)
-    is_quantized = any(tensor.word == FP8 for tensor in stored.values())
+    is_quantized = any(is_packed(name, tensor) for name, tensor in stored.items())
     if is_quantized and loaded is None and dtype in (None, "fp8"):
         scales = {f"{name}_scale_inv" for name in tensors}
         tensors = {name: tensor for name, tensor in stored.items() if name in tensors or name in scales}

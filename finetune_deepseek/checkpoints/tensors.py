@@ -16,7 +16,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 from safetensors import SafetensorError, safe_open
 
 from configuration_deepseek.fields import DeepSeekFields
-from configuration_deepseek.weight_names import QUANTIZED, SCALE, CheckpointError, grid_of
+from configuration_deepseek.weight_names import (
+    QUANTIZED,
+    ROUTED,
+    SCALE,
+    CheckpointError,
+    grid_of,
+    with_our_names,
+)
 
 from ..data.files import read_json
 from ..training.saved import ADAPTER_FILE
@@ -50,7 +57,7 @@ TYPES = {
     "U8": Kind("uint8", 1),
     "BOOL": Kind("bool", 1),
 }
-FP8 = "F8_E4M3"
+FP8, FP4 = "F8_E4M3", "I8"
 
 
 @dataclass(frozen=True)
@@ -234,6 +241,21 @@ def open_checkpoint(folder: Path) -> Tensors:
 # Changes ------------------------------------------------------------------------------------------------------------
 
 
+def open_model_weights(folder: Path, config: DeepSeekFields) -> Tensors:
+    """`open_checkpoint`, under our names and with experts one by one."""
+    return split_experts(with_our_names(open_checkpoint(folder), config))
+
+
+def is_fp4(name: str, tensor: LazyTensor) -> bool:
+    """Whether each element of a weight holds two numbers."""
+    return tensor.word == FP4 and name.endswith(".weight")
+
+
+def is_packed(name: str, tensor: LazyTensor) -> bool:
+    """Whether a weight is quantized."""
+    return tensor.word == FP8 or is_fp4(name, tensor)
+
+
 def split_experts(tensors: Tensors) -> Tensors:
     """Fused experts (`experts.gate_up_proj` [E, 2I, D], `experts.down_proj`) under their per-expert official names."""
     split: Tensors = {}
@@ -254,12 +276,12 @@ def split_experts(tensors: Tensors) -> Tensors:
 
 
 def dequantize(tensors: Tensors, config: DeepSeekFields) -> Tensors:
-    """FP8 blocks as float32, without their scales; other weights as they are.
+    """FP8 and FP4 blocks as float32, without their scales; other weights as they are.
 
     Raises:
         CheckpointError: for scales that don't fit, see `quantization.dequantized`.
     """
-    if not any(tensor.word == FP8 or name.endswith(f".{SCALE}") for name, tensor in tensors.items()):
+    if not any(is_packed(name, tensor) or name.endswith(f".{SCALE}") for name, tensor in tensors.items()):
         return tensors
     from modeling_deepseek.quantization import DequantizedSlice, dequantized  # its package takes seconds
 
@@ -271,31 +293,63 @@ def dequantize(tensors: Tensors, config: DeepSeekFields) -> Tensors:
     }
 
 
-def quantize(tensors: Tensors, block: list[int], scale_fmt: str | None = None) -> Tensors:
-    """The weights that releases quantize as e4m3 with `weight_scale_inv` beside them; the others as they are."""
+def quantize(tensors: Tensors, config: DeepSeekFields) -> Tensors:
+    """The weights that releases quantize as they have them, with `weight_scale_inv` beside; the others as they are.
+
+    Blocks of FP8 are those of `config.source_quantization_config`; routed experts are FP4 if `config.expert_dtype`
+    says so, and all scales one byte each then.
+    """
+    has_fp4 = config.expert_dtype == "fp4"
+    scale_word = "F8_E8M0" if has_fp4 else "F32"
     quantized: Tensors = {}
     for name, tensor in tensors.items():
         if not QUANTIZED.fullmatch(name):
             quantized[name] = tensor
-            continue
-        both = _Quantized(tensor, block, scale_fmt)
-        grid = tuple(grid_of(list(tensor.shape), block))
-        quantized[name] = LazyTensor(tensor.shape, FP8, both.weight)
-        quantized[f"{name}_scale_inv"] = LazyTensor(grid, "F32", both.scale)
+        elif has_fp4 and ROUTED.fullmatch(name):
+            quantized |= _both(name, tensor, _Quantized(tensor, _in_fp4), FP4, [1, 32], scale_word)
+        else:
+            release: Any = config.source_quantization_config
+            block, scale_fmt = release["weight_block_size"], release.get("scale_fmt")
+            change = partial(_in_fp8, block=block, scale_fmt=scale_fmt)
+            quantized |= _both(name, tensor, _Quantized(tensor, change), FP8, block, scale_word)
     return quantized
+
+
+def _both(name: str, tensor: LazyTensor, both: "_Quantized", word: str, block: list[int], scale_word: str) -> Tensors:
+    rows, columns = tensor.shape
+    grid = tuple(grid_of([rows, columns], block))
+    if word == FP4 and columns % block[1]:
+        raise CheckpointError(f"weight {name} has {columns} columns, no multiple of {block[1]} as FP4 needs; use bf16")
+    scale = LazyTensor(grid, "F32", both.scale)
+    return {
+        name: LazyTensor((rows, columns // 2 if word == FP4 else columns), word, both.weight),
+        f"{name}_scale_inv": scale
+        if scale_word == "F32"
+        else scale.to(known_word(scale_word, f"the scale of {name}")),
+    }
+
+
+def _in_fp8(weight: "torch.Tensor", **how: Any) -> tuple["torch.Tensor", "torch.Tensor"]:
+    from modeling_deepseek.quantization import quantize_blocks
+
+    return quantize_blocks(weight, **how)
+
+
+def _in_fp4(weight: "torch.Tensor") -> tuple["torch.Tensor", "torch.Tensor"]:
+    from modeling_deepseek.quantization import quantize_fp4
+
+    return quantize_fp4(weight)
 
 
 class _Quantized:
     """Quantizes once for weight and scale, of which the scale is asked for last."""
 
-    def __init__(self, tensor: LazyTensor, block: list[int], scale_fmt: str | None) -> None:
-        self.tensor, self.block, self.scale_fmt = tensor, block, scale_fmt
+    def __init__(self, tensor: LazyTensor, change: Callable[["torch.Tensor"], tuple]) -> None:
+        self.tensor, self.change = tensor, change
         self.kept: torch.Tensor | None = None
 
     def _both(self) -> tuple["torch.Tensor", "torch.Tensor"]:
-        from modeling_deepseek.quantization import quantize_blocks
-
-        return quantize_blocks(self.tensor.read(), self.block, self.scale_fmt)
+        return self.change(self.tensor.read())
 
     def weight(self) -> "torch.Tensor":
         weight, self.kept = self._both()

@@ -193,6 +193,36 @@ def test_fp8_is_within_one_rounding_and_stays_as_it_is(saved, tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "back/config.json").read_text())
 
 
+@pytest.mark.skipif(not hasattr(torch, "float8_e8m0fnu"), reason="torch has no float8_e8m0fnu")
+def test_fp4_experts_are_written_as_they_came_and_anew(saved, tmp_path):
+    model, folder = saved("tiny_v3", moe_intermediate_size=32, num_hidden_layers=2, expert_dtype="fp4")
+    export_bundle(folder, tmp_path / "fp4", dtype="fp8")
+    kinds, source = header(tmp_path / "fp4"), weights_of(folder)
+    routed = {name for name in source if ".experts." in name}
+    assert {kinds[name] for name in routed} == {("I8", (32, 16))} and len(routed) == 24
+    assert {kinds[f"{name}_scale_inv"] for name in routed} == {("F8_E8M0", (32, 1))}
+    assert kinds["model.layers.1.mlp.shared_experts.up_proj.weight"][0] == "F8_E4M3"
+    assert kinds["model.layers.1.mlp.shared_experts.up_proj.weight_scale_inv"][0] == "F8_E8M0"
+    loaded = DeepSeekForCausalLM.from_pretrained(tmp_path / "fp4", dtype=torch.float32)
+    for key, value in loaded.state_dict().items():
+        if key.endswith(("gate_up_proj", "down_proj")) and ".experts." in key:
+            error = (value - model.state_dict()[key]).abs()
+            assert (error <= torch.maximum(model.state_dict()[key].abs() / 4, value.abs().amax(-1, True) / 8)).all()
+
+    export_bundle(tmp_path / "fp4", tmp_path / "as it is")  # no second rounding
+    loaded.save_pretrained(tmp_path / "plain")
+    export_bundle(tmp_path / "plain", tmp_path / "anew", dtype="fp8")
+    first = weights_of(tmp_path / "fp4")
+    assert_equal_bytes(first, weights_of(tmp_path / "as it is"), first)
+    anew = DeepSeekForCausalLM.from_pretrained(tmp_path / "anew", dtype=torch.float32).state_dict()
+    assert all(torch.equal(anew[key], value) for key, value in loaded.state_dict().items() if ".experts." in key)
+
+
+def assert_equal_bytes(one, other, names):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name].view(torch.uint8), other[name].view(torch.uint8)) for name in names)
+
+
 def test_fp8_of_v32_has_the_indexer_s_projections_but_not_its_weights(saved, tmp_path):
     _, folder = saved("tiny_v32", num_nextn_predict_layers=1)
     export_native(folder, tmp_path / "fp8", dtype="fp8")

@@ -201,7 +201,7 @@ def test_a_bad_scale_is_one_line_that_names_the_key(change, says, tmp_path):
 def test_offload_to_disk_would_read_the_bytes_as_they_are_and_is_refused(tmp_path):
     fp8_folder(tiny("tiny_v3"), tmp_path)
     with pytest.raises(
-        ValueError, match="FP8 weights cannot be loaded under DeepSpeed ZeRO-3 or with offload to disk"
+        ValueError, match="quantized weights cannot be loaded under DeepSpeed ZeRO-3 or with offload to disk"
     ):
         DeepSeekForCausalLM.from_pretrained(
             tmp_path, device_map={"model": "disk", "lm_head": "cpu"}, offload_folder=tmp_path / "offload"
