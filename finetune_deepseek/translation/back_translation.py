@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from ..data.files import json_line, read_lines, write_text
 from ..data.table import read_columns
-from ..training.saved import ADAPTER_FILE, CONFIG_FILE, Saved
+from ..training.identity import content_of, identity
+from ..training.saved import Saved
 from .arguments import TranslateArguments, TranslationArguments
 from .prompts import Prompts
 from .translator import open_translator, prompts_of, translate_lines
@@ -56,9 +57,8 @@ def back_translate(arguments: TranslationArguments) -> tuple[str, list[tuple[str
             f"--back_translation_model {folder} was trained with --preprocess {prompts.arguments.preprocess}, this "
             f"run has {arguments.preprocess}; they must be the same."
         )
-    kept = text_file.with_name(
-        f"{text_file.name}.{folder.resolve().name}-{fingerprint(text_file, folder, prompts, how)}.jsonl"
-    )
+    mark = fingerprint(text_file, Saved.open("back_translation_model", str(folder)), prompts, how)
+    kept = text_file.with_name(f"{text_file.name}.{folder.resolve().name}-{mark}.jsonl")
     with PartialState().main_process_first():
         if not kept.is_file():
             sources = generate(lines, folder, prompts, how, kept)
@@ -75,25 +75,10 @@ def back_translate(arguments: TranslationArguments) -> tuple[str, list[tuple[str
     return language, pairs
 
 
-def fingerprint(text_file: Path, folder: Path, prompts: Prompts, how: TranslateArguments) -> str:
+def fingerprint(text_file: Path, model: Saved, prompts: Prompts, how: TranslateArguments) -> str:
     """Eight digits that change with the text, the model's files, an adapter's base and the way of translating."""
-    digest = hashlib.sha256(repr((prompts.arguments, how)).encode())
-    for path in (text_file, *model_files(folder)):
-        digest.update(path.parent.name.encode() if path.parent.parent.name == "snapshots" else b"")  # a commit
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    digest = hashlib.sha256(repr((prompts.arguments, how, identity(model))).encode() + content_of(text_file))
     return digest.hexdigest()[:8]
-
-
-def model_files(folder: Path) -> list[Path]:
-    """Those that decide what a model writes, with its base's where it is an adapter; of a base on the Hub its config,
-    in the folder of its commit."""
-    names = (CONFIG_FILE, ADAPTER_FILE, "tokenizer.json")
-    found = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin") or path.name in names)
-    base = Saved.open("back_translation_model", str(folder)).base
-    if base is None:
-        return found
-    return found + (model_files(base.folder) if base.commit is None else [base.folder / CONFIG_FILE])
 
 
 def generate(lines: Sequence[str], folder: Path, prompts: Prompts, how: TranslateArguments, kept: Path) -> list[str]:

@@ -169,6 +169,23 @@ def test_scores_of_two_models_do_not_meet(finetune, data, tmp_path, capsys):
     assert "eval_loss" in results and "test_loss" in results
 
 
+def test_scores_of_earlier_weights_go_when_a_model_is_trained_again(finetune, data, tmp_path, capsys):
+    model, scores = tmp_path / "model", tmp_path / "scores"
+    scored = {"preset": None, "vocab_size": None, "model_name_or_path": model, "output_dir": scores, **data}
+    finetune(output_dir=model, max_steps=1, **data)
+    finetune(**scored, do_predict=True)
+    finetune(**scored, do_eval=True)
+    results = json.loads((scores / "all_results.json").read_text())
+    assert "eval_loss" in results and "test_loss" in results
+    finetune(output_dir=model, max_steps=2, do_train=True, overwrite_output_dir=True, **data)
+    assert not names(model) & {"test_results.json", "eval_results.json", "generated_predictions.jsonl"}
+    finetune(**scored, do_eval=True)
+    results = json.loads((scores / "all_results.json").read_text())
+    assert "eval_loss" in results and "test_loss" not in results
+    assert not names(scores) & {"test_results.json", "generated_predictions.jsonl"}
+    assert "its scores are of the model before it was trained again, and are dropped" in capsys.readouterr().out
+
+
 def test_folders_of_all_stages_are_looked_at_first(data, tmp_path, never_trained):
     (tmp_path / "out/second/checkpoint-5").mkdir(parents=True)
     settings = TINY | data | {"do_train": True, "stages": [{}, {"name": "second"}]}

@@ -1,6 +1,7 @@
 """Back-translation: rows by the reverse model, made once, counted and said; what doesn't fit is one line."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -115,9 +116,6 @@ def test_a_broken_file_of_pairs_is_not_used(settings, tmp_path):
 
 def test_another_base_of_the_adapter_is_another_model(settings, reverse, finetune, tmp_path):
     """Nothing is translated, or taken from what is kept, by an adapter on other weights than its training's."""
-    import shutil
-
-    import torch
     from safetensors.torch import load_file, save_file
 
     base = tmp_path / "base"
@@ -133,3 +131,19 @@ def test_another_base_of_the_adapter_is_another_model(settings, reverse, finetun
     save_file({name: torch.zeros_like(w) for name, w in weights.items()}, base / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="its base model"):  # the adapter was trained on other weights
         load(**settings)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json", "deepseek_hf.json"])
+def test_each_file_that_decides_what_a_model_writes_makes_another_one(name, settings, reverse, tmp_path):
+    """Of an adapter's changes to its base, and of a tokenizer's BOS, nothing else may speak."""
+    model = tmp_path / "model"
+    shutil.copytree(reverse, model, ignore=shutil.ignore_patterns("checkpoint-*"))
+    settings |= {"back_translation_model": str(model)}
+    load(**settings)
+    (model / "training_args.bin").write_bytes(b"of no concern")
+    load(**settings)
+    assert len(list(tmp_path.glob("mono.de.model-*.jsonl"))) == 1
+    content = json.loads((model / name).read_text())
+    (model / name).write_text(json.dumps(content | {"more": 1}))
+    load(**settings)
+    assert len(list(tmp_path.glob("mono.de.model-*.jsonl"))) == 2

@@ -11,11 +11,12 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from ...data.files import json_line
+from ...training.identity import identity
 from ...training.saved import Saved
 from .arguments import GenerateArguments
 from .chat_format import ChatFormat, choose_template, encode_raw, has_template
 from .generation import Completion, Generator
-from .language_model import TALKING, LanguageModel, device_of, identity, open_tokenizer, opened
+from .language_model import TALKING, LanguageModel, device_of, open_tokenizer, opened
 from .prompts import Prompt, read_prompts
 from .sampling import Sampling
 from .written import WrittenLines
@@ -96,7 +97,8 @@ def settings_of(saved: Saved, arguments: GenerateArguments, template: Any, sampl
     digest = hashlib.sha256(repr(template).encode()).hexdigest()[:16] if template else None
     dtype = arguments.dtype or ("float32" if device_of(arguments.device).type == "cpu" else "auto")
     said = {"chat_format": digest, "system": arguments.system, "thinking": arguments.thinking, "dtype": dtype}
-    return identity(saved) | said | asdict(sampling)
+    name = saved.name if saved.commit else saved.folder.resolve().name
+    return {"model": name, "weights": identity(saved)} | said | asdict(sampling)
 
 
 def complete(

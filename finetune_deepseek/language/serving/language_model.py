@@ -1,6 +1,5 @@
 """A model that writes text, opened for use: from a folder or the Hub, whole or as an adapter, of any generation."""
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,19 +40,6 @@ def opened(name: str, revision: str, trust_remote_code: bool = False) -> Saved:
 
 def _flat(names: Any) -> list[str]:
     return [name for group in names for name in ([group] if isinstance(group, str) else group)]
-
-
-def identity(saved: Saved) -> dict[str, Any]:
-    """What tells a model from others, and from itself after more training."""
-    if saved.commit:
-        return {"model": saved.name, "weights": saved.commit}
-    parts = [saved.fingerprint or ""]
-    for path in sorted(saved.folder.glob("adapter_model.*")):
-        with path.open("rb") as file:
-            parts.append(hashlib.file_digest(file, "sha256").hexdigest())
-    parts += identity(saved.base).values() if saved.base else []
-    digest = hashlib.sha256(" ".join(parts).encode()).hexdigest()
-    return {"model": saved.folder.resolve().name, "weights": digest}
 
 
 def open_tokenizer(saved: Saved, arguments: TalkArguments) -> Any:

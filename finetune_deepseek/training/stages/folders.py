@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # it brings torch, which takes seconds; a verb asks here befo
 
 RESULTS_FILE = "all_results.json"
 SCORED = "scored_model"  # in the results of a run without training: which model they are of
+WEIGHTS = "scored_weights"  # and which state of it, for a model is trained again in its folder
 
 
 def check_output_dir(training: "TrainingArguments") -> None:
@@ -63,6 +64,19 @@ def model_mark(model: str, revision: str = "main") -> str:
     """12 digits that tell a folder, wherever it is named from, or a Hub id with its revision from others."""
     name = str(Path(model).resolve()) if Path(model).is_dir() else f"{model}@{revision}"
     return hashlib.sha256(name.encode()).hexdigest()[:12]
+
+
+def kept_results(folder: Path, numbers: dict[str, Any]) -> dict[str, Any]:
+    """The results in the folder of a run without training, which new ones join; none if they are of earlier weights.
+
+    Args:
+        numbers: the first of the new results: `SCORED` and `WEIGHTS`, except in the model's own folder.
+    """
+    old = read_results(folder)
+    if WEIGHTS in numbers and old.get(WEIGHTS, numbers[WEIGHTS]) != numbers[WEIGHTS]:
+        print(f"{folder / RESULTS_FILE}: its scores are of the model before it was trained again, and are dropped")
+        return {}
+    return old
 
 
 def scored_folder(verb: str, model: str, revision: str = "main") -> str:

@@ -7,11 +7,13 @@ from typing import Any
 from ...data.fault_report import report_markdown
 from ...data.files import finite, json_line, write_json, write_text
 from .. import model_card
+from ..identity import identity
 from ..task import Scores
 from .build import Built
-from .folders import RESULTS_FILE, SCORED, is_in_place, model_mark, read_results
+from .folders import RESULTS_FILE, SCORED, WEIGHTS, is_in_place, kept_results, model_mark, read_results
 from .prepare import Prepared
 
+PARTS = ("train", "eval", "test")
 PREDICTIONS_FILE = "generated_predictions.jsonl"
 
 
@@ -21,11 +23,12 @@ class Results:
     def __init__(self, prepared: Prepared, built: Built) -> None:
         self.prepared, self.built, self.folder = prepared, built, prepared.folder
         self.is_writer = built.trainer.is_world_process_zero()
-        self.old = {} if prepared.args.do_train else read_results(self.folder)
         self.numbers: dict[str, Any] = dict(built.sizes)
-        model = prepared.stage.model
-        if not prepared.args.do_train and model.model_name_or_path and not is_in_place(prepared.stage):
-            self.numbers[SCORED] = model_mark(model.model_name_or_path, model.model_revision)
+        if prepared.saved and not prepared.args.do_train and not is_in_place(prepared.stage):
+            self.numbers[SCORED] = model_mark(prepared.saved.name, prepared.stage.model.model_revision)
+            self.numbers[WEIGHTS] = identity(prepared.saved)[:12]
+        self.old = {} if prepared.args.do_train else kept_results(self.folder, self.numbers)
+        self.is_anew = not self.old and bool(read_results(self.folder))
         self.parts: dict[str, dict[str, Any]] = {}
         self.lines: list[dict[str, Any]] = []
         self.texts: list[str] = []
@@ -45,6 +48,8 @@ class Results:
             self._write(part, scores)
 
     def _write(self, part: str | None, scores: Scores) -> None:
+        if self.is_anew:
+            self._remove_others()
         if part:
             write_json(self.folder / f"{part}_results.json", self.parts[part])
         write_json(self.folder / RESULTS_FILE, self.old | self.numbers)
@@ -53,6 +58,12 @@ class Results:
         for name, content in scores.files.items():
             write_text(self.folder / name, content)
         self.write_card(self.folder)
+
+    def _remove_others(self) -> None:
+        """Scores and predictions of the weights that were there before."""
+        others = {f"{part}_results.json" for part in PARTS if part not in self.parts}
+        for name in others | (set() if self.lines else {PREDICTIONS_FILE}):
+            (self.folder / name).unlink(missing_ok=True)
 
     def write_card(self, folder: Path) -> None:
         """README.md, from what is known so far."""
