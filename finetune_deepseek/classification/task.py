@@ -206,7 +206,7 @@ class Classification(Task):
                     raise ValueError(
                         f"{self.where[split]}: {len(unknown)} label(s) that the model can't know, such as "
                         f"{unknown[0]!r}; it has {shown}. "
-                        "Leave those rows out, or train on such rows."
+                        f"{_advice(unknown[0], labels)}"
                     )
         self.problem = self.problem_class(labels)
         if self.arguments.balance == "weights" and "train" in splits:
@@ -319,3 +319,14 @@ class Classification(Task):
             f"{' and '.join(map(repr, self._text_columns()))}, at most "
             f"{arguments.max_length} tokens{balance[arguments.balance]}",
         }
+
+
+def _advice(unknown: str, labels: list[str]) -> str:
+    """What to do about a label that is none of these."""
+    whole = unknown.removesuffix(".0")
+    if {whole, f"{whole}.0"}.isdisjoint(labels):
+        return "Leave those rows out, or train on such rows."
+    return (
+        "A column of whole numbers with an empty cell becomes one of fractions in pandas: write "
+        f"{whole} in both files."
+    )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, Literal, TypeAlias
 
+from .files import why
 from .table import Columns
 from .times import parse_times
 from .words import nearest_match
@@ -85,27 +86,40 @@ def _cells(values: Sequence[Any], column: Column, where: str, first_row: int) ->
     read, cells = READERS[column.kind], []
     if column.kind in ("id", "text", "value", "label") and set(map(type, values)) <= {str, type(None)}:  # as in csv
         cells = list(values) if column.kind == "text" else [(value or "").strip() or None for value in values]
-        return _without_points(cells, column, where)
+        return _without_points(cells, column, where, first_row)
     for number, value in enumerate(values, start=first_row):
         try:
             cells.append(read(plain(value)))
         except ValueError as error:
-            shown = f"{column.name!r} is {str(value)[:SHOWN]!r}"
+            shown = f"{column.name!r} is {_shown(value)!r}"
             raise ValueError(f"{where}, row {number}: {shown}, {error}.") from None
-    return _without_points(cells, column, where)
+        except RecursionError as error:
+            raise ValueError(f"{where}, row {number}: {column.name!r} holds {why(error)}.") from None
+    return _without_points(cells, column, where, first_row)
 
 
-def _without_points(cells: list[Any], column: Column, where: str) -> list[Any]:
+def _shown(value: Any) -> str:
+    try:
+        return str(value)[:SHOWN]
+    except RecursionError:
+        return "[[[...]]]"
+
+
+def _without_points(cells: list[Any], column: Column, where: str, first_row: int) -> list[Any]:
     """Ids that all end in .0 without it, and so labels that have gaps: whole numbers that became fractions on the way,
-    as pandas makes them. Said aloud."""
+    as pandas makes them. Said aloud, with the first gap."""
     is_list = column.kind == "ids"
     if column.kind not in ("id", "ids") and not (column.kind in ("label", "labels") and None in cells):
         return cells
     found = [text for cell in cells if cell is not None for text in (cell if is_list else [cell])]
     if not found or not all(isinstance(text, str) and WHOLE.fullmatch(text) for text in found):
         return cells
+    gap = ""
+    if None in cells:
+        gap = f"; row {first_row + cells.index(None)} has none, which is how fractions come about"
     print(
-        f"{where}: all of {column.name!r} end in .0, as in {found[0]}; they are read as whole numbers", file=sys.stderr
+        f"{where}: all of {column.name!r} end in .0, as in {found[0]}; they are read as whole numbers{gap}",
+        file=sys.stderr,
     )
     if is_list:
         return [cell and [text[:-2] for text in cell] for cell in cells]

@@ -57,8 +57,14 @@ def json_of(text: str, where: str) -> Any:
         return json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}, line {error.lineno}: broken JSON: {error.msg}.") from error
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}.") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: {why(error)}.") from None
+
+
+def why(error: Exception) -> str:
+    """What keeps JSON from being read, in words."""
+    is_deep = isinstance(error, RecursionError)
+    return "lists or objects inside each other, too deep to be read" if is_deep else str(error)
 
 
 class DoubledKey(ValueError):
@@ -142,8 +148,8 @@ def read_json(path: Path, missing: Any = None) -> Any:
         return missing
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); copy or download it again") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({why(error)}); copy or download it again") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is damaged (it holds no JSON object); copy or download it again")
     return content

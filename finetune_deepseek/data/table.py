@@ -19,7 +19,7 @@ from typing import IO, Any, TypeAlias
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .files import DoubledKey, unique_keys
+from .files import DoubledKey, unique_keys, why
 
 Columns: TypeAlias = dict[str, list[Any]]
 
@@ -34,6 +34,7 @@ DELIMITERS = (";", "\t", "|")  # of a .csv whose header has no comma
 ROWS = 10_000  # that are read at once
 LISTS = 500  # rows of csv that are lists at one time: more wake Python's garbage collector, at thrice the cost
 SPACE = re.compile(r"[ \t\n\r]*")  # of JSON
+LINE_END = re.compile(r"\r?\n\Z")
 DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 LONGEST_CELL = 2**31 - 1  # a C long everywhere; csv's own limit is 128 KiB
 
@@ -151,7 +152,7 @@ def taken_endings(separator: str | None) -> tuple[str, ...]:
 
 
 def documents(file: IO[bytes], path: str, separator: str) -> Iterator[str]:
-    """The documents of a text, each as it stands there, but for the line end before a separator.
+    """The documents of a text, each as it stands there, but for the one line end before a separator or at the end.
 
     Args:
         separator: "file" for one document, "line" for each line that isn't blank, "blank_line", or the line that
@@ -176,7 +177,7 @@ def _documents(lines: io.TextIOWrapper, separator: str) -> Iterator[str]:
         border = "" if separator == "blank_line" else separator.strip()
         for is_border, group in groupby(lines, lambda line: line.strip() == border):
             if not is_border:
-                yield "".join(group).rstrip("\r\n")
+                yield LINE_END.sub("", "".join(group))
 
 
 # -- csv and the like --
@@ -289,6 +290,8 @@ def _is_object(line: bytes) -> bool:
         return isinstance(json.loads(line.decode("utf-8")), dict)
     except json.JSONDecodeError:
         return False
+    except RecursionError:
+        return line.lstrip().startswith(b"{")
 
 
 def _object(text: str, where: str) -> dict[str, Any]:
@@ -296,13 +299,18 @@ def _object(text: str, where: str) -> dict[str, Any]:
         return _checked(DECODER.decode(text), where)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: broken JSON: {error.msg} (column {error.colno}).") from error
-    except DoubledKey as error:
-        raise ValueError(f"{where}: {error}; rename or remove one.") from None
+    except (DoubledKey, RecursionError) as error:
+        raise ValueError(f"{where}: {why(error)}; {_advice(error)}.") from None
+
+
+def _advice(error: Exception) -> str:
+    return "rename or remove one" if isinstance(error, DoubledKey) else "write it flatter"
 
 
 def _checked(row: Any, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected an object in braces, found {json.dumps(row, ensure_ascii=False)[:40]!r}.")
+        kind = "a list" if isinstance(row, list) else repr(json.dumps(row, ensure_ascii=False)[:40])
+        raise ValueError(f"{where}: expected an object in braces, found {kind}.")
     return row
 
 
@@ -316,8 +324,9 @@ def _whole(text: str, path: str) -> list[dict[str, Any]]:
             values.append(value)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: broken JSON: {error.msg} (column {error.colno}).") from error
-    except DoubledKey as error:
-        raise ValueError(f"{path}, {_place(text, end, len(values))}: {error}; rename or remove one.") from None
+    except (DoubledKey, RecursionError) as error:
+        where = f"{path}, {_place(text, end, len(values))}"
+        raise ValueError(f"{where}: {why(error)}; {_advice(error)}.") from None
     if len(values) == 1 and isinstance(values[0], list):
         return [_checked(row, f"{path}, row {number}") for number, row in enumerate(values[0], start=1)]
     rows = [_checked(value, f"{path}, object {number}") for number, value in enumerate(values, start=1)]
@@ -325,7 +334,7 @@ def _whole(text: str, path: str) -> list[dict[str, Any]]:
 
 
 def _place(text: str, start: int, before: int) -> str:
-    """Which object after so many, or row of a list, has a key twice: the value that begins at `start` has one."""
+    """Which object after so many, or row of a list, can't be read: it is in the value that begins at `start`."""
     if text[start] != "[":
         return f"object {before + 1}"
     row, end = 0, start + 1
@@ -333,7 +342,7 @@ def _place(text: str, start: int, before: int) -> str:
         while True:
             row, end = row + 1, re.compile(r"[\s,]*").match(text, end).end()  # type: ignore[union-attr]
             _, end = DECODER.raw_decode(text, end)
-    except DoubledKey:
+    except (DoubledKey, RecursionError):
         return f"row {row}"
 
 

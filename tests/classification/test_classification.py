@@ -472,3 +472,11 @@ def test_two_texts_are_read_as_a_reranker_reads_them(tmp_path, capsys):
     columns["text_pair_column"] = "pasage"
     with pytest.raises(ValueError, match=r"no column 'pasage'.*Set --text_pair_column \(did you mean 'passage'\?\)"):
         Classification(ClassificationArguments(**columns), seed=0).load_splits()
+
+
+@pytest.mark.parametrize(("kept", "found"), [("1", "1.0"), ("1.0", "1")])
+def test_labels_that_pandas_made_fractions_are_named(kept, found):
+    """Beside an empty cell it does so; the two files are then of different labels."""
+    saved = {"problem_type": "single_label_classification", "id2label": {"0": "a", "1": kept}}
+    with pytest.raises(ValueError, match="becomes one of fractions in pandas: write 1 in both files.$"):
+        task([("x", "a"), ("y", found)], saved=saved)

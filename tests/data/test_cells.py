@@ -30,6 +30,20 @@ def test_whole_numbers_that_became_fractions_are_read_back(capsys):
     assert cells("id", "10.0", "10.5") == ["10.0", "10.5"]
     assert cells("label", "1.0", "0.0", None) == ["1", "0", None]
     assert cells("label", "1.0", "2.0") == ["1.0", "2.0"]  # no gap made them so
+    capsys.readouterr()
+    typed({"x": ["1.0", "0.0", None]}, [Column("x", "label")], "part.csv", first_row=11)
+    err = capsys.readouterr().err
+    assert err.startswith("part.csv: all of 'x' end in .0, as in 1.0;") and "; row 13 has none" in err
+
+
+def test_a_cell_that_nests_too_deep_is_refused_with_its_place():
+    cell = []
+    for _ in range(100_000):
+        cell = [cell]
+    for kind in ("id", "words", "text", "label", "ids", "texts", "labels", "number"):
+        with pytest.raises(ValueError, match="^f.json, row 1: 'x' ") as error:
+            typed({"x": [cell]}, [Column("x", kind)], "f.json")
+        assert "\n" not in str(error.value)
 
 
 def test_labels_stay_apart():

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from finetune_deepseek.data.files import json_of, read_json
 from finetune_deepseek.data.table import ROWS, batches, read_columns
 
 ROWS_OF = {"id": ["u1", "u2"], "text": ["one, two\nthree", 'a "b"']}
@@ -162,3 +163,37 @@ def test_two_columns_of_one_name_in_parquet_are_refused(tmp_path):
     pq.write_table(pa.Table.from_arrays([pa.array([1]), pa.array([3])], names=["a", "a"]), sink)
     told = refused(tmp_path, "rows.parquet", sink.getvalue().to_pybytes())
     assert told == "rows.parquet: two columns are named 'a'; rename one."
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "where"),
+    [
+        ("lines.jsonl", '{"a": 1}\n{"a": DEEP}\n', "lines.jsonl, line 2"),
+        ("first.jsonl", '{"a": DEEP}\n{"a": 1}\n', "first.jsonl, line 1"),
+        ("list.json", '[{"a": 1},\n {"a": DEEP}]', "list.json, row 2"),
+        ("one.json", '{"a": DEEP}', "one.json, object 1"),
+        ("bare.json", "DEEP", "bare.json, row 1"),
+    ],
+)
+def test_json_that_nests_too_deep_is_refused_with_its_place(name, content, where, tmp_path):
+    message = refused(tmp_path, name, content.replace("DEEP", DEEP))
+    assert message == f"{where}: lists or objects inside each other, too deep to be read; write it flatter."
+
+
+def test_files_of_json_that_nest_too_deep_are_refused(tmp_path):
+    (tmp_path / "deep.json").write_text(DEEP)
+    with pytest.raises(ValueError, match="^it: lists or objects inside each other, too deep to be read.$"):
+        json_of(DEEP, "it")
+    with pytest.raises(ValueError, match="deep.json is damaged .lists or objects inside each other"):
+        read_json(tmp_path / "deep.json")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_one_line_end_belongs_to_the_separator_and_all_others_to_the_document(end, tmp_path):
+    lines = ["one", "", "", "<end>", "", "two", "<end>", "three", ""]
+    (tmp_path / "a.txt").write_bytes((end.join(lines) + end).encode())
+    texts = [text for part in batches(str(tmp_path / "a.txt"), separator="<end>") for text in part["text"]]
+    assert texts == [f"one{end}{end}", f"{end}two", f"three{end}"]
