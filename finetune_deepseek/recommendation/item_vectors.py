@@ -71,6 +71,8 @@ def _read_matrix(path: str, ids_file: str | None) -> tuple[list[str], np.ndarray
         raise ValueError(
             f"--item_vectors {path} with --item_ids_file {ids_file}: {' '.join(str(error).split())}."
         ) from error
+    if None in ids:
+        raise ValueError(f"--item_ids_file {ids_file}: number {ids.index(None) + 1} is no id; each vector needs one.")
     items = [item for item in ids if item is not None]
     if vectors.ndim != 2 or vectors.dtype.kind not in "fiu" or len(items) != len(vectors):
         raise ValueError(

@@ -52,8 +52,13 @@ def json_histories(arguments: RecommendArguments) -> dict[str, list[str]]:
         return {}
     if {arguments.history_column, arguments.item_column} & content.keys():
         raise ValueError(f"{path}: holds columns, not lists of items by user; write one object per row.")
+    users = [user.strip() for user in content]
+    if "" in users or len(set(users)) < len(users):
+        twice = next((user for user in users if users.count(user) > 1), "")
+        fault = f"{users.count(twice)} histories of user {twice!r}; keep one" if twice else "a user without a name"
+        raise ValueError(f"{path}: {fault}; mend the file.")
     try:
-        return {user: ids(items) or [] for user, items in content.items()}
+        return {user: ids(items) or [] for user, items in zip(users, content.values(), strict=True)}
     except ValueError as error:
         raise ValueError(f"{path}: a list holds what is {error}.") from None
 
@@ -165,6 +170,8 @@ def read_new_items(path: str | None) -> dict[str, str]:
     items = json_of(read_text(path, f"--new_items {path}"), f"--new_items {path}")
     if not isinstance(items, dict) or not items:
         raise ValueError(f'--new_items {path}: expected {{"id": "text", ...}}.')
+    if any(not item.strip() for item in items):
+        raise ValueError(f"--new_items {path}: an item without an id; name it.")
     return items
 
 

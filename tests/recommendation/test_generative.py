@@ -177,6 +177,7 @@ def test_vectors_of_a_file(ending, tmp_path):
         ("x\n5\n", "for the 2 ids"),
         ("x\nx\ny", "1 ids are there twice"),
         ("[1,", "Expecting value"),
+        ('["x", "", "y", "z"]', "number 2 is no id; each vector needs one"),  # the others would move up
     ):
         (tmp_path / "wrong.txt").write_text(ids)
         with pytest.raises(ValueError, match=message) as caught:

@@ -415,12 +415,16 @@ def test_explanations(learned, tmp_path, capsys):
         ('["item 1"]', ["--filter", "{folder}/other.txt"], "the filter leaves nothing: none of its 1 items"),
         ('["item 1"', [], "broken JSON"),
         ('["item 1"]', ["--output", "{folder}/none/out.parquet"], "no such folder to write to"),
+        ('{"": ["item 1"], "b": ["item 2"]}', [], "a user without a name; mend the file"),
+        ('{"b ": ["item 1"], "b": ["item 2"]}', [], "2 histories of user 'b'; keep one"),
+        ('["item 1"]', ["--new_items", "{folder}/nameless.json"], "an item without an id; name it"),
         (None, [], "no such file"),
     ],
 )
 def test_bad_requests_are_one_line(learned, tmp_path, capsys, content, more, message):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "other.txt").write_text("nothing we have\n")
+    (tmp_path / "nameless.json").write_text('{" ": "a text"}')
     if content is not None:
         (tmp_path / "items.json").write_text(content)
     more = [argument.format(folder=tmp_path) for argument in more]
