@@ -1,6 +1,7 @@
 """The files of a knowledge base, texts and tables, as passages with the places that they come from."""
 
 import hashlib
+import json
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -113,15 +114,24 @@ def readable(path: Path) -> str:
     return path.as_posix().encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
-def is_knowledge(path: Path, below: Path, index_folder: Path | None) -> bool:
-    """Whether a file below a folder is read: a hidden one isn't, nor what an index is kept in."""
-    if any(part.startswith(".") or SAVING.fullmatch(part) for part in below.parts):
+def is_index(folder: Path) -> bool:
+    """Whether an index of passages is kept in a folder, by what its index.json says, or that it can't be read."""
+    if not all((folder / name).is_file() for name in OWN_FILES[:2]):
         return False
-    return path.name not in OWN_FILES or index_folder is None or path.parent.resolve() != index_folder.resolve()
+    try:
+        content = json.loads((folder / OWN_FILES[0]).read_bytes())
+    except (ValueError, RecursionError):
+        return True
+    return isinstance(content, dict) and {"format", "files", "max_characters"} <= content.keys()
+
+
+def is_hidden(below: Path) -> bool:
+    """Whether a file below a folder is hidden, or what a killed save has left."""
+    return any(part.startswith(".") or SAVING.fullmatch(part) for part in below.parts)
 
 
 def knowledge_files(knowledge: Path, index_folder: Path | None = None) -> dict[str, Path]:
-    """Name by path of the files of a folder (hidden ones and the index's own left out) or of one file.
+    """Name by path of the files of a folder (hidden ones and those of indexes left out) or of one file.
 
     Raises:
         ValueError: if there is nothing.
@@ -131,7 +141,13 @@ def knowledge_files(knowledge: Path, index_folder: Path | None = None) -> dict[s
     if not knowledge.is_dir():
         raise ValueError(f"{knowledge}: no such file or folder.")
     found = [(path.relative_to(knowledge), path) for path in sorted(knowledge.rglob("*")) if path.is_file()]
-    files = {readable(below): path for below, path in found if is_knowledge(path, below, index_folder)}
+    found = [(below, path) for below, path in found if not is_hidden(below)]
+    own = None if index_folder is None else index_folder.resolve()
+    indexes = {path.parent for _, path in found if path.name == OWN_FILES[0] and is_index(path.parent)}
+    for folder in sorted(folder for folder in indexes if folder.resolve() != own):
+        print(f"left out {folder}: an index of passages, which are read where they come from", file=sys.stderr)
+    indexes |= {path.parent for _, path in found if path.parent.resolve() == own}
+    files = {readable(b): path for b, path in found if path.name not in OWN_FILES or path.parent not in indexes}
     if not files:
         raise ValueError(f"{knowledge}: there are no files in this folder.")
     return files

@@ -308,3 +308,19 @@ def test_a_long_text_without_an_empty_line_is_split_in_a_moment(text):
     if "\n" in text:
         lengths = [piece.count("word") for _, piece in found]
         assert [line for line, _ in found] == [1 + sum(lengths[:place]) for place in range(len(found))]
+
+
+def test_another_index_inside_the_knowledge_is_none_of_it(knowledge, tokenizer, capsys):
+    """Whatever its folder is named, and also where its mark can't be read; files of such names alone are knowledge."""
+    PassageIndex.open(knowledge / "kept", knowledge)
+    (knowledge / "more/passages.jsonl").write_text(json.dumps({"text": "A whale sings."}))
+    capsys.readouterr()
+    for mark in (None, "{broken"):
+        if mark:
+            (knowledge / "kept/index.json").write_text(mark)
+        index = PassageIndex.open(knowledge.parent / f"other{bool(mark)}", knowledge)
+        assert [passage.source for passage in index.passages].count("fox.txt:3") == 1
+        assert not any(passage.source.startswith("kept/") for passage in index.passages)
+        assert found(index, "whale") == [("A whale sings.", "more/passages.jsonl:1")]
+        err = capsys.readouterr().err
+        assert f"left out {knowledge / 'kept'}: an index of passages" in err
