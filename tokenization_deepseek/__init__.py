@@ -2,7 +2,7 @@
 
 from .answer_parsing import AnswerParser
 from .chat import CHAT_TEMPLATES, template_name
-from .chat_encoding import AnsweredChat, encode_answers, encode_chat
+from .chat_encoding import AnsweredChat, encode_answers, encode_chat, generation_prompt
 from .control_tokens import Control, control_tokens, encode_parts, encode_text
 from .tokenization_deepseek import DeepSeekTokenizer
 from .training import train_tokenizer
@@ -18,6 +18,7 @@ __all__ = [
     "encode_chat",
     "encode_parts",
     "encode_text",
+    "generation_prompt",
     "template_name",
     "train_tokenizer",
 ]

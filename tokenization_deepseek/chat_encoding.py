@@ -2,6 +2,7 @@
 
     encode_chat(tokenizer, messages, tools=..., ...)       as `apply_chat_template(tokenize=True)`
     encode_answers(tokenizer, messages, tools=..., ...)    ids, what the model writes, what its prompt supplies
+    generation_prompt(tokenizer, ...)                      what an answer to a user begins after
 
 Both serve any fast tokenizer; DeepSeekTokenizer's own `apply_chat_template` is the first.
 """
@@ -114,6 +115,13 @@ def encode_answers(
     mask = _mask(encoding.offsets, written)
     before = [there and not one for there, one in zip(_mask(encoding.offsets, supplied), mask, strict=True)]
     return AnsweredChat(encoding.ids, mask, list(map(int, before)), _token_ranges(encoding.offsets, written))
+
+
+def generation_prompt(tokenizer: PreTrainedTokenizerBase, **variables: Any) -> str:
+    """What the default template of a tokenizer appends behind a user's message for the answer to begin after; "" if
+    it refuses such a conversation or the variables (thinking, say)."""
+    template, settings = _template_and_settings(tokenizer, {"tools": None, **variables}, {})
+    return next(iter(_appended(template, [_ASK], settings)), "")
 
 
 # ---- what a template is filled with

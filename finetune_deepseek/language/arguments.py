@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from ..data.arguments import DataArguments
+from ..data.arguments import FORMATS, DataArguments
 
 
 @dataclass
@@ -22,6 +22,10 @@ class LanguageModelingArguments(DataArguments):
   deepseek-hf evaluate language_modeling runs/small --validation_file other.txt
       perplexity and bits per byte of other text"""
 
+    train_file: list[str] | None = field(
+        default=None,
+        metadata={"help": ".txt, .text or .md (see --document_separator), or " + FORMATS, "metavar": "FILE"},
+    )
     text_column: str = field(default="text", metadata={"help": "Column of the documents; text files have none."})
     document_separator: str = field(
         default="file",

@@ -19,7 +19,7 @@ from ...training.optimization import IGNORED_LABEL
 from .arguments import ConversationArguments
 from .checks import Faulty
 from .layouts import Turn
-from .templates import REFUSALS, argument_form
+from .templates import REFUSALS, argument_form, prompt_of
 
 OPENING, CLOSING = "<think>", "</think>"
 
@@ -31,12 +31,14 @@ class Encoded(NamedTuple):
         input_ids, labels: [S], labels -100 where nothing is trained.
         reply: the last answer's first token, and the one behind its last.
         cut: how many turns were cut at the beginning.
+        header: of the last answer to a user, where it isn't what generation puts there without a flag.
     """
 
     input_ids: list[int]
     labels: list[int]
     reply: tuple[int, int]
     cut: int
+    header: str = ""
 
     @property
     def num_trained(self) -> int:
@@ -49,6 +51,7 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, arguments: ConversationArguments) -> None:
         self.tokenizer, self.arguments = tokenizer, arguments
         self.form = argument_form(tokenizer)
+        self.prompt = prompt_of(tokenizer)
 
     def __call__(self, messages: list[Turn], tools: list[Any]) -> Encoded:
         """The conversation, without its oldest turns where it has more tokens than `max_seq_length`.
@@ -102,7 +105,15 @@ class Encoder:
             token if is_trained else IGNORED_LABEL
             for token, is_trained in zip(chat.input_ids, self._trained(chat, turns, tools), strict=True)
         ]
-        return Encoded(chat.input_ids, labels, chat.answers[-1], cut)
+        return Encoded(chat.input_ids, labels, chat.answers[-1], cut, self._other_header(chat, turns))
+
+    def _other_header(self, chat: AnsweredChat, turns: list[Turn]) -> str:
+        last = max(_places(turns))
+        if not (last and self.prompt and turns[last - 1]["role"] == "user"):
+            return ""
+        span = chat.answers[-1]
+        header: Any = self.tokenizer.decode(chat.input_ids[_with_prompt(chat, span) : span[0]])
+        return "" if header.strip() == self.prompt.strip() else header  # decoding may add or lose a space
 
     def _chat(self, turns: list[Turn], tools: list[Any]) -> AnsweredChat:
         try:

@@ -5,6 +5,7 @@ shown beside those of the data.
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -24,14 +25,14 @@ from .arguments import ConversationArguments
 from .checks import FAULTS, LEFT_OUT, checked
 from .layouts import Faulty, Turn, read_conversations
 from .masks import Encoded, Encoder
-from .templates import ends_of_answers, trained_template
+from .templates import ends_of_answers, prompt_of, trained_template
 
 TOKENIZER_TRAINING_ROWS = 200_000
 IDS, NUMBER = List(Value("int64")), Value("int64")
 COLUMNS = Features(
     {
         **{"input_ids": IDS, "labels": IDS, "reply": IDS, "cut": NUMBER},
-        **{"source": Value("string"), "length": NUMBER, "trained": NUMBER},
+        **{"header": Value("string"), "source": Value("string"), "length": NUMBER, "trained": NUMBER},
     }
 )
 METRICS = {
@@ -60,6 +61,7 @@ class Found:
         self.rows = 0
         self.faults: dict[str, list[tuple[str, str]]] = {name: [] for name in FAULTS}  # place, detail
         self.sizes: dict[str, int] = {}
+        self.headers: Counter[str] = Counter()  # of answers that begin after something else than generation puts there
 
     def add(self, fault: str, place: str, detail: str) -> None:
         self.faults[fault].append((place, detail))
@@ -82,6 +84,17 @@ class Found:
             f"{used['trained_tokens']:,} of them trained"
         ]
         return "; ".join([*parts, *(f"{count:,} {FAULTS[name]}" for name, count in kinds.items() if count)])
+
+    def header_lines(self, split: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+        """What answers begin after, where generation puts something else there, and by which flag it puts the same."""
+        switches = {prompt_of(tokenizer, thinks): str(thinks).lower() for thinks in (False, True)}
+        usual = prompt_of(tokenizer)
+        for header, count in self.headers.items():
+            advice = f"generate by --thinking {switches[header]}" if header in switches else "take another template"
+            yield (
+                f"{split}: {count:,} of {self.sizes['conversations']:,} last answers stand behind {header!r}, where "
+                f"generation has {usual!r}: {advice}, or mend their reasoning_content"
+            )
 
     def first_fault(self) -> str:
         return next((f"{p}: {d} ({FAULTS[name]})" for name in LEFT_OUT for p, d in self.faults[name]), "no rows")
@@ -198,6 +211,8 @@ class Conversation(Task):
         except Faulty as fault:
             found.add(fault.fault, place, fault.detail)
             return
+        if encoded.header:
+            found.headers[encoded.header] += 1
         if encoded.cut:
             found.add("cut", place, f"{encoded.cut} of {len(messages)} turns")
         yield encoded, last_question(messages)
@@ -231,7 +246,7 @@ class Conversation(Task):
         """Conversations in their order, for training packed if that was asked for."""
         split = {id(known): name for name, known in self.splits.items()}[id(rows)]
         encoded, found = self._encode(split, tokenizer), self.found[split]
-        print(found.line(split))
+        print("\n".join([found.line(split), *found.header_lines(split, tokenizer)]))
         if is_training and self.arguments.packing:
             return self._packed(encoded)
         return encoded.select_columns(["input_ids", "labels", "length"])

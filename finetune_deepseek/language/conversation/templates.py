@@ -7,9 +7,9 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from tokenization_deepseek import CHAT_TEMPLATES, control_tokens, encode_answers
+from tokenization_deepseek import CHAT_TEMPLATES, control_tokens, encode_answers, generation_prompt
 
-from ..serving.chat_format import choose_template
+from ..serving.chat_format import SWITCHES, choose_template
 from .layouts import Turn
 
 PROBE = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
@@ -49,6 +49,15 @@ def ends_of_answers(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         return sorted(found)
     last = probe.input_ids[probe.answers[-1][1] - 1]
     return sorted(found | ({last} & set(control_tokens(tokenizer).values())))
+
+
+def prompt_of(tokenizer: PreTrainedTokenizerBase, thinking: bool | None = None) -> str:
+    """What the template puts before an answer to a user, with its switch for reasoning as it is, or set; "" if it
+    refuses."""
+    try:
+        return generation_prompt(tokenizer, **({} if thinking is None else dict.fromkeys(SWITCHES, thinking)))
+    except REFUSALS:
+        return ""
 
 
 def argument_form(tokenizer: PreTrainedTokenizerBase) -> type | None:

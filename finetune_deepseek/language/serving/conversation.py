@@ -113,15 +113,20 @@ class Conversation:
         self.cache: Any = None
         self.read: list[int] = []
 
-    def reset(self, messages: Sequence[Message] = ()) -> None:
-        """Begin anew, or with messages, of which a first system message becomes the conversation's own.
+    def reset(self) -> None:
+        """Begin anew, under the same system message."""
+        self.messages, self.first = [], 0
+
+    def load(self, messages: Any) -> None:
+        """Go on with these messages, of which a first system message becomes the conversation's own; without one it
+        has none.
 
         Raises:
             ValueError: for what is no conversation; the one before stays.
         """
-        found = checked_messages(messages, "the conversation") if messages else []
-        if found and found[0]["role"] == "system" and isinstance(found[0].get("content"), str):
-            self.arguments = replace(self.arguments, system=found.pop(0)["content"])
+        found = checked_messages(messages, "the conversation")
+        is_first = found[0]["role"] == "system" and isinstance(found[0].get("content"), str)
+        self.arguments = replace(self.arguments, system=found.pop(0)["content"] if is_first else None)
         self.messages, self.first = found, 0
 
     @property

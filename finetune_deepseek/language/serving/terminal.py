@@ -212,12 +212,15 @@ class Terminal:
         path = _path(name, "load")
         found = json_of(read_text(str(path), f"/load {name}"), f"/load {name}")
         messages: Any = found.get("messages") if isinstance(found, dict) else found
+        before = self.conversation.arguments.system
         try:
-            self.conversation.reset(messages)
+            self.conversation.load(messages)
         except ValueError as error:
             raise ValueError(f"/load {name}: {error}") from error
         self.files = {path.resolve()}
-        self.note(f"{len(self.conversation.messages)} messages.")
+        is_dropped = before is not None and self.conversation.arguments.system is None
+        what = ", none of the system; the system message from before is dropped" * is_dropped
+        self.note(f"{len(self.conversation.messages)} messages{what}.")
 
     def params(self, text: str) -> None:
         changes: dict[str, Any] = {}

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from finetune_deepseek.commands.finetune import score
 from finetune_deepseek.language.conversation.arguments import ConversationArguments
 from finetune_deepseek.language.conversation.masks import Encoder
-from finetune_deepseek.language.conversation.task import Conversation
+from finetune_deepseek.language.conversation.task import Conversation, Found
 from finetune_deepseek.language.conversation.templates import trained_template
 from modeling_deepseek import DeepSeekForCausalLM
 from tests.small_runs import flags
@@ -38,6 +38,11 @@ def sums_by_hand(model, tokenizer, chats, **settings):
                 total -= shares[place - 1, label].item()
                 count += 1
     return total, count
+
+
+def with_template(tokenizer, name):
+    trained_template(tokenizer, name)
+    return tokenizer
 
 
 def opened(folder):
@@ -63,7 +68,7 @@ def test_two_processes_find_the_loss_of_one(tmp_path, converse):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launch, "-m", "finetune_deepseek", "finetune", "conversation", *flags(settings)]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command, capture_output=True, text=True, timeout=900, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "two" / "eval_results.json").read_text())
@@ -174,3 +179,24 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path, converse):
 def test_a_model_that_sees_ahead_is_refused(converse):
     with pytest.raises(ValueError, match="attention_direction prefix: conversations are learned by a causal model"):
         converse(config_overrides="attention_direction=prefix")
+
+
+def test_answers_that_stand_where_generation_puts_something_else_are_said(converse, tokenizer, capsys):
+    """R1's prompt opens the thought, which answers without one don't follow."""
+    converse(chat_template="r1-think", max_steps=1)
+    out = capsys.readouterr().out
+    line = (
+        "train: 3 of 3 last answers stand behind '<｜Assistant｜>', where generation has '<｜Assistant｜><think>\\n'"
+    )
+    assert f"{line}: generate by --thinking false, or mend their reasoning_content" in out
+    thinking = [[*chat[:-1], chat[-1] | {"reasoning_content": "hm"}] for chat in CHATS]
+    for template, rows, said in (
+        ("r1-think", thinking, False), ("v3", CHATS, False), ("v2", CHATS, False), ("v3.1", CHATS, False),
+        ("v3.1", thinking, True), ("coder", CHATS, False), ("v4", CHATS, False),
+    ):  # fmt: skip
+        found, made = Found(), Encoder(with_template(tokenizer, template), ConversationArguments(train_file="unread"))
+        found.headers.update(header for chat in rows if (header := made(chat, []).header))
+        found.sizes = {"conversations": len(rows)}
+        lines = list(found.header_lines("train", tokenizer))
+        assert len(lines) == said, (template, lines)
+        assert not said or "generate by --thinking true" in lines[0]

@@ -69,6 +69,21 @@ def test_a_conversation_is_saved_and_loaded(folders, main, script, tmp_path):
     assert main("generate", folders / "v3", "--input", path, *flags)[0] == 0
 
 
+def test_a_loaded_conversation_brings_its_system_message_or_none(folders, main, tmp_path):
+    said = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "one"}]
+    (tmp_path / "bare.json").write_text(json.dumps(said))
+    parts = [{"role": "system", "content": [{"type": "text", "text": "Be kind."}]}, *said]
+    (tmp_path / "parts.json").write_text(json.dumps(parts))
+    for name, expected in (("bare", said), ("parts", parts)):
+        saved = tmp_path / f"{name}_saved.json"
+        commands = f"/system Be brief.\n/load {tmp_path / f'{name}.json'}\n/save {saved}\n"
+        code, _, err = main("chat", folders / "v3", "--max_new_tokens", 3, stdin=commands)
+        assert code == 0 and json.loads(saved.read_text())["messages"] == expected
+        assert "the system message from before is dropped" in err
+    code, _, err = main("chat", folders / "v3", "--max_new_tokens", 3, stdin=f"/load {tmp_path / 'bare.json'}\n")
+    assert code == 0 and err.startswith("2 messages.\n")
+
+
 def test_several_lines_and_a_leading_slash_are_one_message(folders, main, script, tmp_path):
     script([f"one{EOS}"] * 3)
     path = tmp_path / "talk.json"
@@ -106,6 +121,8 @@ FAULTS = {
     "/load none.json": "line 1: /load none.json: can't be read (No such file or directory).",
     "/load taken.json": "line 1: /load taken.json: the conversation, message 1: no such role: 'critic'",
     "/load broken.json": "line 1: /load broken.json, line 1: broken JSON",
+    "/load empty.json": "line 1: /load empty.json: the conversation: an empty conversation",
+    "/load other.json": "line 1: /load other.json: the conversation: a conversation is a list of messages, found",
     "/load number.json": "line 1: /load number.json: the conversation: a conversation is a list of messages, found",
     "hi " * 200: "line 1: the message: ",
 }
@@ -117,6 +134,8 @@ def test_a_fault_in_a_script_ends_it_with_one_line(text, folders, main, tmp_path
     (tmp_path / "taken.json").write_text('{"messages": [{"role": "critic", "content": "x"}]}')
     (tmp_path / "broken.json").write_text('{"messages": [')
     (tmp_path / "number.json").write_text("7")
+    (tmp_path / "empty.json").write_text('{"messages": []}')
+    (tmp_path / "other.json").write_text('{"talk": []}')
     message = FAULTS[text].replace(" (did you mean 'reload'?)", " (did you mean 'load'?)")
     code, out, err = main("chat", folders / "v3", "--max_new_tokens", 5, stdin=f"{text}\nhello\n")
     assert (code, out) == (2, "") and err.splitlines()[-1].startswith(f"deepseek-hf: error: {message}"), err
