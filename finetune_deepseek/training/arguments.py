@@ -273,5 +273,6 @@ class TrainingFlags:
         score = self.metric_for_best_model or "loss"
         if self.greater_is_better is None and self.metric_for_best_model:
             self.greater_is_better = is_more_better(score)
-        elif self.greater_is_better and not is_more_better(score):
-            raise ValueError(f"--greater_is_better true: of {score} less is better; leave the flag out.")
+        elif self.greater_is_better not in (None, is_more_better(score)):
+            which, asked = ("more", "false") if is_more_better(score) else ("less", "true")
+            raise ValueError(f"--greater_is_better {asked}: of {score} {which} is better; leave the flag out.")

@@ -44,6 +44,8 @@ def test_what_is_better_follows_from_the_name(score, is_more, tmp_path):
 def test_a_contradiction_is_refused(tmp_path):
     with pytest.raises(ValueError, match="--greater_is_better true: of mae less is better"):
         TrainingArguments(output_dir=str(tmp_path), metric_for_best_model="mae", greater_is_better=True)
+    with pytest.raises(ValueError, match="--greater_is_better false: of accuracy more is better"):
+        TrainingArguments(output_dir=str(tmp_path), metric_for_best_model="accuracy", greater_is_better=False)
 
 
 def test_falling_errors_go_on_and_the_least_is_kept(tmp_path):

@@ -410,6 +410,15 @@ def blank(path, start, end):
     path.write_bytes(content[:start] + bytes(end - start) + content[end:])
 
 
+def lose_a_page_amid(path):
+    """The file with another large tensor, of whose middle a page is lost."""
+    torch.save(torch.load(path) | {"large": torch.ones(600_000)}, path)
+    content = path.read_bytes()
+    middle = content.index(torch.ones(1000).numpy().tobytes()) + 1_500_000
+    blank(path, middle, middle + 4096)
+    assert path.read_bytes() != content
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -423,6 +432,7 @@ def blank(path, start, end):
         (lambda folder: (folder / "scheduler.pt").unlink(), "has no scheduler.pt, as --save_only"),
         (lambda folder: blank(folder / "optimizer.pt", 0, 60), "optimizer.pt is damaged"),
         (lambda folder: blank(folder / "optimizer.pt", 100, 400), "optimizer.pt is damaged"),
+        (lambda folder: lose_a_page_amid(folder / "optimizer.pt"), "optimizer.pt is damaged"),
     ],
 )
 def test_the_last_whole_checkpoint_is_taken(interrupted, damage, said, capsys):

@@ -11,7 +11,7 @@ from ...data.files import read_json
 STATE_FILE = "trainer_state.json"
 TRAINING_FILES = (("optimizer.pt", "optimizer.bin"), ("scheduler.pt",))
 NO_WAY_ON = ", as --save_only_model leaves; to begin anew with its weights, give it as --model_name_or_path"
-READ_BYTES = 2**20  # of each part of a file of torch, the list of its tensors among them
+READ_BYTES = 2**24  # at once
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 
@@ -48,7 +48,11 @@ def find_checkpoint(asked: str | None, folder: Path) -> str | None:
 
 
 def fault_of(folder: Path) -> str | None:
-    """Why a run can't go on from a checkpoint, None if it can. Files are checked by their ends and headers."""
+    """Why a run can't go on from a checkpoint, None if it can.
+
+    torch's files are read whole and held against the checksums in them, which a run reads again to go on. Files of
+    safetensors have none: their headers and lengths are looked at.
+    """
     try:
         if read_json(folder / STATE_FILE) is None:  # Trainer writes it last
             return f"no checkpoint there (no {STATE_FILE}), or saving it was interrupted"
@@ -80,8 +84,9 @@ def _is_whole(path: Path) -> bool:
                 return True
         with zipfile.ZipFile(path) as archive:
             for part in archive.infolist():
-                with archive.open(part) as content:  # which reads its header
-                    content.read(READ_BYTES)  # to the end of what is small, and then it is held against its checksum
+                with archive.open(part) as content:
+                    while content.read(READ_BYTES):  # at the end the checksum is compared
+                        pass
             return True
     except (SafetensorError, OSError, zipfile.BadZipFile):
         return False
