@@ -7,9 +7,11 @@ from pathlib import Path
 from .saved import ADAPTER_FILE, CONFIG_FILE, RECORD_FILE, Saved
 
 # Not what runs write beside a model: results, cards, the state of training, outputs with names of a user's choice.
-FILES = (CONFIG_FILE, ADAPTER_FILE, RECORD_FILE, "generation_config.json", "catalogue/*.json")
-FILES += ("*tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja")
-FILES += ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "adapter_model.bin", "*.py")
+FILES = (
+    *(CONFIG_FILE, ADAPTER_FILE, RECORD_FILE, "generation_config.json", "catalogue/*.json"),
+    *("*tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja"),
+    *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "adapter_model.bin", "*.py"),
+)
 WHOLE_BYTES, PARTS, PART_BYTES = 2**28, 64, 2**20  # larger files are read in parts only, evenly spread
 
 

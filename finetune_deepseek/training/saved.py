@@ -29,6 +29,7 @@ from safetensors import SafetensorError
 
 from configuration_deepseek.fields import FIELD_NAMES
 from configuration_deepseek.official import SOURCES
+from tokenization_deepseek.tokenization_deepseek import BOS
 from tokenization_deepseek.whole_folders import current, fingerprint_of, model_files
 
 from ..data.files import read_json, write_json
@@ -36,6 +37,7 @@ from ..data.hub import check_source, is_hub_id
 
 RECORD_FILE, FORMAT = "deepseek_hf.json", 1
 CONFIG_FILE, ADAPTER_FILE, CARD_FILE = "config.json", "adapter_config.json", "README.md"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 SMALL_FILES = ["*.json", "*.jinja", "*.model", CARD_FILE, "LICENSE*", "adapter_model.*"]
 HEADS = ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "Embedding",
          "Recommendation", "ImageClassification")  # fmt: skip
@@ -131,12 +133,17 @@ class Saved:
 
     @property
     def is_deepseek(self) -> bool:
-        """Whether it is a DeepSeek checkpoint in our form or a published one, not of a type that others share.
+        """Whether it is a DeepSeek checkpoint in our form or a published one.
 
         Those get this package's tokenizer even where transformers has one of its own, which loses the
-        beginning-of-sentence token.
+        beginning-of-sentence token. LLM, Math and Coder, of a type that others share (llama), are told by that token.
         """
-        return self.is_ours and str(self.config["model_type"]).startswith("deepseek")
+        if not self.is_ours or str(self.config["model_type"]).startswith("deepseek"):
+            return self.is_ours
+        folder = self.with_tokenizer.folder
+        begins = read_json(folder / TOKENIZER_FILES[1], missing={}).get("bos_token")
+        begins = begins.get("content") if isinstance(begins, dict) else begins
+        return begins == BOS and (folder / TOKENIZER_FILES[0]).is_file()
 
     @property
     def architecture(self) -> str:
