@@ -67,7 +67,7 @@ def _runner(folder: Path, stranger: bool) -> Run:
         command = [sys.executable, "-P", str(Path(__file__).with_name("child.py")), inspect.getfile(function)]
         command += [function.__name__, json.dumps(arguments), str(result), *(PACKAGES if stranger else ())]
         child = subprocess.run(
-            command, cwd=home, env=_environment(home, hub, token), capture_output=True, text=True, timeout=240
+            command, cwd=home, env=_environment(home, hub, token), capture_output=True, text=True, timeout=900
         )
         if child.returncode != 0:
             pytest.fail(f"{function.__name__} failed in its process:\n{child.stdout[-2000:]}\n{child.stderr[-6000:]}")

@@ -242,7 +242,7 @@ def test_two_processes_count_and_train_as_one(rows, tmp_path):
             *flags(settings | more | {"output_dir": tmp_path / name}),
         ]
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            command, capture_output=True, text=True, timeout=900, env=os.environ | {"OMP_NUM_THREADS": "1"}
         )
         assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((tmp_path / "two" / "eval_results.json").read_text())

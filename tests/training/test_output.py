@@ -96,5 +96,5 @@ def test_processes_that_write_the_same_file_do_not_meet(tmp_path):
     )
     code += "for _ in range(500): write_text(path, 'content')"
     processes = [subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=ROOT) for _ in range(2)]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    assert [process.wait(timeout=900) for process in processes] == [0, 0]
     assert path.read_text() == "content" and list(tmp_path.iterdir()) == [path]

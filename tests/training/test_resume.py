@@ -203,7 +203,7 @@ def test_a_process_that_was_killed_goes_on_to_the_same_bytes(tmp_path):
     settings = TINY | SMALL | {"train_file": path, "hidden_dropout": 0.1}
     run(Translation, tmp_path / "whole", settings)
     argv = ["translation", *flags(settings | {"output_dir": tmp_path / "killed"})]
-    child = subprocess.run([sys.executable, "-c", KILLED, *argv], capture_output=True, text=True, timeout=240)
+    child = subprocess.run([sys.executable, "-c", KILLED, *argv], capture_output=True, text=True, timeout=900)
     assert child.returncode == -getattr(signal, "SIGKILL", signal.SIGTERM), child.stderr[-2000:]
     assert not (tmp_path / "killed/model.safetensors").exists()
     run(Translation, tmp_path / "killed", settings | {"resume_from_checkpoint": "true"})

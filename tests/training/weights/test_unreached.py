@@ -82,7 +82,7 @@ def test_two_processes_with_and_without_checkpointing_train_every_preset(data, t
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
         [*launch, str(tmp_path / "runs.py"), json.dumps(runs)],
-        capture_output=True, text=True, timeout=560, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=900, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("DONE") == 2 * len(runs)
