@@ -129,12 +129,12 @@ class Reader:
 
     def _write(self, task: QuestionAnswering, batch: dict[str, torch.Tensor]) -> list[tuple[str, float]]:
         config: Any = task.generation_config(self.tokenizer, 1)
+        config.output_logits = config.return_dict_in_generate = True
         output = self.model.generate(
             input_ids=batch["prompt_ids"],
             attention_mask=batch["prompt_mask"],
             generation_config=config,
-            output_logits=True,
-            return_dict_in_generate=True,
+            tokenizer=self.tokenizer,
         )
         new = output.sequences[:, batch["prompt_ids"].shape[1] :]
         logits = torch.stack(output.logits, dim=1).float()  # [B, T, V]

@@ -141,11 +141,11 @@ class Embedding(Task):
         given = {name: getattr(self.arguments, name) for name in CONFIG_FLAGS}
         fields = {name: saved[name] for name in CONFIG_FLAGS if saved.get(name) is not None}
         fields |= {name: value for name, value in given.items() if value is not None}
-        self.prefixes = (fields.get("query_prefix", ""), fields.get("passage_prefix", ""))
         return fields
 
     def prepare_model(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         self.config = model.config
+        self.prefixes = (model.config.query_prefix, model.config.passage_prefix)
 
     # -- features --
 

@@ -20,6 +20,20 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[
         yield order[start : start + batch_size]
 
 
+def batches_with_room(
+    lengths: Sequence[int], batch_size: int, most: int, positions: int | None
+) -> Iterator[tuple[list[int], int]]:
+    """Batches of prompts, and how many tokens may be written behind each: `most`, or what `positions` leave.
+
+    A prompt that leaves less than `most` is a batch of its own: the longest one would cut what the others get.
+    """
+    rooms = [most if positions is None else min(most, positions - length) for length in lengths]
+    whole = [number for number, room in enumerate(rooms) if room == most]
+    for batch in batches_by_length([lengths[number] for number in whole], batch_size):
+        yield [whole[place] for place in batch], most
+    yield from (([number], room) for number, room in enumerate(rooms) if room < most)
+
+
 class ResumableStream(IterableDataset):
     """Training rows without end that go on where they were, without making those before again."""
 
@@ -97,9 +111,9 @@ class RowSampler(Sampler[int]):
 class TokenBatchSampler(BatchRebalanceSampler):
     """Batches of up to `tokens` tokens, padding included; a longer row is a batch of its own.
 
-    The rows are sorted by length, those of one length in a new order at each epoch, and cut into batches, which come
-    in a random order: next to nothing is padding, and every epoch has as many batches. Inherits for Trainer, which
-    takes samplers of this class for ready batches of one rank.
+    The rows are sorted by length, those of the same sizes in a new order at each epoch, and cut into batches, which
+    come in a random order: next to nothing is padding, and every epoch has as many batches, of the same sizes.
+    Inherits for Trainer, which takes samplers of this class for ready batches of one rank.
 
     Args:
         sizes: of each row how many texts it has of each kind that is padded by itself, and the length of the longest
@@ -122,7 +136,9 @@ class TokenBatchSampler(BatchRebalanceSampler):
         weights: torch.Tensor | None = None,
     ) -> None:
         self.sizes, self.tokens, self.weights = sizes, tokens, weights
-        self.row_lengths = torch.tensor([sum(count * length for count, length in size) for size in sizes])
+        keys = [(sum(count * length for count, length in size), *map(tuple, size)) for size in sizes]
+        places = {key: place for place, key in enumerate(sorted(set(keys)))}
+        self.places = torch.tensor([places[key] for key in keys])  # by length; rows of one length by their sizes
         self.seed, self.rank, self.world_size, self.epoch = seed, rank, world_size, 0
         self.count = len(self._cut(epoch_generator(seed, 0)))
         if self.count < world_size:
@@ -134,7 +150,7 @@ class TokenBatchSampler(BatchRebalanceSampler):
         drawn = drawn_rows(len(self.sizes), self.weights, generator)
         batches: list[list[int]] = []
         batch: list[tuple[int, int]] = []  # texts and longest of each kind
-        for row in drawn[self.row_lengths[drawn].sort(descending=True, stable=True).indices].tolist():
+        for row in drawn[self.places[drawn].sort(descending=True, stable=True).indices].tolist():
             size = self.sizes[row]
             larger = [(a + b, max(s, t)) for (a, s), (b, t) in zip(batch, size, strict=True)] if batch else []
             if larger and sum(count * length for count, length in larger) <= self.tokens:

@@ -1,5 +1,6 @@
 """Tokenizer and model, pretrained or with random weights, as the flags name them."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,19 +24,32 @@ from .task import Task
 # Without effect in a generation config that doesn't sample, or has one beam.
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 BEAMS = ("early_stopping", "length_penalty")
+POWER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # which YAML takes for text
 
 
 def parse_overrides(text: str | None) -> dict[str, Any]:
-    """`hidden_size=64,hidden_act=silu` or a JSON object as a dict with YAML's types."""
+    """`hidden_size=64,hidden_act=silu` or a JSON object as a dict with YAML's types, and 1e-3 as a number.
+
+    Raises:
+        ValueError: for what is neither, and for a name without a value or with two.
+    """
     if not text:
         return {}
-    if text.lstrip().startswith("{"):
-        return yaml.safe_load(text)
-    pairs = [pair.partition("=") for pair in text.split(",")]
-    for name, equals, _ in pairs:
-        if not equals:
-            raise ValueError(f"--config_overrides {text}: {name!r} has no value; write name=value,name=value.")
-    return {name.strip(): yaml.safe_load(value) for name, _, value in pairs}
+    try:
+        if text.lstrip().startswith("{"):
+            found = yaml.safe_load(text)
+        else:
+            found = dict[str, Any]()
+            for name, equals, value in (pair.partition("=") for pair in text.split(",")):
+                if not equals:
+                    raise ValueError(f"{name!r} has no value; write name=value,name=value")
+                if name.strip() in found:
+                    raise ValueError(f"{name.strip()} is there twice; keep one")
+                found[name.strip()] = yaml.safe_load(value)
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"--config_overrides {text}: {' '.join(str(error).split())}.") from error
+    is_power = {name: isinstance(value, str) and POWER.fullmatch(value) for name, value in found.items()}
+    return {name: float(value) if is_power[name] else value for name, value in found.items()}
 
 
 def pretrained_tokenizer(
@@ -170,7 +184,8 @@ def mend_generation_config(model: Any, where: str) -> None:
     if config is None or _fault(config) is None:
         return
     idle = (() if config.do_sample else SAMPLING) + (() if (config.num_beams or 1) > 1 else BEAMS)
-    dropped = {name: value for name in idle if (value := getattr(config, name, None)) is not None}
+    idle += () if config.return_dict_in_generate else config.extra_output_flags
+    dropped = {name: value for name in idle if (value := getattr(config, name, None)) not in (None, False)}
     if (config.pad_token_id or 0) < 0:
         dropped["pad_token_id"] = config.pad_token_id
     for name in dropped:
@@ -241,14 +256,28 @@ def _random_model(
 
 
 def make_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, fields: dict[str, Any]) -> Any:
-    """The config for random weights: preset or file, overrides, `fields`, and the tokenizer's size and tokens."""
-    overrides = parse_overrides(arguments.config_overrides) | {
-        **fields,
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    """The config for random weights: preset or file, overrides, `fields`, and the tokenizer's size and tokens.
+
+    Raises:
+        ValueError: for an override of what the task or the tokenizer sets to something else.
+    """
+    asked, decided = (
+        parse_overrides(arguments.config_overrides),
+        {
+            **fields,
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+    )
+    for name, value in (decided | arguments.dropouts).items():
+        if asked.get(name, value) != value:
+            raise ValueError(
+                f"--config_overrides {name}={asked[name]}: other flags, the data or the tokenizer make it {value}; "
+                "leave it out there, and set what decides it."
+            )
+    overrides = asked | decided
     if arguments.preset:
         return with_dropout(preset(arguments.preset, **overrides), arguments)
     assert arguments.config_name is not None

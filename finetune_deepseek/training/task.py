@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedToken
 from tokenization_deepseek import train_tokenizer
 
 from ..data.fault_report import CHECKS, Report
+from ..data.ranges import RANGES
 from ..data.sources import Rows
 from .arguments import ModelArguments
 from .optimization import IGNORED_LABEL, target_losses
@@ -208,6 +209,11 @@ def generated_texts(outputs: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> 
     return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
+# Of a model's generation config, which fills what isn't said: other returns than one row of ids for each prompt.
+ONLY_IDS = {"return_dict_in_generate": False, "num_return_sequences": 1}
+ONLY_IDS |= dict.fromkeys(GenerationConfig.extra_output_flags, False)
+
+
 def beam_search(
     tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, num_beams: int, stop_text: str | None = None
 ) -> GenerationConfig:
@@ -221,6 +227,7 @@ def beam_search(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         stop_strings=stop_text,
+        **ONLY_IDS,
     )
 
 
@@ -256,10 +263,19 @@ class CausalCollator:
 
 
 def lower(arguments: Any, positions: int, note: Callable[[str], Any] = print, **limits: int) -> None:
-    """Lower flags to limits that a model of so many positions sets; `note` gets a line for each that was above."""
+    """Lower flags to limits that a model of so many positions sets; `note` gets a line for each that was above.
+
+    Raises:
+        ValueError: for a limit that the flag doesn't take: the model is too small.
+    """
     for name, limit in limits.items():
-        asked = getattr(arguments, name)
+        asked, (words, fits) = getattr(arguments, name), RANGES[name]
         if asked > limit:
+            if not fits(limit):
+                raise ValueError(
+                    f"--{name} must be {words}, and the model's {positions} positions (max_position_embeddings) leave "
+                    f"room for {max(0, limit)}; take a model with more."
+                )
             note(f"--{name} {asked} becomes {limit}: the model has {positions} positions (max_position_embeddings)")
             setattr(arguments, name, limit)
 

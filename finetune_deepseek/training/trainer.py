@@ -148,7 +148,7 @@ class FinetuneTrainer(Seq2SeqTrainer):
             input_ids=prompt_ids,
             attention_mask=prompt_mask,
             generation_config=generation,
-            **({"tokenizer": self.processing_class} if generation.stop_strings else {}),
+            tokenizer=self.processing_class,  # by which stop texts are found, a model's own too
         )
         return None, generated[:, prompt_ids.shape[1] :], rows
 

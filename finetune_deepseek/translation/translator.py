@@ -3,15 +3,14 @@
 The prompt, the languages and the length of a translation are those of the model's training.
 """
 
-import copy
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
-from ..training.batches import batches_by_length
+from ..training.batches import batches_with_room
 from ..training.loading import fitted, pretrained_model, pretrained_tokenizer
 from ..training.saved import Saved
 from .arguments import LanguagePair, TranslateArguments, TranslationArguments
@@ -91,22 +90,6 @@ def check_lengths(lengths: dict[int, int], prompts: Prompts, max_positions: int 
         )
 
 
-def batches_with_room(
-    lengths: Sequence[int], batch_size: int, config: GenerationConfig, max_positions: int | None
-) -> Iterator[tuple[list[int], GenerationConfig]]:
-    """Batches of prompts, and how to go on with each; a prompt that leaves less than `max_new_tokens` of the model's
-    positions is a batch of its own, and goes on to their end."""
-    rooms = [(max_positions or config.max_new_tokens + length) - length for length in lengths]
-    whole = [number for number, room in enumerate(rooms) if room >= config.max_new_tokens]
-    for batch in batches_by_length([lengths[number] for number in whole], batch_size):
-        yield [whole[place] for place in batch], config
-    for number, room in enumerate(rooms):
-        if room < config.max_new_tokens:
-            shorter = copy.deepcopy(config)
-            shorter.max_new_tokens = room
-            yield [number], shorter
-
-
 def open_translator(
     name: str, arguments: TranslateArguments, device: Any = None
 ) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -144,14 +127,15 @@ def translate_lines(
     limit = getattr(model.config, "max_position_embeddings", None)
     check_lengths({row + 1: len(ids) for row, ids in zip(rows, encoded, strict=True)}, prompts, limit)
     collate = prompts.collator(tokenizer)
-    for batch, room in batches_with_room([len(ids) for ids in encoded], batch_size, generation_config, limit):
+    lengths, most = [len(ids) for ids in encoded], generation_config.max_new_tokens
+    for batch, room in batches_with_room(lengths, batch_size, most, limit):
         inputs = collate([{"prompt_ids": encoded[index], "row": rows[index]} for index in batch])
         prompt_ids, prompt_mask = inputs["prompt_ids"].to(model.device), inputs["prompt_mask"].to(model.device)
         output = model.generate(
             input_ids=prompt_ids,
             attention_mask=prompt_mask,
-            generation_config=room,
-            **({"tokenizer": tokenizer} if generation_config.stop_strings else {}),
+            generation_config=GenerationConfig.from_dict(generation_config.to_dict() | {"max_new_tokens": room}),
+            tokenizer=tokenizer,  # by which stop texts are found, a model's own too
         )
         texts = prompts.decode(output[:, prompt_ids.shape[1] :].cpu().numpy(), tokenizer)
         for index, text in zip(batch, texts, strict=True):

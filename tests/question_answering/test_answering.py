@@ -252,3 +252,12 @@ def test_a_reader_leaves_standard_output_alone_and_notes_on_standard_error(reade
     assert seen and all(stdout is here for stdout in seen)
     out, err = capsys.readouterr()
     assert out == "" and "cut 1 of 1 passages to --max_seq_length" in err
+
+
+def test_what_a_model_would_return_beside_its_ids_changes_nothing(readers):
+    reader, pairs = Reader.load(str(readers / "generative" / "out")), [(QUESTIONS[0], PASSAGES[0])]
+    before = reader(pairs)
+    config = reader.model.generation_config
+    config.output_scores = config.output_hidden_states = config.return_dict_in_generate = True
+    config.num_return_sequences = 2
+    assert reader(pairs) == before

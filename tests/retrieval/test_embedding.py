@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -330,3 +331,12 @@ def test_an_adapter_is_trained_and_scored_again(learned, tmp_path, pooling):
     assert names["model"].config.query_prefix == "other: "
     found = encode(names["model"].eval(), tokenizer, ["what is red", "who has a fox"], "other: ")
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+def test_training_reads_the_prefixes_that_the_model_keeps():
+    """Those of --config_overrides too, which no flag names."""
+    task = Embedding(EmbeddingArguments(train_file="unread"), 0)
+    fields = task.config_fields({}, {})
+    config = preset("tiny_v3", query_prefix="q: ", passage_prefix="p: ", **fields)
+    task.prepare_model(SimpleNamespace(config=config), None)
+    assert task.prefixes == ("q: ", "p: ")

@@ -1,7 +1,9 @@
 """Length limits follow the model's positions, and each other, when a run begins."""
 
 import json
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from configuration_deepseek import preset
@@ -9,6 +11,7 @@ from finetune_deepseek.classification.task import Classification
 from finetune_deepseek.commands.parsing.runs import parse_command
 from finetune_deepseek.question_answering.answering import Reader
 from finetune_deepseek.question_answering.task import QuestionAnswering
+from finetune_deepseek.recommendation.generative import GenerativeRecommendation
 from finetune_deepseek.recommendation.news import NewsRecommendation
 from finetune_deepseek.recommendation.task import Recommendation
 from finetune_deepseek.retrieval.task import Embedding
@@ -96,3 +99,18 @@ def test_a_reader_saved_with_longer_windows_than_its_positions_reads(tmp_path, c
     assert answer in passage and 0 <= confidence <= 1
     told = capsys.readouterr()
     assert not told.out and "--max_seq_length 384 becomes 32: the model has 32 positions" in told.err
+
+
+@pytest.mark.parametrize(
+    ("task", "given", "positions", "message"),
+    [
+        (Translation, FILES, 1, "--max_source_length must be 1 or more, and the model's 1 positions .* room for 0"),
+        (Embedding, FILES, 1, "--max_query_length must be 2 or more"),
+        (GenerativeRecommendation, FILES, 4, "--max_length must be 2 or more, and the model's 4 positions .* for 0"),
+        (GenerativeRecommendation, FILES, 1, "--max_length must be 2 or more, and the model's 1 positions .* for 0"),
+    ],
+)
+def test_a_model_that_is_too_small_is_refused(task, given, positions, message):
+    tokenizer = SimpleNamespace(codes=np.zeros((2, 3)))
+    with pytest.raises(ValueError, match=message):
+        task(task.arguments_class(**given), 0).fit_lengths(positions, tokenizer)

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from configuration_deepseek.presets import PRESETS, preset
 from finetune_deepseek.training.arguments import ModelArguments
-from finetune_deepseek.training.loading import pretrained_model
+from finetune_deepseek.training.loading import make_config, parse_overrides, pretrained_model
 from modeling_deepseek import DeepSeekForCausalLM
 from tokenization_deepseek import train_tokenizer
 
@@ -117,3 +117,44 @@ def test_a_package_that_a_models_own_code_needs_is_named_in_one_line(tmp_path):
     with pytest.raises(ValueError, match="absent_package_of_theirs") as error:
         pretrained_model(arguments, AutoModelForCausalLM)
     assert str(error.value).startswith(f"--model_name_or_path {tmp_path}: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            "max_position_embeddings=512",
+            "max_position_embeddings=512: other flags, the data or the tokenizer make it 50",
+        ),
+        ("hidden_size=64,vocab_size=10", "vocab_size=10: .* make it 283"),
+        ("attention_dropout=0.2", "attention_dropout=0.2: .* make it 0.1"),
+    ],
+)
+def test_an_override_of_what_the_task_or_tokenizer_decides_is_refused(overrides, message):
+    tokenizer = train_tokenizer(["one two birds three", "eins zwei Vögel drei"] * 3, 283)
+    arguments = ModelArguments(preset="tiny_v3", config_overrides=overrides, attention_dropout=0.1)
+    with pytest.raises(ValueError, match=f"^--config_overrides {message}; leave it out there"):
+        make_config(arguments, tokenizer, {"max_position_embeddings": 50})
+    agreeing = ModelArguments(preset="tiny_v3", config_overrides="max_position_embeddings=50,hidden_size=64")
+    config = make_config(agreeing, tokenizer, {"max_position_embeddings": 50})
+    assert (config.max_position_embeddings, config.hidden_size) == (50, 64)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a=1,b", "'b' has no value; write name=value,name=value."),
+        ("a=1, a=2", "a is there twice; keep one."),
+        ("{a: 1", "while parsing a flow mapping"),
+        ("a=[", "while parsing a flow node"),
+    ],
+)
+def test_overrides_that_cant_be_read_are_one_line(text, message):
+    with pytest.raises(ValueError, match="^--config_overrides ") as error:
+        parse_overrides(text)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["a=1e-3,b=2,c=silu", '{"a": 1e-3, "b": 2, "c": "silu"}', "{a: 1E-3, b: 2, c: silu}"])
+def test_powers_of_ten_in_overrides_are_numbers(text):
+    assert parse_overrides(text) == {"a": 0.001, "b": 2, "c": "silu"}

@@ -366,13 +366,15 @@ def test_a_generation_config_that_cannot_be_saved_is_mended_first(finetune, data
     finetune(output_dir=tmp_path / "base", max_steps=1, do_train=True, **data)
     path = tmp_path / "base/generation_config.json"
     content = json.loads(path.read_text())
-    path.write_text(json.dumps(content | {"do_sample": False, "temperature": 0.6, "top_p": 0.9}))
+    path.write_text(json.dumps(content | {"do_sample": False, "temperature": 0.6, "output_scores": True}))
     settings = {"preset": None, "vocab_size": None, "model_name_or_path": tmp_path / "base", "max_steps": 1, **data}
     finetune(output_dir=tmp_path / "out", **settings)
-    assert "generation config: dropped temperature 0.6, top_p 0.9, without effect" in capsys.readouterr().out
+    assert "generation config: dropped temperature 0.6, output_scores True, without effect" in capsys.readouterr().out
     assert "temperature" not in json.loads((tmp_path / "out/generation_config.json").read_text())
-    path.write_text(json.dumps(content | {"output_scores": True}))
-    with pytest.raises(ValueError, match="generation_config.json can't be saved again; mend it: .*`output_scores`"):
+    path.write_text(json.dumps(content | {"use_cache": False, "cache_implementation": "static"}))
+    with pytest.raises(
+        ValueError, match="generation_config.json can't be saved again; mend it: .*cache_implementation"
+    ):
         finetune(output_dir=tmp_path / "refused", **settings)
     assert not list((tmp_path / "refused").rglob("*"))
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 
 import pytest
@@ -228,3 +229,14 @@ def test_verbs_say_what_is_missing(main):
     assert "unknown task 'x'" in main("predict", "x", "model")[2]
     with pytest.raises(SystemExit):
         parse(["--help"])
+
+
+def test_what_a_model_would_return_beside_its_ids_changes_nothing(models, main, tmp_path):
+    shutil.copytree(models / "model", tmp_path / "model")
+    path = tmp_path / "model/generation_config.json"
+    returns = {"return_dict_in_generate": True, "output_scores": True, "num_return_sequences": 2, "do_sample": True}
+    returns |= {"stop_strings": "X"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | returns))
+    for beams in (1, 2):
+        code, out, err = main("translate", tmp_path / "model", "--num_beams", beams, stdin=text(SOURCES).encode())
+        assert (code, out) == (0, text(TARGETS)), err

@@ -18,12 +18,12 @@ def has_template(tokenizer: Any) -> bool:
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def likely_template(name: str) -> str:
-    """The chat format of a release by its name, else "v3" as an example."""
+def likely_template(name: str) -> str | None:
+    """The chat format of a release by its name; None for other names."""
     try:
         return template_name(name)
     except ValueError:
-        return "v3 say"
+        return None
 
 
 def choose_template(tokenizer: Any, asked: str | None, where: str) -> None:
@@ -37,7 +37,7 @@ def choose_template(tokenizer: Any, asked: str | None, where: str) -> None:
         if not has_template(tokenizer):
             raise ValueError(
                 f"{where}: its tokenizer has no chat format; name the one that it was trained on, "
-                f"--chat_template {likely_template(where)} (there is {known}), or a .jinja file."
+                f"--chat_template {likely_template(where) or 'v3 say'} (there is {known}), or a .jinja file."
             )
     elif asked in CHAT_TEMPLATES:
         tokenizer.chat_template = CHAT_TEMPLATES[asked]

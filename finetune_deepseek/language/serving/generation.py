@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from ...training.batches import batches_by_length
+from ...training.batches import batches_with_room
 from .language_model import LanguageModel
 from .sampling import Finite, Sampling, settled
 
@@ -112,7 +112,8 @@ class Generator:
 
     def _window(self, jobs: Sequence[Job]) -> dict[int, list[Completion]]:
         written: dict[int, list[Completion]] = {}
-        for batch, room in self._batches(jobs):
+        lengths, most = [len(job.ids) for job in jobs], self.sampling.max_new_tokens
+        for batch, room in batches_with_room(lengths, self.batch_size, most, self.lm.max_positions):
             begun = time.perf_counter()
             for number, completions in zip(batch, self._batch([jobs[number] for number in batch], room), strict=True):
                 written[number] = completions
@@ -122,18 +123,6 @@ class Generator:
         for number, job in enumerate(jobs):
             found[job.place] += written[number]
         return found
-
-    def _batches(self, jobs: Sequence[Job]) -> Iterator[tuple[list[int], int]]:
-        """Numbers of jobs that go together, and the tokens that they may write: jobs that the positions give less than
-        max_new_tokens are alone, for there the longest prompt would cut the others' completions."""
-        most = self.sampling.max_new_tokens
-        rooms = [min(most, (self.lm.max_positions or len(job.ids) + most) - len(job.ids)) for job in jobs]
-        whole = [number for number, room in enumerate(rooms) if room == most]
-        for batch in batches_by_length([len(jobs[number].ids) for number in whole], self.batch_size):
-            yield [whole[place] for place in batch], most
-        for number, room in enumerate(rooms):
-            if room < most:
-                yield [number], room
 
     def _batch(self, jobs: Sequence[Job], room: int) -> list[list[Completion]]:
         length = max(len(job.ids) for job in jobs)

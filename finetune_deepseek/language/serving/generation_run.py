@@ -14,7 +14,7 @@ from ...data.files import json_line
 from ...training.identity import identity
 from ...training.saved import Saved
 from .arguments import GenerateArguments
-from .chat_format import ChatFormat, choose_template, encode_raw, has_template
+from .chat_format import ChatFormat, choose_template, encode_raw, has_template, likely_template
 from .generation import Completion, Generator
 from .language_model import TALKING, LanguageModel, device_of, open_tokenizer, opened
 from .prompts import Prompt, read_prompts
@@ -39,6 +39,8 @@ def run(name: str, arguments: GenerateArguments) -> None:
     saved = opened(name, arguments.model_revision, arguments.trust_remote_code)
     tokenizer = open_tokenizer(saved, arguments)
     is_chat = needs_format(arguments, prompts, has_template(tokenizer) and saved.task in TALKING)
+    if not (is_chat or arguments.raw or has_template(tokenizer)) and (own := likely_template(name)):
+        note(f"{name} brings no chat format; --chat_template {own} has its release's, --raw leaves this line out.")
     encode = chat_encoder(name, arguments, prompts, tokenizer) if is_chat else raw_encoder(tokenizer)
     encoded = [encode(prompt) for prompt in prompts]
     disable_progress_bar()  # the bar of loading weights; ours counts completions

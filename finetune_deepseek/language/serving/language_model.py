@@ -116,6 +116,7 @@ class LanguageModel:
     def generate(self, ids: torch.Tensor, mask: torch.Tensor, **options: Any) -> torch.Tensor:
         """[B, S] prompts, padded on the left -> [B, S + N], as transformers' `generate`."""
         device = self.model.device
+        options |= {"tokenizer": self.tokenizer}  # by which a model's own stop texts are found
         return self.model.generate(input_ids=ids.to(device), attention_mask=mask.to(device), **options)
 
     def generate_on(self, ids: list[int], cache: Any, **options: Any) -> tuple[list[int], Any]:

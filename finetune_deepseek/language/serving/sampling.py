@@ -22,6 +22,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ...training.task import ONLY_IDS
 from .arguments import SAMPLING, TalkArguments
 
 STEPS = 2**24  # numbers between 0 and 1 that float32 tells apart
@@ -64,12 +65,13 @@ class Sampling:
         do_sample = do_sample and num_beams == 1 and given["temperature"] != 0
         drawn = {name: getattr(defaults, name, None) if value is None else value for name, value in given.items()}
         penalty = arguments.repetition_penalty or defaults.repetition_penalty or 1.0
+        own = defaults.stop_strings or []
         return cls(
             do_sample=do_sample,
             **(drawn if do_sample else dict.fromkeys(SAMPLING)),
             repetition_penalty=penalty,
             max_new_tokens=arguments.max_new_tokens,
-            stop=tuple(arguments.stop or ()),
+            stop=tuple(dict.fromkeys([*(arguments.stop or ()), *([own] if isinstance(own, str) else own)])),
             seed=arguments.seed,
             num_beams=num_beams,
             num_return_sequences=getattr(arguments, "num_return_sequences", 1),
@@ -143,12 +145,14 @@ def settled(
         pad: the id that fills rows; ends: those that end a text; room: tokens that the positions leave.
         is_output: `generate` then gives its cache beside the ids.
     """
-    config = GenerationConfig.from_dict(defaults.to_dict())
     changes = dict.fromkeys((*SAMPLING, "max_length", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"))
-    changes |= {"do_sample": False, "num_beams": sampling.num_beams, "return_dict_in_generate": is_output}
+    changes |= ONLY_IDS | {"do_sample": False, "num_beams": sampling.num_beams}
+    changes |= {"return_dict_in_generate": is_output}
     changes |= {"num_return_sequences": sampling.num_return_sequences if sampling.num_beams > 1 else 1}
-    changes |= {"repetition_penalty": sampling.repetition_penalty, "pad_token_id": pad, "eos_token_id": list(ends)}
+    changes |= {
+        "repetition_penalty": sampling.repetition_penalty,
+        "pad_token_id": pad,
+        "eos_token_id": list(ends) or None,
+    }
     changes |= {"max_new_tokens": min(sampling.max_new_tokens, room)}
-    for name, value in changes.items():
-        setattr(config, name, value or None if name == "eos_token_id" else value)
-    return config
+    return GenerationConfig.from_dict(defaults.to_dict() | changes)

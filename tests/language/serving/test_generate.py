@@ -291,3 +291,12 @@ def test_a_model_of_another_task_gets_the_text_though_its_tokenizer_has_a_format
         (tmp_path / "v3" / "deepseek_hf.json").write_text(json.dumps({"format": 1, "task": task, "settings": {}}))
         assert (main("generate", tmp_path / "v3", "hello", *SHORT)[1] == raw) == expected
     assert main("generate", tmp_path / "v3", "--chat", "hello", *SHORT)[1] != raw
+
+
+def test_the_chat_format_of_a_release_that_brings_none_is_offered(folders, main, tmp_path):
+    released = tmp_path / "DeepSeek-V3.2"
+    shutil.copytree(folders / "plain", released)
+    for more, is_offered in ((), True), (("--raw",), False):
+        code, _, err = main("generate", released, "hello", "--max_new_tokens", 2, *more)
+        assert code == 0 and ("; --chat_template v3.2 has its release's" in err) == is_offered
+    assert "--chat_template" not in main("generate", folders / "plain", "hello", "--max_new_tokens", 2)[2]

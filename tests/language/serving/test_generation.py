@@ -9,6 +9,7 @@ from transformers import GenerationConfig
 from finetune_deepseek.language.serving.arguments import GenerateArguments
 from finetune_deepseek.language.serving.generation import Generator
 from finetune_deepseek.language.serving.sampling import STEPS, Draw, Sampling
+from finetune_deepseek.training.batches import batches_with_room
 from tests.language.serving.conftest import TINY, endless, tiny
 
 PROMPTS = [[0, 40, 50, 60, 70, 80, 90], [0, 41], [0, 200, 42, 43], [0], [0, 44, 45, 46, 47], [0, 41]]
@@ -207,3 +208,29 @@ def test_a_batch_that_memory_does_not_hold_names_the_flag(lm, monkeypatch):
     monkeypatch.setattr(lm.model, "generate", full)
     with pytest.raises(ValueError, match="^--batch_size 32: the device's memory doesn't hold 6 texts of 7 tokens"):
         completed(lm)
+
+
+RETURNS = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "output_hidden_states": True}
+RETURNS |= {"output_attentions": True, "num_return_sequences": 3}
+
+
+def test_what_a_model_would_return_beside_its_ids_changes_nothing(lm):
+    plain, beams = completed(lm, PROMPTS[:2]), completed(lm, PROMPTS[:2], num_beams=2)
+    for name, value in RETURNS.items():
+        setattr(lm.model.generation_config, name, value)
+    assert texts(completed(lm, PROMPTS[:2])) == texts(plain)
+    assert texts(completed(lm, PROMPTS[:2], num_beams=2)) == texts(beams)
+
+
+def test_a_models_own_stop_texts_end_its_texts(lm):
+    ((whole,),) = texts(completed(lm, PROMPTS[:1]))
+    lm.model.generation_config.stop_strings = whole[3:6]
+    own = sampling(lm.defaults, max_new_tokens=9)
+    (((cut, reason, _),),) = Generator(lm, own).completions(PROMPTS[:1])
+    assert (cut, reason) == (whole[: whole.index(whole[3:6])], "stop")
+    assert sampling(lm.defaults, stop=["x"]).stop == ("x", whole[3:6])
+
+
+def test_batches_leave_room_for_what_is_written():
+    assert list(batches_with_room([3, 9, 1, 8], 2, 4, 12)) == [([3, 0], 4), ([2], 4), ([1], 3)]
+    assert list(batches_with_room([3, 9], 2, 4, None)) == [([1, 0], 4)]
