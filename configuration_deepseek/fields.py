@@ -121,7 +121,7 @@ class DeepSeekFields:
         num_nextn_predict_layers: modules after the last layer, each of which predicts one more token ahead.
         mtp_loss_weight: lambda of eq. 25; the language model then learns from them too. 0 leaves them alone.
         mtp_after_norm: they read the state after the norm that precedes the head, as inference engines have it; else
-            the state before it. The paper leaves it open.
+            the state before it. The paper leaves it open. With residual streams they read these, whatever it says.
     Question answering (DeepSeekForQuestionAnswering)
         type_vocab_size: kinds of tokens, told by `token_type_ids`, each with a vector that is added to its tokens'
             embeddings, as BERT does (arXiv 1810.04805, section 3). 0: there are none.
@@ -325,6 +325,11 @@ class DeepSeekFields:
         if self.compress_ratios is None:
             return self.specs[-1]
         return self._whole_spec(("swa", "moe"))
+
+    @property
+    def predictions_read_norm(self) -> bool:
+        """Whether prediction layers read states behind the norm of the head."""
+        return self.mtp_after_norm and self.hc_mult is None
 
     def spec_at(self, layer_idx: int) -> LayerSpec:
         """The words of a layer, prediction layers among them."""

@@ -223,13 +223,25 @@ def _trunk(config: Any) -> Shapes:
     return shapes
 
 
+def _joins_streams(config: Any) -> Shapes:
+    width = config.hidden_size
+    head = _streams("hc_head", config, config.hc_mult, 1)
+    return _linear("e_proj", width, width) | _linear("h_proj", width, width) | head
+
+
+JOINS: dict[str, Callable[[Any], Shapes]] = {
+    "add": lambda config: _linear("eh_proj", config.hidden_size, 2 * config.hidden_size),
+    "mhc": _joins_streams,
+}
+
+
 def _predictions(config: Any) -> Shapes:
     """Prediction layers, as the model holds them: layers like the last one, without copies of embedding and head."""
     width, first = config.hidden_size, config.num_hidden_layers
     shapes = _layer(config, config.prediction_spec)
     for name in ("enorm", "hnorm", "shared_head.norm"):
         shapes |= _norm(name, width)
-    shapes |= _linear("eh_proj", width, 2 * width)
+    shapes |= JOINS[config.prediction_spec.residual](config)
     ahead: Shapes = {}
     for i in range(config.num_nextn_predict_layers):
         ahead |= _under(f"model.layers.{first + i}.", shapes)

@@ -25,7 +25,7 @@ from .cache import refuse_cache_implementation, takes_cache
 from .checkpoint_keys import differing_copies
 from .configuration_deepseek import DeepSeekConfig
 from .losses import IGNORED, cross_entropy, labels_ahead, num_targets
-from .modeling_deepseek import DeepSeekModel, DeepSeekMTPLayer
+from .modeling_deepseek import PREDICTIONS, DeepSeekModel
 from .outputs import DeepSeekCausalLMOutput, DeepSeekSequenceOutput
 from .pooling import last_token, which_are_tokens
 from .pretrained import DeepSeekPreTrainedModel
@@ -86,7 +86,8 @@ class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = DeepSeekModel(config)
         first = config.num_hidden_layers
-        self.model.layers.extend(DeepSeekMTPLayer(config, first + d) for d in range(config.num_nextn_predict_layers))
+        prediction = PREDICTIONS[config.prediction_spec.residual]
+        self.model.layers.extend(prediction(config, first + d) for d in range(config.num_nextn_predict_layers))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
@@ -138,7 +139,7 @@ class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
         if self.training and labels is None:
             self._tell_what_needs_labels(kwargs)
         learns_ahead = labels is not None and self.config.mtp_loss_weight > 0
-        if learns_ahead and not self.config.mtp_after_norm:
+        if learns_ahead and not self.config.predictions_read_norm:
             kwargs["output_state_before_norm"] = True
         outputs = self.model(
             input_ids=input_ids,
@@ -168,7 +169,7 @@ class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
             )
         mtp_loss = None
         if learns_ahead:
-            state = outputs.last_hidden_state if self.config.mtp_after_norm else outputs.state_before_norm
+            state = outputs.last_hidden_state if self.config.predictions_read_norm else outputs.state_before_norm
             inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids}
             mtp_loss = self.mtp_loss(state, labels, attention_mask=attention_mask, **inputs, **kwargs)
             loss = loss + self.config.mtp_loss_weight * mtp_loss if self.training else loss
@@ -236,7 +237,7 @@ class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
         """Mean over the prediction layers of their cross entropies (eq. 24 and 25, without lambda).
 
         Args:
-            hidden_states: [B, S, D], as `DeepSeekModel.predict_ahead` takes them; so are the other inputs.
+            hidden_states: as `DeepSeekModel.predict_ahead` takes them; so are the other inputs.
             labels: [B, S], not shifted.
         """
         ahead = self.model.predict_ahead(

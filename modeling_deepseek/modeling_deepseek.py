@@ -32,7 +32,7 @@ from .indexer import DeepSeekIndexer
 from .layers import DeepSeekMLP, norm_of
 from .masks import after_cached, with_documents
 from .moe import DeepSeekHashMoE, DeepSeekMoE
-from .mtp import MultiTokenPrediction, shift_left
+from .mtp import MultiTokenPrediction, StreamPrediction, shift_left
 from .outputs import DeepSeekModelOutput
 from .pretrained import DeepSeekPreTrainedModel
 from .residual import RESIDUALS, STREAMS
@@ -83,6 +83,13 @@ class DeepSeekDecoderLayer(GradientCheckpointingLayer):
 
 class DeepSeekMTPLayer(MultiTokenPrediction, DeepSeekDecoderLayer):  # type: ignore[misc]  # forward takes one more
     """A decoder layer that predicts one token further ahead; mtp.py says how."""
+
+
+class DeepSeekStreamMTPLayer(StreamPrediction, DeepSeekMTPLayer):  # type: ignore[misc]
+    """The same with residual streams."""
+
+
+PREDICTIONS = {"add": DeepSeekMTPLayer, "mhc": DeepSeekStreamMTPLayer}
 
 
 class DeepSeekModel(DeepSeekPreTrainedModel):
@@ -222,7 +229,8 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
         """Run the prediction layers over whole sequences.
 
         Args:
-            hidden_states: [B, S, D], the trunk's state after or before its final norm, as `config.mtp_after_norm`.
+            hidden_states: [B, S, D], the trunk's state after or before its final norm, as
+                `config.predictions_read_norm`; or its streams [B, S, N, D].
             block_sequence_ids: not used here: in both directions a position would see the token that it predicts,
                 which is an input of the next one.
             others: as in `forward`, with which the states were made.
@@ -247,8 +255,8 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
-            predicted.append(layer.shared_head(state))
-            hidden_states = predicted[-1] if self.config.mtp_after_norm else state
+            predicted.append(layer.predicted(state))
+            hidden_states = predicted[-1] if self.config.predictions_read_norm else state
         return predicted
 
     def mask_of(self, *args, **kwargs) -> Any:

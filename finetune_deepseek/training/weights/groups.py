@@ -26,7 +26,7 @@ GROUPS = {
     "experts": Group(parameters=("experts.gate_up_proj", "experts.down_proj")),
     "router": Group(parameters=("mlp.gate.weight",)),
     "indexer": Group(r".*\.indexer\.(?:wq_b|wk|weights_proj)"),
-    "mtp": Group(r".*\.eh_proj"),
+    "mtp": Group(r".*\.(?:eh|e|h)_proj"),
     "stem": Group(r"(?:.*\.)?stem\..*"),
     "embeddings": Group(r"(?:.*\.)?embed_tokens"),
     "head": Group(r"lm_head"),

@@ -30,7 +30,7 @@ OWN_TARGETS = "peft"  # in place of groups: what PEFT's table has for a native m
 def prediction_layers(model: nn.Module) -> tuple[str, ...]:
     """Where the prediction layers of a model are, wrapped or not: the beginnings of plain names, `model.layers.61.`"""
     return tuple(
-        plain_name(name).removesuffix("eh_proj") for name, _ in model.named_modules() if name.endswith(".eh_proj")
+        plain_name(name).removesuffix("enorm") for name, _ in model.named_modules() if name.endswith(".enorm")
     )
 
 
