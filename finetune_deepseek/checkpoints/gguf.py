@@ -95,6 +95,9 @@ def architecture_of(config: DeepSeekConfig) -> str:
     for is_other, field in (
         (config.attention_direction != "causal", f"attention_direction {config.attention_direction!r}"),
         (config.hidden_act != "silu", f"hidden_act {config.hidden_act!r}"),
+        (config.hc_mult is not None, f"hc_mult {config.hc_mult}"),
+        (config.swiglu_limit is not None, f"swiglu_limit {config.swiglu_limit}"),
+        (has_experts and config.num_hash_layers > 0, f"num_hash_layers {config.num_hash_layers}"),
         (has_experts and config.moe_layer_freq != 1, f"moe_layer_freq {config.moe_layer_freq}"),
         (has_experts and not config.n_shared_experts, "experts without shared ones"),
         (architecture != "llama" and (config.attention_bias or config.mlp_bias), "attention_bias or mlp_bias"),

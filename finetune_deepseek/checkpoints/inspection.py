@@ -24,6 +24,7 @@ from tokenization_deepseek import DeepSeekTokenizer
 
 from ..training.saved import Saved
 from ..training.weights.groups import OTHER, group_of, plain_name
+from .cache_size import LENGTHS, by_attention, cache_bytes, ratio_of
 from .checkpoint import Checkpoint, check_weights, dequantize_at, head_of, in_type, plain_config_of, with_copies
 from .tensors import (
     TYPES,
@@ -47,6 +48,7 @@ GENERATIONS = {
     "deepseek_v2": "DeepSeek-V2, V2-Lite, V2.5 or Coder-V2",
     "deepseek_v3": "DeepSeek-V3, R1 or V3.1",
     "deepseek_v32": "DeepSeek-V3.2",
+    "deepseek_v4": "DeepSeek-V4",
 }
 EXPERTS, PREDICTION = "experts", "mtp"
 PROBE = "Hello, world's 12345 tests.\r\n\tStraße — 深度求索 123 ひらがな 한국어 🚀  end "
@@ -60,13 +62,15 @@ class Inspection:
     generation: str
     model_type: str  # as published, or as it would be
     head: str
-    layers: dict[str, str]  # "0-2" -> its mechanisms
+    layers: dict[str, str]  # "0-2", "3-41 by 2" -> their mechanisms
     positions: str
     parameters: dict[str, int]
     active: int  # parameters that one token uses
     stored: dict[str, int]  # parameters by type
     memory: dict[str, int]
-    cache_per_token: int  # in bfloat16
+    cache_per_token: float  # in bfloat16, what each further token adds
+    cache_by_attention: dict[str, float]  # the same, of all layers of a kind together
+    cache_at: dict[str, int]  # tokens -> all of it, with what doesn't grow
     weights: str  # "match the config", or what is wrong with them
     tokenizer: list[str] = field(default_factory=list)  # "ok: ..." or "warning: ..."
 
@@ -110,7 +114,9 @@ def inspect_checkpoint(source: str | os.PathLike | Saved) -> Inspection:
         active=active_parameters(parameters, config),
         stored=stored_types(tensors),
         memory=sizes,
-        cache_per_token=2 * sum(cached_width(spec.attention, config) for spec in config.specs),
+        cache_per_token=sum(by_attention(config).values()),
+        cache_by_attention=by_attention(config),
+        cache_at={f"{tokens:,}": cache_bytes(config, tokens) for tokens in LENGTHS},
         weights=weights,
         tokenizer=tokenizer_health(saved, config),
     )
@@ -151,7 +157,7 @@ def count_parameters(tensors: Tensors, config: DeepSeekFields) -> dict[str, int]
     """Parameters by group, largest first."""
     counts: Counter[str] = Counter()
     for name, tensor in tensors.items():
-        if not name.endswith(SCALE):  # of FP8 blocks: no parameters
+        if is_fp4(name, tensor) or (tensor.is_floating_point and not name.endswith(SCALE)):  # no scales, no tables
             counts[group_of_weight(name, config)] += tensor.numel * (2 if is_fp4(name, tensor) else 1)
     return dict(counts.most_common())
 
@@ -181,50 +187,66 @@ def exported_sizes(checkpoint: Checkpoint) -> dict[str, int]:
     return sizes
 
 
-def cached_width(attention: str, config: DeepSeekFields) -> int:
-    """Numbers that one layer caches per token."""
-    if attention == "mha":
-        return 2 * config.mha_key_width
-    return config.mla_latent_width + (config.index_head_dim if attention == "dsa" else 0)
-
-
 def layer_ranges(config: DeepSeekFields) -> dict[str, str]:
-    """Runs of layers with the same mechanisms, as "first-last" -> their description."""
-    ranges: dict[str, str] = {}
-    start = 0
+    """Layers with the same mechanisms -> their description, in the order of their first ones."""
+    alike: dict[str, list[int]] = {}
     for layer, spec in enumerate(config.specs):
-        if layer + 1 == config.num_hidden_layers or config.specs[layer + 1] != spec:
-            key = f"{start}-{layer}" if start < layer else str(layer)
-            ranges[key] = f"{_attention(spec.attention, config)}, {_feed_forward(spec.feed_forward, config)}"
-            start = layer + 1
-    return ranges
+        words = [_attention(spec.attention, ratio_of(config, layer), config), _feed_forward(spec.feed_forward, config)]
+        alike.setdefault(", ".join(words) + _residual(config), []).append(layer)
+    return {spans(layers): words for words, layers in alike.items()}
 
 
-def _attention(word: str, config: DeepSeekFields) -> str:
+def spans(numbers: list[int]) -> str:
+    """Ascending numbers in words: [0, 1, 2, 4, 6, 8] is "0-2, 4-8 by 2"."""
+    parts, start = [], 0
+    while start < len(numbers):
+        step = numbers[start + 1] - numbers[start] if start + 1 < len(numbers) else 1
+        end = start
+        while end + 1 < len(numbers) and numbers[end + 1] - numbers[end] == step:
+            end += 1
+        if end == start + 1 and step > 1:  # two are no row
+            end = start
+        by = f" by {step}" if step > 1 and end > start else ""
+        parts.append(f"{numbers[start]}-{numbers[end]}{by}" if end > start else str(numbers[start]))
+        start = end + 1
+    return ", ".join(parts)
+
+
+def _attention(word: str, ratio: int, config: DeepSeekFields) -> str:
     heads = f"{config.num_attention_heads} heads"
     if word == "mha":
         return f"mha ({heads}, {config.num_key_value_heads} of keys and values, width {config.head_dim})"
     query = f"query latent {config.q_lora_rank}" if config.q_lora_rank else "no query latent"
-    chosen = f", {config.index_n_heads} index heads choose {config.index_topk} tokens" if word == "dsa" else ""
-    return f"{word} ({heads}, latent {config.kv_lora_rank} + rotary {config.qk_rope_head_dim}, {query}{chosen})"
+    chosen = f", {config.index_n_heads} index heads choose {config.index_topk}"
+    if config.compress_ratios is None:
+        of_tokens = f"{chosen} tokens" if word == "dsa" else ""
+        return f"{word} ({heads}, latent {config.kv_lora_rank} + rotary {config.qk_rope_head_dim}, {query}{of_tokens})"
+    entries = f", entries of {ratio} tokens" if ratio else ""
+    window = f"one key of width {config.head_dim}, window {config.sliding_window}"
+    return f"{word} ({heads}, {window}, {query}{entries}{chosen if word == 'csa' else ''})"
 
 
 def _feed_forward(word: str, config: DeepSeekFields) -> str:
     if word == "dense":
         return f"dense (width {config.intermediate_size})"
     groups = f", {config.topk_group} of {config.n_group} groups" if config.topk_method != "greedy" else ""
+    method = "by the token's id" if word == "hash_moe" else config.topk_method
     return (
-        f"moe ({config.num_experts_per_tok} of {config.n_routed_experts} experts{groups}, "
-        f"{config.n_shared_experts or 0} shared, width {config.moe_intermediate_size}, {config.scoring_func} "
-        f"{config.topk_method})"
+        f"{word} ({config.num_experts_per_tok} of {config.n_routed_experts} experts{groups}, "
+        f"{config.n_shared_experts or 0} shared, width {config.moe_intermediate_size}, {config.scoring_func} {method})"
     )
+
+
+def _residual(config: DeepSeekFields) -> str:
+    return f", {config.hc_mult} residual streams" if config.hc_mult is not None else ""
 
 
 def positions(config: DeepSeekFields) -> str:
     """Length and rotary scaling in words."""
     rope = config.rope_parameters
     scaling = "" if rope["rope_type"] == "default" else f", {rope['rope_type']} by {rope['factor']:g}"
-    return f"{config.max_position_embeddings:,} (rotary theta {rope['rope_theta']:g}{scaling})"
+    entries = f"; where there are entries {config.compress_rope_theta:g}" if config.compress_ratios is not None else ""
+    return f"{config.max_position_embeddings:,} (rotary theta {rope['rope_theta']:g}{entries}{scaling})"
 
 
 # Tokenizer ----------------------------------------------------------------------------------------------------------

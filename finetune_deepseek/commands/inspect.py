@@ -29,11 +29,19 @@ def in_words(found: "Inspection") -> str:
         *(f"    {group:<18}{count:>18,}" for group, count in found.parameters.items()),
         f"  stored as         {', '.join(f'{dtype} ({count:,})' for dtype, count in found.stored.items())}",
         f"  memory            {', '.join(f'{size(count)} {dtype}' for dtype, count in found.memory.items())}",
-        f"  cache             {found.cache_per_token:,} bytes per token in bfloat16",
+        f"  cache             {cache(found)}",
         f"  weights           {found.weights}",
         *(f"  tokenizer         {line}" for line in found.tokenizer),
     ]
     return "\n".join(lines)
+
+
+def cache(found: "Inspection") -> str:
+    """Bytes per token, by kind of attention if there are several, and of whole contexts."""
+    kinds = [f"{kind} {count:,.10g}" for kind, count in found.cache_by_attention.items()]
+    parts = f" ({', '.join(kinds)})" if len(kinds) > 1 else ""
+    whole = ", ".join(f"{size(count)} at {tokens} tokens" for tokens, count in found.cache_at.items())
+    return f"{found.cache_per_token:,.10g} bytes per token in bfloat16{parts}; {whole}"
 
 
 def size(count: int) -> str:

@@ -11,11 +11,11 @@ from safetensors import safe_open
 
 from configuration_deepseek import preset
 from finetune_deepseek.__main__ import main
+from finetune_deepseek.checkpoints.cache_size import cached_width
 from finetune_deepseek.checkpoints.checkpoint import official_weights
 from finetune_deepseek.checkpoints.export import export_native
 from finetune_deepseek.checkpoints.inspection import (
     active_parameters,
-    cached_width,
     count_parameters,
     inspect_checkpoint,
 )
