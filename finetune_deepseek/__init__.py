@@ -22,6 +22,7 @@ TASKS = {
     "conversation": _entry("language.conversation", "Conversation", "ConversationArguments"),
     "translation": _entry("translation", "Translation", "TranslationArguments"),
     "classification": _entry("classification", "Classification", "ClassificationArguments"),
+    "image_classification": _entry("images", "ImageClassification", "ImageArguments"),
     "question_answering": _entry("question_answering", "QuestionAnswering", "QuestionAnsweringArguments"),
     "embedding": _entry("retrieval", "Embedding", "EmbeddingArguments"),
     "recommendation": _entry("recommendation", "Recommendation", "RecommendationArguments"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from test_readme import ROOT, blocks, commands
 
 from finetune_deepseek import __main__ as command
@@ -30,6 +31,7 @@ CHATS = [
 ]
 INSTRUCTIONS = [{"instruction": "add", "input": "one and one", "output": "two"}]
 QUESTIONS = [{"query": "what is red", "passage": "a fox"}, {"query": "what is blue", "passage": "the sky"}]
+PETS = ("pets/train", "pets/validation", "pets/test", "more_pets/test")
 # Appended, so it wins.
 QUIET = ["--use_cpu", "True", "--disable_tqdm", "True"]
 SMALL = [
@@ -63,6 +65,13 @@ def folder(tmp_path_factory):
             is_flat = name in ("poems", "reading", "questions", "texts", "chats", "instructions")
             lines = [json.dumps(row if is_flat else {"translation": row}, ensure_ascii=False) for row in rows]
             (folder / "data" / name / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    (folder / "data" / "optdigits").mkdir()
+    digits = [{"pixels": [(number * place) % 17 for place in range(64)], "label": number % 3} for number in range(9)]
+    for split in ("train", "test"):
+        (folder / "data" / "optdigits" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, digits)))
+    for place in (f"{pets}/{label}" for label in ("cat", "dog") for pets in PETS):
+        (folder / "data" / place).mkdir(parents=True)
+        Image.effect_noise((20, 16), 50).save(folder / "data" / place / "1.png")
     ratings = [f"{user},{(user + step) % 5},{step},Sa" for user in range(8) for step in range(4)]
     (folder / "data" / "ratings.csv").write_text("\n".join(["userId,movieId,timestamp,weekday", *ratings]))
     users = [f"{user},{'FM'[user % 2]},artist" for user in range(8)]

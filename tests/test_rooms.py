@@ -14,7 +14,7 @@ from finetune_deepseek.__main__ import VERBS
 from finetune_deepseek.commands.finetune import task_class
 
 PACKAGE = ROOT / "finetune_deepseek"
-APPLICATIONS = ("translation", "classification", "question_answering", "recommendation")
+APPLICATIONS = ("translation", "classification", "images", "question_answering", "recommendation")
 
 
 def test_a_wheel_holds_every_room_and_what_lies_beside_its_code():
@@ -77,6 +77,7 @@ def test_recipes_lie_where_their_tasks_look():
         "language_modeling",
         "conversation",
         "classification",
+        "image_classification",
         "embedding",
         "news_recommendation",
     ]

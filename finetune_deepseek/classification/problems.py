@@ -11,16 +11,19 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.multiclass import OneVsRestClassifier
 from torch.nn import functional as F
 
-from .metrics import Accuracy, LabelSetF1, MacroF1, RegressionErrors
+from ..training.scoring.labels import (
+    CARD_METRICS,
+    Accuracy,
+    LabelSetF1,
+    MacroF1,
+    RegressionErrors,
+    balanced_weights,
+    sort_key,
+)
 
 # Letters: B batch, N labels.
 # Inverse strength of the baseline's regularisation, chosen among 1, 10, 30, 100 on song_ci_zh's validation split.
 BASELINE_C = 30
-
-
-def sort_key(label: str) -> tuple[int, int, str]:
-    """Whole numbers by size, before all other labels by their text."""
-    return (0, int(label), label) if label.removeprefix("-").isdecimal() else (1, 0, label)
 
 
 class Problem(ABC):
@@ -87,12 +90,7 @@ class SingleLabel(Problem):
     dtype = torch.long
     baseline = "TF-IDF + logistic regression"
     prediction = "the label of the highest logit"
-    card_metrics = {
-        "accuracy": ("accuracy", "accuracy"),
-        "macro_precision": ("precision", "macro precision"),
-        "macro_recall": ("recall", "macro recall"),
-        "macro_f1": ("f1", "macro F1"),
-    }
+    card_metrics = CARD_METRICS
 
     @staticmethod
     def read(value: Any, separator: str | None) -> str | None:
@@ -121,9 +119,7 @@ class SingleLabel(Problem):
         return F.cross_entropy(logits, labels, weights, reduction="none", label_smoothing=smoothing)
 
     def balanced_weights(self, targets: list[str]) -> np.ndarray:
-        """Rows of an average class / rows of the class: 1 on average over the rows."""
-        counts = np.bincount([self.encode(target) for target in targets], minlength=len(self.labels))
-        return len(targets) / (len(self.labels) * np.maximum(counts, 1))
+        return balanced_weights([self.encode(target) for target in targets], len(self.labels))
 
     def metrics(self) -> Any:
         return evaluate.combine([Accuracy(), MacroF1()])

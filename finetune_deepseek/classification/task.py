@@ -22,12 +22,12 @@ from ..data.cells import Column, one, typed
 from ..data.sources import Rows, joined, named, progress, read_splits
 from ..data.words import pair_text
 from ..training.scoring.eval_loss import Predicted
+from ..training.scoring.labels import refuse_unknown, sort_key
 from ..training.task import CausalCollator, Task, lower
 from .arguments import ClassificationArguments
-from .problems import PROBLEMS, Problem, Regression, SingleLabel, sort_key
+from .problems import PROBLEMS, Problem, Regression, SingleLabel
 
 # Letters: B batch, N labels.
-LABELS_SHOWN = 5
 
 
 def as_number(text: str) -> float | None:
@@ -200,14 +200,7 @@ class Classification(Task):
             )
         if self.problem_class is not Regression:
             for split, rows in splits.items():
-                unknown = sorted(set(self._count_labels(rows)) - set(labels), key=sort_key)
-                if unknown:
-                    shown = ", ".join(labels[:LABELS_SHOWN]) + " ..." * (len(labels) > LABELS_SHOWN)
-                    raise ValueError(
-                        f"{self.where[split]}: {len(unknown)} label(s) that the model can't know, such as "
-                        f"{unknown[0]!r}; it has {shown}. "
-                        f"{_advice(unknown[0], labels)}"
-                    )
+                refuse_unknown(self._count_labels(rows), labels, self.where[split])
         self.problem = self.problem_class(labels)
         if self.arguments.balance == "weights" and "train" in splits:
             self.weights = self.problem.balanced_weights(list(splits["train"]["target"]))
@@ -319,14 +312,3 @@ class Classification(Task):
             f"{' and '.join(map(repr, self._text_columns()))}, at most "
             f"{arguments.max_length} tokens{balance[arguments.balance]}",
         }
-
-
-def _advice(unknown: str, labels: list[str]) -> str:
-    """What to do about a label that is none of these."""
-    whole = unknown.removesuffix(".0")
-    if {whole, f"{whole}.0"}.isdisjoint(labels):
-        return "Leave those rows out, or train on such rows."
-    return (
-        "A column of whole numbers with an empty cell becomes one of fractions in pandas: write "
-        f"{whole} in both files."
-    )

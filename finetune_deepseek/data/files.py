@@ -106,10 +106,15 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a text, on every system the same bytes, as `write_bytes`."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all, also where several processes of a training write the same."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.saving")
     try:
-        beside.write_text(text, encoding="utf-8", newline="\n")  # on every system the same bytes
+        beside.write_bytes(content)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             *("n_best_size", "max_answer_length", "max_question_length", "matryoshka_sizes", "max_text_length"),
             *("k_core", "max_history", "num_non_clicks", "num_levels", "num_beams", "examples_per_history"),
             *("negatives", "k", "batch_size", "max_new_tokens", "num_return_sequences"),
-            *("tokens_budget", "eval_stride", "prompt_tokens"),
+            *("tokens_budget", "eval_stride", "prompt_tokens", "image_size"),
         ),
     ),
     (
@@ -41,7 +41,7 @@ RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             "router_bias_update",
             *("neftune_noise_alpha", "eval_steps", "eval_delay", "save_steps", "save_total_limit"),
             *("dataloader_num_workers", "doc_stride", "fusion_weights", "examples_shown", "temperature", "top_k"),
-            *("max_continuations", "max_replies"),
+            *("max_continuations", "max_replies", "shift", "rotation", "zoom", "noise", "mixup"),
         ),
     ),
     (
@@ -49,7 +49,7 @@ RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
         lambda value: value > 0,
         (
             *("num_train_epochs", "train_minutes", "logging_steps", "adam_epsilon", "lr_milestones"),
-            *("contrastive_temperature", "repetition_penalty"),
+            *("contrastive_temperature", "repetition_penalty", "pixel_max"),
         ),
     ),
     (

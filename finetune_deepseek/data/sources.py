@@ -12,6 +12,7 @@ from typing import Any, cast
 from datasets import (
     ClassLabel,
     Dataset,
+    Image,
     IterableDataset,
     concatenate_datasets,
     interleave_datasets,
@@ -86,7 +87,7 @@ def split_files(arguments: DataArguments, separator: str | None = None) -> dict[
 
 
 class DatasetColumns(Mapping[str, list[Any]]):
-    """The columns of a data set, each read when it is asked for; labels by their names."""
+    """The columns of a data set, each read when it is asked for; labels by their names, images as they are packed."""
 
     def __init__(self, rows: Dataset) -> None:
         self.rows = rows
@@ -95,6 +96,8 @@ class DatasetColumns(Mapping[str, list[Any]]):
         if name not in self.rows.column_names:
             raise KeyError(name)
         feature = self.rows.features[name]
+        if isinstance(feature, Image):
+            return list(self.rows.cast_column(name, Image(decode=False))[name])
         labels, cells = getattr(feature, "feature", feature), list(self.rows[name])
         return [_label_names(labels, cell) for cell in cells] if isinstance(labels, ClassLabel) else cells
 

@@ -68,7 +68,7 @@ def pretrained_tokenizer(
     else:
         saved = Saved.open("resume_from_checkpoint", checkpoint) if checkpoint else arguments.saved
     tokenizer = saved_tokenizer(saved, tokenizer_class, arguments.trust_remote_code)
-    if tokenizer.eos_token_id is None and tokenizer_class is None:
+    if tokenizer_class is None and tokenizer.eos_token_id is None:
         raise ValueError(f"{saved.name}: this tokenizer has no eos_token, so a model couldn't learn where to end.")
     return with_padding(tokenizer)
 
@@ -89,9 +89,14 @@ def saved_tokenizer(
 
 
 def with_padding(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    if tokenizer.pad_token_id is None:
+    if has_tokens(tokenizer) and tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked by length, never by id
     return tokenizer
+
+
+def has_tokens(tokenizer: Any) -> bool:
+    """Whether it is a tokenizer; where images are read, an image processor stands in its place."""
+    return isinstance(tokenizer, PreTrainedTokenizerBase)
 
 
 def load_tokenizer(
@@ -102,7 +107,8 @@ def load_tokenizer(
     Raises:
         ValueError: if it has no end-of-text token, or there is nothing to train it on.
     """
-    if arguments.tokenizer_name or checkpoint or arguments.model_name_or_path:
+    is_saved = arguments.model_name_or_path and not task.needs_new_tokenizer(arguments.saved)
+    if arguments.tokenizer_name or checkpoint or is_saved:
         return pretrained_tokenizer(arguments, task.tokenizer_class, checkpoint)
     if "train" not in splits:
         raise ValueError("A model with random weights needs a training split or --tokenizer_name.")
@@ -233,6 +239,8 @@ def fitted(model: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
     Raises:
         ValueError: if the tokenizer has more tokens than the model.
     """
+    if not has_tokens(tokenizer):
+        return model
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise ValueError(f"The tokenizer has {len(tokenizer):,} tokens, the model {rows:,}; name the model's own.")
@@ -261,16 +269,7 @@ def make_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, f
     Raises:
         ValueError: for an override of what the task or the tokenizer sets to something else.
     """
-    asked, decided = (
-        parse_overrides(arguments.config_overrides),
-        {
-            **fields,
-            "vocab_size": len(tokenizer),
-            "bos_token_id": tokenizer.bos_token_id,
-            "eos_token_id": tokenizer.eos_token_id,
-            "pad_token_id": tokenizer.pad_token_id,
-        },
-    )
+    asked, decided = parse_overrides(arguments.config_overrides), fields | token_fields(tokenizer)
     for name, value in (decided | arguments.dropouts).items():
         if asked.get(name, value) != value:
             raise ValueError(
@@ -287,6 +286,14 @@ def make_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, f
             saved.name, **saved.at, trust_remote_code=arguments.trust_remote_code, **overrides
         )
     return with_dropout(config, arguments)
+
+
+def token_fields(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The size and the special tokens of a tokenizer's vocabulary, as a config has them."""
+    if not has_tokens(tokenizer):
+        return {}
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {"vocab_size": len(tokenizer)} | {name: getattr(tokenizer, name) for name in names}
 
 
 def with_dropout(config: Any, arguments: ModelArguments) -> Any:

@@ -162,7 +162,7 @@ class Saved:
     @property
     def with_tokenizer(self) -> "Saved":
         """This, or the base of an adapter that was saved without a tokenizer."""
-        has_own = any(self.folder.glob("tokenizer*")) or any(self.folder.glob("*.model"))
+        has_own = any(any(self.folder.glob(name)) for name in ("tokenizer*", "*.model", "preprocessor_config.json"))
         return self if has_own or self.base is None else self.base
 
     # -- its task --

@@ -25,7 +25,8 @@ from .trainer_arguments import TrainingArguments
 
 # In the order in which a run first calls them: each may rely on what those before it have set.
 HOOKS = (
-    *("load_splits", "check_saved", "new_tokenizer", "tokenizer_texts"),  # data and tokenizer
+    # data and tokenizer
+    *("load_splits", "check_saved", "needs_new_tokenizer", "new_tokenizer", "tokenizer_texts"),
     *("config_fields", "check_native", "model_config", "prepare_model", "fit_lengths"),  # the model
     "check_splits",
     *("features", "prompts", "max_steps", "collator", "loss_function", "generation_config"),  # the trainer
@@ -42,14 +43,14 @@ class Scores:
     Attributes:
         numbers: results by name, as the JSON files have them; texts such as signatures too.
         lines: rows with their `prediction`.
-        files: what else goes into the run's folder, by name.
+        files: what else goes into the run's folder, by name: texts and pictures.
         text: lines for the screen.
         fault: why the run fails, once everything is written.
     """
 
     numbers: dict[str, Any]
     lines: list[dict[str, Any]] = field(default_factory=list)
-    files: dict[str, str] = field(default_factory=dict)
+    files: Mapping[str, str | bytes] = field(default_factory=dict)
     text: str = ""
     fault: str = ""
 
@@ -86,6 +87,10 @@ class Task(ABC):
         tokenizer = train_tokenizer(self.tokenizer_texts(splits), arguments.vocab_size, arguments.tokenizer_generation)
         print(f"trained a tokenizer of {len(tokenizer):,} tokens")
         return tokenizer
+
+    def needs_new_tokenizer(self, saved: Saved) -> bool:
+        """Whether a saved model has no tokenizer that this task could use, so that it gets a new one."""
+        return False
 
     def check_saved(self, saved: Saved, is_trained: bool) -> None:
         """Look at the model that the run begins with, before it is loaded.

@@ -18,7 +18,6 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 import finetune_deepseek
 from finetune_deepseek.classification.arguments import ClassificationArguments
-from finetune_deepseek.classification.metrics import LabelSetF1, RegressionErrors
 from finetune_deepseek.classification.problems import PROBLEMS, MultiLabel, Regression, SingleLabel
 from finetune_deepseek.classification.task import Classification, ClassificationCollator
 from finetune_deepseek.commands.parsing.runs import parse_command
@@ -29,6 +28,7 @@ from finetune_deepseek.training.batches import RowSampler, TokenBatchSampler
 from finetune_deepseek.training.loading import load_model
 from finetune_deepseek.training.run import run_stages
 from finetune_deepseek.training.saved import Saved
+from finetune_deepseek.training.scoring.labels import LabelSetF1, RegressionErrors
 from modeling_deepseek import DeepSeekForCausalLM
 from tests.small_runs import TINY, flags
 

@@ -12,7 +12,7 @@ import pytest
 import sacrebleu
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 
-from finetune_deepseek.classification.metrics import Accuracy, MacroF1
+from finetune_deepseek.training.scoring.labels import Accuracy, MacroF1
 from finetune_deepseek.translation.metrics import (
     ChrF2,
     ExactMatch,

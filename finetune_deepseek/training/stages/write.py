@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data.fault_report import report_markdown
-from ...data.files import finite, json_line, write_json, write_text
+from ...data.files import finite, json_line, write_bytes, write_json, write_text
 from .. import model_card
 from ..identity import identity
 from ..task import Scores
@@ -56,7 +56,7 @@ class Results:
         if scores.lines:
             write_text(self.folder / PREDICTIONS_FILE, "".join(map(json_line, scores.lines)))
         for name, content in scores.files.items():
-            write_text(self.folder / name, content)
+            write_bytes(self.folder / name, content if isinstance(content, bytes) else content.encode("utf-8"))
         self.write_card(self.folder)
 
     def _remove_others(self) -> None:

@@ -1,11 +1,56 @@
-"""Scores of labels, sets of labels and numbers, by scikit-learn."""
+"""Labels, sets of labels and numbers: their order, the weights of unequal classes, and scores by scikit-learn."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 from datasets import Features, List, Value
 from sklearn.metrics import accuracy_score, mean_absolute_error, mean_squared_error, precision_recall_fscore_support
 
-from ..training.scoring.metrics import InMemoryMetric
+from .metrics import InMemoryMetric
+
+CARD_METRICS = {
+    "accuracy": ("accuracy", "accuracy"),
+    "macro_precision": ("precision", "macro precision"),
+    "macro_recall": ("recall", "macro recall"),
+    "macro_f1": ("f1", "macro F1"),
+}  # of one label: {result name: (the Hub's metric, label)}
+LABELS_SHOWN = 5
+
+
+def sort_key(label: str) -> tuple[int, int, str]:
+    """Whole numbers by size, before all other labels by their text."""
+    return (0, int(label), label) if label.removeprefix("-").isdecimal() else (1, 0, label)
+
+
+def refuse_unknown(found: Iterable[str], labels: Sequence[str], where: str) -> None:
+    """Refuse labels that a model hasn't.
+
+    Raises:
+        ValueError: naming one of them, and some that it has.
+    """
+    if unknown := sorted(set(found) - set(labels), key=sort_key):
+        shown = ", ".join(labels[:LABELS_SHOWN]) + " ..." * (len(labels) > LABELS_SHOWN)
+        raise ValueError(
+            f"{where}: {len(unknown)} label(s) that the model can't know, such as {unknown[0]!r}; it has {shown}. "
+            f"{_advice(unknown[0], labels)}"
+        )
+
+
+def _advice(unknown: str, labels: Sequence[str]) -> str:
+    """What to do about a label that is none of these."""
+    whole = unknown.removesuffix(".0")
+    if {whole, f"{whole}.0"}.isdisjoint(labels):
+        return "Leave those rows out, or train on such rows."
+    return (
+        "A column of whole numbers with an empty cell becomes one of fractions in pandas: write "
+        f"{whole} in both files."
+    )
+
+
+def balanced_weights(ids: list[int], count: int) -> np.ndarray:
+    """[count] rows of an average class / rows of the class: 1 on average over the rows."""
+    return len(ids) / (count * np.maximum(np.bincount(ids, minlength=count), 1))
 
 
 class _ClassMetric(InMemoryMetric):
