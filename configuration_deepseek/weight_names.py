@@ -7,7 +7,7 @@ Letters: D hidden width, E routed experts, V vocabulary.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
@@ -55,6 +55,11 @@ def take_mtp_keys(weights: dict[str, Any], config: Any) -> tuple[dict[str, Any],
         is_ahead = layer is not None and first <= int(layer[1]) < first + config.num_nextn_predict_layers
         (ahead if is_ahead else rest)[key] = entry
     return rest, ahead
+
+
+def has_draft_stages(ahead: Iterable[str]) -> bool:
+    """Whether keys of prediction layers are of draft stages (DSpark, V4 from July 2026 on), another mechanism."""
+    return any(".main_proj." in key for key in ahead)
 
 
 # Names and shapes ----------------------------------------------------------------------------------------------------
@@ -316,7 +321,14 @@ V4_LAYER = {  # the longer first
 V4_PREDICTION = {**V4_LAYER, "hc_head_": "hc_head.", "norm.": "shared_head.norm."}
 V4_EXPERT = {"w1.": "gate_proj.", "w3.": "up_proj.", "w2.": "down_proj."}
 V4_PARTS = re.compile(r"(.*?experts\.(?:\d+\.)?)?(.*)")  # of a name in a layer: up to an expert, and what it has
-V4_RELEASE = re.compile(r"layers\.\d+\.(?:attn|ffn)\.|embed\.weight$|mtp\.\d+\.")
+V4_RELEASE = re.compile(r"(?:model\.)?layers\.\d+\.(?:attn|ffn)\.|embed\.weight$|mtp\.\d+\.")
+# What transformers writes otherwise when it saves such a model.
+V4_OF_TRANSFORMERS = {
+    "model.": "",
+    "embed_tokens.": "embed.",
+    "hc_head.hc_": "hc_head_",
+    ".attn.norm.": ".attn.kv_norm.",
+}
 
 
 def _exchanged(name: str, table: dict[str, str]) -> str:
@@ -337,6 +349,8 @@ def from_v4_name(name: str, num_hidden_layers: int) -> str:
     >>> from_v4_name("mtp.0.ffn.experts.3.w1.scale", 43)
     'model.layers.43.mlp.experts.3.gate_proj.weight_scale_inv'
     """
+    for theirs, released in V4_OF_TRANSFORMERS.items():
+        name = name.replace(theirs, released, 1)
     kind, _, rest = name.partition(".")
     if kind not in ("layers", "mtp"):
         return _exchanged(name, V4_TOP)
@@ -372,7 +386,7 @@ Entry = TypeVar("Entry")
 
 
 def with_our_names(weights: dict[str, Entry], config: Any) -> dict[str, Entry]:
-    """The entries of a checkpoint under our names, whether they are a V4 release's or ours already."""
+    """The entries of a checkpoint under our names, be they a V4 release's, transformers' of one, or ours already."""
     if not any(V4_RELEASE.match(name) for name in weights):
         return weights
     return {from_v4_name(name, config.num_hidden_layers): entry for name, entry in weights.items()}

@@ -30,7 +30,7 @@ from .outputs import DeepSeekCausalLMOutput, DeepSeekSequenceOutput
 from .pooling import last_token, which_are_tokens
 from .pretrained import DeepSeekPreTrainedModel
 from .transformers_names import create_masks_for_generate, in_library_words
-from .weight_names import CheckpointError, shared_mtp_keys
+from .weight_names import CheckpointError, has_draft_stages, shared_mtp_keys
 
 logger = logging.get_logger(__name__)
 
@@ -93,8 +93,11 @@ class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
 
     def slices_ahead(self, ahead: dict[str, Any], rest: dict[str, Any], source: str) -> dict[str, Any]:
         """The prediction layers' entries without their copies of embedding and head. If there are none at all, as
-        where transformers wrote the checkpoint, the model goes without such layers."""
+        where transformers wrote the checkpoint, or draft stages in their place, the model goes without such layers."""
         config = self.config
+        if has_draft_stages(ahead):
+            logger.warning(f"{source}: its draft stages (DSpark) are not read")
+            ahead = {}
         if config.num_nextn_predict_layers and not ahead:
             if config.mtp_loss_weight:
                 raise CheckpointError(

@@ -5,9 +5,19 @@ from configuration_deepseek.weight_names import (
     SCALE,
     CheckpointError,
     grid_of,
+    has_draft_stages,
     shared_mtp_keys,
     take_mtp_keys,
     with_our_names,
 )
 
-__all__ = ["LAYER", "SCALE", "CheckpointError", "grid_of", "shared_mtp_keys", "take_mtp_keys", "with_our_names"]
+__all__ = [
+    "LAYER",
+    "SCALE",
+    "CheckpointError",
+    "grid_of",
+    "has_draft_stages",
+    "shared_mtp_keys",
+    "take_mtp_keys",
+    "with_our_names",
+]

@@ -18,6 +18,7 @@ from configuration_deepseek.weight_names import (
     QUANTIZED,
     CheckpointError,
     Shapes,
+    has_draft_stages,
     shared_mtp_keys,
     take_mtp_keys,
 )
@@ -130,10 +131,11 @@ def official_weights(model: "PreTrainedModel") -> Tensors:
 
 
 def drop_absent_predictions(checkpoint: Checkpoint) -> None:
-    """Set the number of prediction layers to 0 if none are stored, as where transformers wrote the checkpoint."""
+    """Set the number of prediction layers to 0 if none are stored, as where transformers wrote the checkpoint, or if
+    they are draft stages, which are not read."""
     config = checkpoint.config
     ahead = take_mtp_keys(checkpoint.tensors, config)[1]
-    if checkpoint.head != "ForCausalLM" or not ahead:
+    if checkpoint.head != "ForCausalLM" or not ahead or has_draft_stages(ahead):
         config.num_nextn_predict_layers = 0
 
 

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import DeepseekV4Config, DeepseekV4ForCausalLM
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -92,3 +93,16 @@ def test_transformers_finds_a_place_for_each_of_these_names():
     names = v4_names(ratios, 1, 2, scales=False)
     found = {rename_source_key(name, renamings, converters, "model", state)[0] for name in names}
     assert found == {name for name in state if "inv_freq" not in name}
+
+
+def test_names_as_transformers_saves_them(tmp_path):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2, "head_dim": 8, "vocab_size": 8}
+    experts = {"moe_intermediate_size": 4, "n_routed_experts": 2, "num_experts_per_tok": 1, "num_hash_layers": 1}
+    latent = {"q_lora_rank": 4, "o_groups": 1, "o_lora_rank": 4, "qk_rope_head_dim": 4, "compress_ratios": [0, 4, 128]}
+    config = DeepseekV4Config(**sizes, **experts, **latent, index_n_heads=2, index_head_dim=8, sliding_window=4)
+    DeepseekV4ForCausalLM(config).save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    released = v4_names([0, 4, 128], 1, 2, scales=False)
+    assert set(saved) != set(released)
+    wanted = SimpleNamespace(num_hidden_layers=3, compress_ratios=[0, 4, 128])
+    assert set(with_our_names(saved, wanted)) == {from_v4_name(name, 3) for name in released}

@@ -3,14 +3,16 @@
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging
 
 from configuration_deepseek import DeepSeekConfig
 from configuration_deepseek.weight_names import with_release_names
 from finetune_deepseek.checkpoints.checkpoint import official_weights
+from finetune_deepseek.checkpoints.opening import open_model
 from modeling_deepseek import DeepSeekForCausalLM, DeepSeekModel
 from modeling_deepseek.modeling_deepseek import DeepSeekStreamMTPLayer
 from tests.configuration.test_compressed import V4
-from tests.modeling.conftest import token_ids
+from tests.modeling.conftest import outputs, token_ids
 from tests.modeling.test_moe import official_weights as with_single_experts
 from tests.reference.compare import assert_close, assert_same_gradients, twin
 from tests.reference.mtp import loss_ahead
@@ -108,3 +110,20 @@ def test_an_incomplete_prediction_layer_is_refused(part, tmp_path):
     save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=f"not in the checkpoint, the first is {LAYER}{part}"):
         DeepSeekForCausalLM.from_pretrained(tmp_path)
+
+
+def test_draft_stages_in_the_place_of_prediction_layers_are_told_and_left_out(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
+    model, ids = model_of(mtp_loss_weight=0.0), token_ids(1, 7) % 61
+    model.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    stored[f"{LAYER}main_proj.weight"] = stored.pop(f"{LAYER}e_proj.weight")
+    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded = DeepSeekForCausalLM.from_pretrained(tmp_path)
+    assert "its draft stages (DSpark) are not read" in caplog.messages[0]
+    assert "has no weights of prediction layers; the model is loaded without them" in caplog.messages[1]
+    assert loaded.config.num_nextn_predict_layers == 0 and len(loaded.model.layers) == 4
+    assert torch.equal(outputs(loaded, ids), outputs(model, ids))
+    with pytest.raises(ValueError, match="there are no weights of prediction layers .* to train with mtp_loss_weight"):
+        DeepSeekForCausalLM.from_pretrained(tmp_path, mtp_loss_weight=0.3)
+    assert open_model(tmp_path).config.num_nextn_predict_layers == 0
