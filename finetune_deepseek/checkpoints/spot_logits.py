@@ -53,10 +53,11 @@ def spot_logits(whole: PreTrainedModel | PeftModel, tensors: Tensors, adapter: A
     unit = "\0"  # a module that holds those that follow
     for name, module in whole.named_modules():
         if isinstance(module, DeepSeekRotaryEmbedding):
-            module._buffers.update(DeepSeekRotaryEmbedding(model.config)._buffers)  # computed, not stored
+            module._buffers.update(DeepSeekRotaryEmbedding(module.config)._buffers)  # computed, not stored
         elif isinstance(module, DeepSeekExperts):
-            one_expert = partial(_one_expert, find=find, name=plain_name(name), act=module.act_fn, additions=additions)
-            module.one_expert = one_expert  # type: ignore[method-assign]
+            module.one_expert = partial(  # type: ignore[method-assign]
+                _one_expert, find=find, name=plain_name(name), gate=module._apply_gate, additions=additions
+            )
         elif isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), DeepSeekExperts):
             module.forward = module.base_layer.__call__  # type: ignore[attr-defined]  # `additions` do its work
         elif not name.startswith(unit):
@@ -129,7 +130,8 @@ class _Loan:
     def give(self, *call: object) -> None:
         """Read the weights."""
         for table, key, name in self.places:
-            value = self.find(name).read().float()
+            stored = self.find(name)
+            value = stored.read().float() if stored.is_floating_point else stored.read()
             is_parameter = isinstance(table[key], nn.Parameter)
             table[key] = nn.Parameter(value, requires_grad=False) if is_parameter else value
 
@@ -155,7 +157,13 @@ def _expert_additions(adapter: Adapter) -> Additions:
 
 
 def _one_expert(
-    hidden_states: torch.Tensor, expert: int, *, find: Find, name: str, act: nn.Module, additions: Additions
+    hidden_states: torch.Tensor,
+    expert: int,
+    *,
+    find: Find,
+    name: str,
+    gate: Callable[[torch.Tensor], torch.Tensor],
+    additions: Additions,
 ) -> torch.Tensor:
     """`DeepSeekExperts.one_expert`, of weights that are read for it."""
 
@@ -167,4 +175,5 @@ def _one_expert(
             product += scaling * F.linear(F.linear(x, a.float()), b.float())
         return product
 
-    return project(act(project(hidden_states, "gate_proj")) * project(hidden_states, "up_proj"), "down_proj")
+    both = torch.cat((project(hidden_states, "gate_proj"), project(hidden_states, "up_proj")), dim=-1)
+    return project(gate(both), "down_proj")
