@@ -185,7 +185,8 @@ def in_type(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:
         tensors = cast(tensors, DTYPES[dtype], keep=FLOAT32_WEIGHTS)
         release, config.source_quantization_config = config.source_quantization_config or {}, None
     if dtype == "fp8":
-        config.source_quantization_config = {**FP8_BLOCKS, **release}
+        one_byte_scales = {"scale_fmt": "ue8m0"} if config.expert_dtype == "fp4" else {}
+        config.source_quantization_config = {**FP8_BLOCKS, **release, **one_byte_scales}
         exact = cast(checkpoint.tensors, "F32")
         tensors = quantize(
             {name: exact[name] if QUANTIZED.fullmatch(name) else tensors[name] for name in tensors}, config

@@ -53,6 +53,14 @@ def test_types_that_an_export_writes(folder, tmp_path):
         assert {kinds[prefix + name] for name in names} == {kind}
     assert kinds["model.layers.4.e_proj.weight"] == kinds["model.layers.4.h_proj.weight"] == "F8_E4M3"
     assert set(kinds) == set(official_weights(model)) | {name for name in kinds if name.endswith("_scale_inv")}
+    exact = DeepSeekForCausalLM.from_pretrained(tmp_path / "fp8", dtype=torch.float32)
+    assert exact.config.source_quantization_config["scale_fmt"] == "ue8m0"
+    for name, value in exact.named_parameters():
+        before = model.get_parameter(name)
+        # half a step of e2m1 and of e4m3, of the value or, where it is subnormal, of a scale that was rounded up
+        share, least = (1 / 4, 1 / 12) if ".experts." in name else (1 / 16, 2 / 448 / 1024)
+        bound = torch.maximum(before.abs() * share, before.abs().max() * least)
+        assert ((value - before).abs() <= bound * (1 + 1e-5)).all(), name
     loaded, info = DeepSeekForCausalLM.from_pretrained(
         tmp_path / "fp8", dtype=torch.bfloat16, output_loading_info=True
     )
