@@ -136,10 +136,13 @@ class Saved:
         """Whether it is a DeepSeek checkpoint in our form or a published one.
 
         Those get this package's tokenizer even where transformers has one of its own, which loses the
-        beginning-of-sentence token. LLM, Math and Coder, of a type that others share (llama), are told by that token.
+        beginning-of-sentence token. LLM, Math and Coder, of a type that others share (llama), are told by that token,
+        and so are tokenizers without a model.
         """
-        if not self.is_ours or str(self.config["model_type"]).startswith("deepseek"):
-            return self.is_ours
+        if self.is_ours and str(self.config["model_type"]).startswith("deepseek"):
+            return True
+        if self.config and not self.is_ours:
+            return False
         folder = self.with_tokenizer.folder
         begins = read_json(folder / TOKENIZER_FILES[1], missing={}).get("bos_token")
         begins = begins.get("content") if isinstance(begins, dict) else begins

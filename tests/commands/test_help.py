@@ -212,3 +212,9 @@ def test_help_reaches_a_pipe_of_another_encoding(verb, monkeypatch):
         assert main() == 0
     sys.stdout.flush()
     assert b"deepseek-hf" in pipe.getvalue()
+
+
+def test_pretraining_says_that_it_takes_texts():
+    flag = next(action for action in ArgumentParser("x", task_flags("language_modeling"))._actions
+                if action.dest == "train_file")  # fmt: skip
+    assert flag.help.startswith(".txt, .text or .md (see --document_separator), or .json, ") and flag.nargs == "+"

@@ -41,6 +41,14 @@ def test_texts_begin_with_bos_and_letters_come_back(folder):
     assert AutoTokenizer.from_pretrained(folder).decode(ids[1:]) != text  # why
 
 
+def test_a_tokenizer_without_a_model_is_told_by_its_bos_too(folder):
+    is_ours = "<s>" not in (folder / "tokenizer_config.json").read_text()
+    (folder / "config.json").unlink()
+    assert isinstance(saved_tokenizer(Saved.open(None, str(folder))), DeepSeekTokenizer) == is_ours
+    (folder / "config.json").write_text('{"model_type": "gpt2"}')
+    assert not isinstance(saved_tokenizer(Saved.open(None, str(folder))), DeepSeekTokenizer)
+
+
 def test_an_adapter_goes_by_its_base(folder, tmp_path):
     adapter = tmp_path / "adapter"
     adapter.mkdir()

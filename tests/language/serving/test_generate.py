@@ -300,3 +300,15 @@ def test_the_chat_format_of_a_release_that_brings_none_is_offered(folders, main,
         code, _, err = main("generate", released, "hello", "--max_new_tokens", 2, *more)
         assert code == 0 and ("; --chat_template v3.2 has its release's" in err) == is_offered
     assert "--chat_template" not in main("generate", folders / "plain", "hello", "--max_new_tokens", 2)[2]
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "generation_config.json"])
+def test_a_model_with_another_tokenizer_or_generation_config_is_another(name, folders, main, tmp_path):
+    shutil.copytree(folders / "v3", tmp_path / "v3")
+    (tmp_path / "in.txt").write_text("hello")
+    argv = ("generate", tmp_path / "v3", "--input", tmp_path / "in.txt", "--output", tmp_path / "out.jsonl", *SHORT)
+    assert main(*argv)[0] == main(*argv)[0] == 0
+    content = json.loads((tmp_path / "v3" / name).read_text())
+    (tmp_path / "v3" / name).write_text(json.dumps(content | {"more": 1}))
+    code, _, err = main(*argv)
+    assert code == 2 and "out.jsonl: it was begun with weights " in err
