@@ -18,12 +18,14 @@ from tokenization_deepseek import DeepSeekTokenizer
 
 from ..data.sources import Rows
 from .arguments import ModelArguments
-from .saved import Saved, known_fields, named_errors
+from .saved import Saved, known_fields, named_errors, note
 from .task import Task
 
 # Without effect in a generation config that doesn't sample, or has one beam.
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 BEAMS = ("early_stopping", "length_penalty")
+# Several tokens at once, code of others, another prompt, and an end by the clock.
+OTHER_WAYS = ("prompt_lookup_num_tokens", "penalty_alpha", "dola_layers", "token_healing", "max_time")
 POWER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")  # which YAML takes for text
 
 
@@ -146,6 +148,7 @@ def pretrained_model(
         )
         if saved.is_adapter:
             model = PeftModel.from_pretrained(model, str(saved.folder), is_trainable=is_trained)
+    take_plain_generation(model, saved.where)
     if is_trained:
         mend_generation_config(model, saved.where)
     return model
@@ -177,6 +180,30 @@ def _config(saved: Saved, is_ours: bool, fields: dict[str, Any], trust_remote_co
     for name, value in known_fields(fields, config.to_dict()).items():
         setattr(config, name, value)
     return config
+
+
+def take_plain_generation(model: Any, where: str) -> None:
+    """Leave out of a model's generation config, aloud, what would make `generate` do otherwise than any call of ours
+    expects: it fills what a call leaves open.
+
+    Raises:
+        ValueError: for ends of texts that are none.
+    """
+    config = getattr(model, "generation_config", None)
+    if config is None:
+        return
+    found = {name: value for name in OTHER_WAYS if (value := getattr(config, name, None)) not in (None, False)}
+    for name in found:
+        setattr(config, name, None)
+    if found:
+        asked = ", ".join(f"{name} {value}" for name, value in found.items())
+        note(f"{where}: its generation_config.json asks for {asked}, which is not followed.")
+    for name, kind in (("stop_strings", str), ("eos_token_id", int)):
+        value = getattr(config, name, None)
+        if not all(isinstance(one, kind) for one in (value if isinstance(value, list) else [value] if value else [])):
+            raise ValueError(
+                f"{where}: {name} {value!r} in its generation_config.json is no {kind.__name__}; mend it."
+            )
 
 
 def mend_generation_config(model: Any, where: str) -> None:

@@ -87,7 +87,7 @@ class Saved:
             config, adapter = (read_json(folder / file, missing={}) for file in (CONFIG_FILE, ADAPTER_FILE))
             if commit and config and adapter:
                 base = adapter.get("base_model_name_or_path")
-                _note(f"{where}: it holds a {CONFIG_FILE} and an adapter; the adapter on {base} is taken.")
+                note(f"{where}: it holds a {CONFIG_FILE} and an adapter; the adapter on {base} is taken.")
             return cls(where, name, folder, commit, config, adapter or None, _record(folder))
         except ValueError as error:
             raise ValueError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
@@ -200,7 +200,7 @@ class Saved:
         foreign = sorted(self.settings.keys() - {*names, *FIELD_NAMES})
         if foreign:
             names_of_others = ", ".join(map(str, foreign))
-            _note(f"{self.where}: {names_of_others} in its settings are none of a model for {task}, and are not used.")
+            note(f"{self.where}: {names_of_others} in its settings are none of a model for {task}, and are not used.")
         chosen = {name: self.settings[name] for name in names if name in self.settings}
         return {name: self._typed(name, value, types[name]) for name, value in chosen.items()}
 
@@ -333,7 +333,8 @@ def named_errors(where: str) -> Iterator[None]:
         raise ValueError(text if text.startswith(where) else f"{where}: {text}") from error
 
 
-def _note(text: str) -> None:
+def note(text: str) -> None:
+    """A line for people, which results on standard output don't mix with."""
     print(f"deepseek-hf: note: {text}", file=sys.stderr)
 
 

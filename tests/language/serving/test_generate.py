@@ -312,3 +312,26 @@ def test_a_model_with_another_tokenizer_or_generation_config_is_another(name, fo
     (tmp_path / "v3" / name).write_text(json.dumps(content | {"more": 1}))
     code, _, err = main(*argv)
     assert code == 2 and "out.jsonl: it was begun with weights " in err
+
+
+@pytest.mark.parametrize("asked", [{"prompt_lookup_num_tokens": 2}, {"dola_layers": "low"}, {"max_time": 0.001},
+                                   {"token_healing": True}, {"penalty_alpha": 0.6, "top_k": 4}])  # fmt: skip
+def test_ways_of_generating_that_no_call_expects_are_left_out_aloud(asked, folders, main, tmp_path):
+    shutil.copytree(folders / "plain", tmp_path / "asks")
+    path = tmp_path / "asks/generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | asked))
+    plain = main("generate", folders / "plain", "hello", "how are you", *SHORT)
+    found = main("generate", tmp_path / "asks", "hello", "how are you", *SHORT)
+    assert found[:2] == plain[:2] and plain[0] == 0
+    name, value = next(iter(asked.items()))
+    assert f"its generation_config.json asks for {name} {value}, which is not followed" in found[2]
+
+
+@pytest.mark.parametrize("asked", [{"stop_strings": ["x", 5]}, {"stop_strings": 5}, {"eos_token_id": "2"}])
+def test_ends_of_texts_that_are_none_are_refused(asked, folders, main, tmp_path):
+    shutil.copytree(folders / "plain", tmp_path / "asks")
+    path = tmp_path / "asks/generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | asked))
+    code, out, err = main("generate", tmp_path / "asks", "hello", *SHORT)
+    name, value = next(iter(asked.items()))
+    assert (code, out) == (2, "") and f": {name} {value!r} in its generation_config.json is no " in err
