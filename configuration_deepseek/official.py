@@ -8,6 +8,7 @@ what `to_official` writes. The file travels to the Hub with configuration_deepse
 import re
 from typing import Any
 
+V4_TOKENS = {"vocab_size": 129280, "bos_token_id": 0, "eos_token_id": 1}
 SOFTMAX_ROUTER = {"scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False}
 SIGMOID_ROUTER = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}
 V1_TOKENS = {"bos_token_id": 100000, "eos_token_id": 100001}
@@ -24,6 +25,12 @@ SOURCES: dict[str, dict[str, Any]] = {
         **SIGMOID_ROUTER,
         **{"vocab_size": 129280, "bos_token_id": 0, "eos_token_id": 1},
         **{"index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048},
+    },
+    "deepseek_v4": {  # V4 Flash, Pro, Base, and their releases of July and August
+        **{"scoring_func": "sqrtsoftplus", "topk_method": "noaux_tc", "norm_topk_prob": True},
+        **{"num_key_value_heads": 1, "routed_scaling_factor": 1.5, "swiglu_limit": 10.0, "num_hash_layers": 3},
+        **{"sliding_window": 128, "compress_rope_theta": 160000.0, "hc_mult": 4},
+        **V4_TOKENS,
     },
 }
 # model_type -> what the source does without a field saying so
@@ -119,7 +126,6 @@ SPELLINGS = {"topk_method": {"gready": "greedy"}}
 
 # Models that look alike and are none of ours.
 OTHERS = {
-    "deepseek_v4": "DeepSeek-V4",
     "deepseek_v41": "DeepSeek-V4.1",
     "deepseek_vl": "DeepSeek-VL",
     "deepseek_vl_hybrid": "DeepSeek-VL",
@@ -134,7 +140,7 @@ OTHERS = {
     "glm_moe_dsa": "GLM-5",
     "qwen3_moe": "Qwen3-MoE",
 }
-SUPPORTED = "DeepSeek-LLM, Coder, Math, MoE-16B, V2, V2.5, V3, V3.1, V3.2, R1 and R1-Distill"
+SUPPORTED = "DeepSeek-LLM, Coder, Math, MoE-16B, V2, V2.5, V3, V3.1, V3.2, V4, R1 and R1-Distill"
 
 
 CSA_RATIO = 4

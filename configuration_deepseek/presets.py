@@ -163,6 +163,54 @@ PRESETS["r1"] = PRESETS["v3"]
 PRESETS["tiny_v3.2"] = {**PRESETS["tiny_v3"], "index_n_heads": 6, "index_head_dim": 14, "index_topk": 5}
 PRESETS["v3.2_exp"] = {**PRESETS["v3"], "index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048}
 PRESETS["v3.2"] = PRESETS["v3.2_exp"]
+_ROOT_SOFTPLUS = {"scoring_func": "sqrtsoftplus", "topk_method": "noaux_tc", "norm_topk_prob": True}
+PRESETS["tiny_v4"] = {
+    **{name: value for name, value in _TINY.items() if name != "intermediate_size"},  # V4 has no dense layers
+    **_ROOT_SOFTPLUS,
+    "head_dim": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "o_groups": 2,
+    "o_lora_rank": 12,
+    "sliding_window": 5,
+    "compress_ratios": [0, 4, 3],
+    "compress_rope_theta": 160000.0,
+    "index_n_heads": 6,
+    "index_head_dim": 14,
+    "index_topk": 1,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20,
+    "routed_scaling_factor": 1.5,
+    "swiglu_limit": 10.0,
+    "hc_mult": 3,
+    "hc_sinkhorn_iters": 4,
+}
+_V4: dict[str, Any] = {
+    **_ROOT_SOFTPLUS,
+    **{"vocab_size": 129280, "bos_token_id": 0, "eos_token_id": 1, "max_position_embeddings": 1048576},
+    **{"head_dim": 512, "qk_rope_head_dim": 64, "o_lora_rank": 1024, "sliding_window": 128},
+    **{"compress_rope_theta": 160000.0, "index_n_heads": 64, "index_head_dim": 128},
+    **{"n_shared_experts": 1, "num_experts_per_tok": 6, "num_hash_layers": 3, "swiglu_limit": 10.0, "hc_mult": 4},
+    "num_nextn_predict_layers": 1,
+    "rope_parameters": {
+        **{"rope_type": "yarn", "rope_theta": 10000.0, "factor": 16.0, "beta_fast": 32.0, "beta_slow": 1.0},
+        "original_max_position_embeddings": 65536,
+    },
+}
+PRESETS["v4_flash"] = {
+    **_V4,
+    **{"hidden_size": 4096, "num_hidden_layers": 43, "num_attention_heads": 64, "q_lora_rank": 1024, "o_groups": 8},
+    **{"compress_ratios": [0, 0, *[4, 128] * 20, 4, 0], "index_topk": 512, "routed_scaling_factor": 1.5},
+    **{"n_routed_experts": 256, "moe_intermediate_size": 2048},
+}
+PRESETS["v4_pro"] = {
+    **_V4,
+    **{"hidden_size": 7168, "num_hidden_layers": 61, "num_attention_heads": 128, "q_lora_rank": 1536, "o_groups": 16},
+    **{"compress_ratios": [128, 128, *[4, 128] * 29, 4, 0], "index_topk": 1024, "routed_scaling_factor": 2.5},
+    **{"n_routed_experts": 384, "moe_intermediate_size": 3072},
+}
 OLD_NAMES = {"tiny_v32": "tiny_v3.2"}
 
 
@@ -183,6 +231,7 @@ ABOUT = {
     "tiny_v3": About("V3", "64.7 k", "45.5 k", "the same, with the router of V3; what most recipes begin with"),
     "tiny_v3_mtp": About("V3", "64.7 k", "45.5 k", "the same, with two prediction layers and no groups"),
     "tiny_v3.2": About("V3.2", "72.7 k", "53.5 k", "the same, with sparse attention"),
+    "tiny_v4": About("V4", "88.7 k", "59.9 k", "the same, with compressed attention and residual streams"),
     "llm_7b": About("LLM", "6.9 B", "6.9 B", "the shape of DeepSeek-LLM-7B"),
     "moe_16b": About("MoE-16B", "16.4 B", "2.8 B", "the shape of DeepSeekMoE-16B"),
     "v2_lite": About("V2-Lite", "15.7 B", "2.7 B", "the shape of DeepSeek-V2-Lite"),
@@ -192,6 +241,8 @@ ABOUT = {
     "r1": About("V3", "671.0 B", "37.6 B", "the shape of DeepSeek-R1"),
     "v3.2_exp": About("V3.2", "671.9 B", "38.4 B", "the shape of DeepSeek-V3.2-Exp"),
     "v3.2": About("V3.2", "671.9 B", "38.4 B", "the shape of DeepSeek-V3.2"),
+    "v4_flash": About("V4", "284.3 B", "13.8 B", "the shape of DeepSeek-V4-Flash"),
+    "v4_pro": About("V4", "1573.0 B", "49.8 B", "the shape of DeepSeek-V4-Pro"),
 }
 
 

@@ -34,7 +34,7 @@ from .cache import takes_cache
 from .cache_compressed import WindowLayer, layer_of
 from .compressor import Blocks, DeepSeekCompressor, blocks_of, blocks_of_differing_rows
 from .indexer import DeepSeekEntryIndexer, select_keys
-from .layers import DeepSeekFloat32RMSNorm, unit_rms
+from .layers import DeepSeekFloat32RMSNorm, is_traced, unit_rms
 from .rope import DeepSeekRotaryEmbedding, rotate_tail, with_entries
 from .row_tokens import RowTokens
 
@@ -61,7 +61,7 @@ class DeepSeekWindowAttention(nn.Module):
 
     def __init__(self, config, layer_idx: int):
         super().__init__()
-        self.config, self.layer_idx, self.is_causal = config, layer_idx, False
+        self.config, self.layer_idx, self.is_causal = config, layer_idx, True
         self.num_heads, self.num_key_value_groups = config.num_attention_heads, 1
         self.attention_dropout, self.eps = config.attention_dropout, config.rms_norm_eps
         self.window, self.groups, self.scaling = config.sliding_window, config.o_groups, config.head_dim**-0.5
@@ -120,12 +120,13 @@ class DeepSeekWindowAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, H, S, W], [B, K + S, W] -> [B, S, H, W], a few queries at a time and only the keys that they may see."""
         length, kept = query.shape[2], keys.shape[1] - query.shape[2]
-        step = length if self.config._attn_implementation == "eager" else CHUNK  # eager weights are given whole
+        # eager weights are given whole, and a graph holds for other lengths too
+        is_whole = is_traced() or self.config._attn_implementation == "eager" or length <= CHUNK
         outputs, weights = [], None
-        for start in range(0, length, step):
-            chunk = slice(start, min(start + step, length))
+        for start in (0,) if is_whole else range(0, length, CHUNK):
+            chunk = slice(start, length if is_whole else min(start + CHUNK, length))
             near = slice(0, keys.shape[1])
-            if tokens.are_columns and step < length:
+            if tokens.are_columns and not is_whole:
                 near = slice(max(kept + chunk.start - self.window + 1, 0), kept + chunk.stop)
             mask = None
             if length > 1 or not tokens.are_columns:
@@ -133,7 +134,7 @@ class DeepSeekWindowAttention(nn.Module):
             rows, mask = entries.beside(keys[:, near], mask, chunk, tokens)
             output, weights = self.attend_with_sink(query[:, :, chunk], rows, mask, **kwargs)
             outputs.append(output)
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), weights if step >= length else None
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), weights if is_whole else None
 
     def attend_with_sink(
         self, query: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor | None, **kwargs
@@ -165,12 +166,12 @@ class DeepSeekWindowAttention(nn.Module):
 
     def in_form(self, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """A boolean mask as the implementation takes it: the eager one adds it to the scores."""
-        implementation = self.config._attn_implementation
-        if implementation not in ("eager", "sdpa"):
+        implementation = str(self.config._attn_implementation)
+        if "flash" in implementation or "flex" in implementation:
             raise ValueError(
                 f"attn_implementation={implementation!r} has no form for keys and entries; use 'sdpa' or 'eager'"
             )
-        if implementation == "sdpa":
+        if implementation != "eager":
             return mask
         return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
@@ -233,7 +234,7 @@ class ChosenEntries(AllEntries):
             return rows, None  # one query at the end, which sees all that it chose from
         if mask is None:
             mask = seen.new_ones(1, 1, keys.shape[1])
-        return rows, torch.cat((mask.expand(len(seen), -1, -1), seen), dim=-1)
+        return rows, torch.cat((mask.expand(seen.shape[0], -1, -1), seen), dim=-1)
 
 
 class DeepSeekHeavilyCompressedAttention(DeepSeekWindowAttention):

@@ -2,14 +2,14 @@
 
 | word                          | attention | window        | pending                       | entries       |
 |-------------------------------|-----------|---------------|-------------------------------|---------------|
-| `deepseek_window`             | swa       | [B, n - 1, W] | -                             | -             |
-| `deepseek_compressed`         | hca       | [B, n - 1, W] | [B, m - 1, 2 W]               | [B, T / m, W] |
-| `deepseek_compressed_indexed` | csa       | [B, n - 1, W] | [B, 2 m - 1, 4 W], twice (*)  | twice (*)     |
+| `deepseek_window`             | swa       | [B, n + 7, W] | -                             | -             |
+| `deepseek_compressed`         | hca       | [B, n + 7, W] | [B, m + 7, 2 W]               | [B, T / m, W] |
+| `deepseek_compressed_indexed` | csa       | [B, n + 7, W] | [B, 2 m + 7, 4 W], twice (*)  | twice (*)     |
 
 (*) once of the head's width and once of the indexer's.
-n is the window, m the ratio, W the width of a head. Keys are values too. Window and pending are few rows, copied at
-each call; entries grow in place. Rows of a batch may differ in how many tokens they have (row_tokens.py): what is kept
-is right-aligned, and entries lie from the left, each with the rank of its last token.
+n is the window, m the ratio, W the width of a head; 8 rows are spare. Keys are values too. Window and pending are few
+rows, copied at each call; entries grow in place. Rows of a batch may differ in how many tokens they have
+(row_tokens.py): what is kept is right-aligned, and entries lie from the left, each with the rank of its last token.
 """
 
 import torch
@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from .row_tokens import RowTokens
 
+SPARE = 8  # so many last tokens can be taken back at any time
 NEVER = 2**62  # the rank of the last token of an entry that isn't there yet
 
 
@@ -84,7 +85,7 @@ class WindowLayer(DynamicLayer):
         if tokens.has_padding:
             joined = tokens.aligned(joined, before.shape[1])
         self.kept_for[name] = keep
-        kept = joined if self.record_past else joined[:, max(joined.shape[1] - keep, 0) :]
+        kept = joined if self.record_past else joined[:, max(joined.shape[1] - keep - SPARE, 0) :]
         # a slice of a long prompt would hold all of it
         self.rolls[name] = kept if 2 * kept.shape[1] > joined.shape[1] else kept.clone()
         return joined[:, max(before.shape[1] - keep, 0) :]
@@ -153,7 +154,7 @@ class WindowLayer(DynamicLayer):
             )
         for name, roll in self.rolls.items():
             end = roll.shape[1] - remove
-            self.rolls[name] = roll[:, max(end - self.kept_for[name], 0) : end].clone()
+            self.rolls[name] = roll[:, max(end - self.kept_for[name] - SPARE, 0) : end].clone()
         self.seen, self.removable = after, self.removable - remove
         if self.totals is not None:
             self.totals = self.totals - remove

@@ -66,7 +66,7 @@ class DeepSeekCompressor(nn.Module):
 
     def forward(self, rows: torch.Tensor, blocks: Blocks, rotary: DeepSeekRotaryEmbedding) -> torch.Tensor:
         """Pending and new rows [B, K + S, 2 * inner] -> float32 entries [B, N, W], rotated."""
-        batch, count, span = len(rows), *blocks.rows.shape[1:]
+        batch, count, span = rows.shape[0], *blocks.rows.shape[1:]
         index = blocks.rows.expand(batch, -1, -1).flatten(1)
         picked = rows.gather(1, index.unsqueeze(-1).expand(-1, -1, rows.shape[-1])).unflatten(1, (count, span))
         content, gate = picked.chunk(2, dim=-1)  # [B, N, L, inner]
@@ -111,7 +111,7 @@ def blocks_of_differing_rows(
         ends: [B, E], of those before it. Each row gets as many new entries as any could have; those that it hasn't
             lie behind its last one, and are written over by later ones.
     """
-    batch, device = len(tokens.ranks), tokens.device
+    batch, device = tokens.ranks.shape[0], tokens.device
     count = (tokens.length + ratio - 1) // ratio
     ranks = tokens.rank_of_keys(kept).expand(batch, -1)  # [B, K + S]
     starts = tokens.start_of_keys(kept)
@@ -140,9 +140,9 @@ def _positions_at(tokens: RowTokens, position_ids: torch.Tensor, ranks: torch.Te
     """[B, N]: rotary positions of the call's tokens with these ranks [B, N]; 0 where there is none."""
     own = tokens.ranks - tokens.totals.unsqueeze(-1)  # among those of this call
     length = tokens.length
-    by_rank = torch.zeros(len(own), length + 1, dtype=position_ids.dtype, device=tokens.device)
+    by_rank = torch.zeros(own.shape[0], length + 1, dtype=position_ids.dtype, device=tokens.device)
     target = torch.where(tokens.ranks >= 0, own, length)
-    by_rank = by_rank.scatter(1, target, position_ids.expand(len(own), -1))[:, :length]
+    by_rank = by_rank.scatter(1, target, position_ids.expand(own.shape[0], -1))[:, :length]
     wanted = ranks - tokens.totals.unsqueeze(-1)
     is_there = (wanted >= 0) & (wanted < length)
     return torch.where(is_there, by_rank.gather(1, wanted.clamp(0, length - 1)), 0)

@@ -41,7 +41,15 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias", "gate.weight", "attn_hc", "ffn_hc", "hc_head"]
+    _keep_in_fp32_modules_strict = [
+        "e_score_correction_bias",
+        "gate.weight",
+        "attn_hc",
+        "ffn_hc",
+        "hc_head",
+        "attn_sink",
+        "ape",
+    ]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -65,9 +65,9 @@ NATIVE_TYPES = tuple(word for word in SOURCES if word.startswith("deepseek_"))
 # Our modules in place of those that PEFT's defaults name of llama. Latent attention has no keys and values of its own,
 # and an adapter on the projection to the latent, unlike one on that from it, leaves decoding as fast as it is.
 OURS_FOR = {
-    "q_proj": ["q_proj", "q_b_proj"],
-    "k_proj": ["k_proj", "kv_a_proj_with_mqa"],
-    "v_proj": ["v_proj", "kv_a_proj_with_mqa"],
+    "q_proj": ["q_proj", "q_b_proj", "self_attn.wq_b"],  # not the indexer's
+    "k_proj": ["k_proj", "kv_a_proj_with_mqa", "self_attn.wkv"],
+    "v_proj": ["v_proj", "kv_a_proj_with_mqa", "self_attn.wkv"],
 }
 
 

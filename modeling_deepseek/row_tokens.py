@@ -20,6 +20,8 @@ from typing import Protocol
 import torch
 from torch.nn import functional as F
 
+from .layers import is_traced
+
 
 class Counted(Protocol):
     """What a cache remembers of the rows: columns, and where rows differ their tokens and last document's begin."""
@@ -49,8 +51,6 @@ class RowTokens:
     ranks: torch.Tensor = field(default=None)  # type: ignore[assignment]  # made below
     starts: torch.Tensor = field(default=None)  # type: ignore[assignment]
     has_padding: bool = False
-    _orders: dict[int, torch.Tensor] = field(default_factory=dict)
-    _rank_of_keys: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.totals is None:
@@ -79,23 +79,17 @@ class RowTokens:
         return rows.gather(1, self._order(kept).unsqueeze(-1).expand_as(rows))
 
     def _order(self, kept: int) -> torch.Tensor:
-        if kept not in self._orders:
-            ages = torch.arange(kept, 0, -1, device=self.device)
-            are_tokens = torch.cat((ages <= self.totals.unsqueeze(-1), self.ranks >= 0), dim=1)
-            self._orders[kept] = are_tokens.int().argsort(dim=1, stable=True)
-        return self._orders[kept]
+        ages = torch.arange(kept, 0, -1, device=self.device)
+        are_tokens = torch.cat((ages <= self.totals.unsqueeze(-1), self.ranks >= 0), dim=1)
+        return are_tokens.int().argsort(dim=1, stable=True)
 
     def rank_of_keys(self, kept: int) -> torch.Tensor:
         """[B or 1, K + S] ranks of what `aligned` gives, -1 where there is no token."""
-        if kept not in self._rank_of_keys:
-            ages = torch.arange(kept + self.length, 0, -1, device=self.device)
-            if self.totals is None:
-                ranks = (self.seen + self.length - ages).unsqueeze(0)
-            else:
-                count = self.totals.clamp(max=kept) + (self.ranks >= 0).sum(-1)
-                ranks = (self.totals_after().unsqueeze(-1) - ages).masked_fill(ages > count.unsqueeze(-1), -1)
-            self._rank_of_keys[kept] = ranks
-        return self._rank_of_keys[kept]
+        ages = torch.arange(kept + self.length, 0, -1, device=self.device)
+        if self.totals is None:
+            return (self.seen + self.length - ages).unsqueeze(0)
+        count = self.totals.clamp(max=kept) + (self.ranks >= 0).sum(-1)
+        return (self.totals_after().unsqueeze(-1) - ages).masked_fill(ages > count.unsqueeze(-1), -1)
 
     def start_of_keys(self, kept: int) -> torch.Tensor:
         """[B, K + S] starts of what `aligned` gives, right for the tokens of this call; kept ones have the last."""
@@ -152,7 +146,9 @@ def row_tokens(
     begins = torch.zeros_like(is_token)
     if position_ids is not None and length > 1 and not seen:
         begins = where_documents_begin(is_token, position_ids)
-    has_padding, is_packed = torch.stack((~is_token.all(), begins.any())).tolist()
+    has_padding = is_packed = True
+    if not is_traced():  # a graph takes the general form
+        has_padding, is_packed = torch.stack((~is_token.all(), begins.any())).tolist()
     totals, starts = getattr(counted, "totals", None), getattr(counted, "starts", None)
     if totals is None and not has_padding and not is_packed:
         return RowTokens(length, seen, device)

@@ -24,7 +24,7 @@ from tests.modeling.conftest import HEADS, outputs
 from tests.reference.compare import assert_close
 
 IDS = torch.tensor([[7919 * i % VOCAB_SIZE for i in range(1, 9)]])
-PRESETS = ["tiny_llm", "tiny_moe", "tiny_v2_lite", "tiny_v2", "tiny_v3_mtp", "tiny_v32"]
+PRESETS = ["tiny_llm", "tiny_moe", "tiny_v2_lite", "tiny_v2", "tiny_v3_mtp", "tiny_v32", "tiny_v4"]
 
 
 def spots_of(folder, adapter=None):
@@ -38,6 +38,11 @@ def test_they_are_the_model_s(saved, name):
     model, folder = saved(name)
     assert not set(IDS[0].tolist()) & {model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id}
     assert_close(spots_of(folder), outputs(model, IDS)[0], name)
+
+
+def test_limits_and_tables_of_experts_hold(saved):
+    model, folder = saved("tiny_v4", swiglu_limit=0.01, num_hash_layers=2)
+    assert_close(spots_of(folder), outputs(model, IDS)[0])
 
 
 @pytest.mark.parametrize("head", HEADS[2:], ids=lambda head: head.__name__)

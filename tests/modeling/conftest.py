@@ -18,6 +18,7 @@ from modeling_deepseek import (
 )
 
 TINY = [name for name in PRESETS if name.startswith("tiny_")]
+SEEING_AHEAD = [name for name in TINY if PRESETS[name].get("compress_ratios") is None]  # entries are of the past
 HEADS = [
     DeepSeekModel,
     DeepSeekForCausalLM,

@@ -5,7 +5,7 @@ import torch
 
 from configuration_deepseek import preset
 from modeling_deepseek import DeepSeekForCausalLM, DeepSeekForQuestionAnswering, DeepSeekModel
-from tests.modeling.conftest import outputs, tiny, token_ids
+from tests.modeling.conftest import SEEING_AHEAD, outputs, tiny, token_ids
 from tests.modeling.test_generation import GREEDY, NEW, left_padded
 from tests.reference.compare import assert_close
 
@@ -30,6 +30,12 @@ BLOCKS = {
     "padded right": ([[0] * 3 + [-1] * 3 + [1] * 3, [0] * 4 + [-1] * 5], [[1] * 6 + [0] * 3, [1] * 9]),
     "two turns": ([[0] * 3 + [-1] * 2 + [1] * 2 + [-1] * 2], [[1] * 9]),
 }
+
+
+@pytest.fixture(params=SEEING_AHEAD, scope="session")
+def name(request):
+    """Each tiny preset that can see ahead."""
+    return request.param
 
 
 @pytest.mark.parametrize("case", BLOCKS)

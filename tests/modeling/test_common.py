@@ -145,6 +145,10 @@ def test_a_ready_made_mask_is_taken_as_it_is(model):
     ids = token_ids(2, 7)
     tokens, mask = padded(ids, 3, "right")
     visible = torch.tril(torch.ones(10, 10, dtype=torch.bool)) & mask.bool()[:, None, None, :]
+    if model.config.compress_ratios is not None:  # it can't say what an entry is made of
+        with pytest.raises(ValueError, match="attention_mask has 4 dimensions, but compressed attention counts"):
+            outputs(model, tokens, attention_mask=visible)
+        return
     expected = outputs(model, tokens, attention_mask=mask)
     if isinstance(model, SEQUENCE_HEADS):
         assert_close(outputs(model, tokens, attention_mask=visible), expected)
@@ -160,11 +164,16 @@ def test_recorded_outputs_have_their_shapes(model):
         result = eager(ids, output_hidden_states=True, output_attentions=True)
         routed = model.base_model(ids, output_router_logits=True).router_logits
         plain = model(ids)
-    assert [tuple(h.shape) for h in result.hidden_states] == [(2, 7, 32)] * (config.num_hidden_layers + 1)
-    assert [tuple(a.shape) for a in result.attentions] == [(2, 4, 7, 7)] * config.num_hidden_layers
+    streams = () if config.hc_mult is None else (config.hc_mult,)
+    shapes = [(2, 7, *streams, 32)] * config.num_hidden_layers + [(2, 7, 32)]
+    assert [tuple(h.shape) for h in result.hidden_states] == shapes
+    ratios = config.compress_ratios or [0] * config.num_hidden_layers
+    keys = [7 + (7 // ratio if ratio else 0) for ratio in ratios]  # and entries
+    assert [tuple(a.shape) for a in result.attentions] == [(2, 4, 7, count) for count in keys]
     for weights in result.attentions:
-        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 7))
-        assert not weights.triu(1).any()
+        total = weights.sum(-1)
+        torch.testing.assert_close(total, torch.ones(2, 4, 7)) if config.compress_ratios is None else None
+        assert (total <= 1 + 1e-5).all() and not weights[..., :7].triu(1).any()  # a sink takes what is missing
     moe_layers = sum(spec.feed_forward == "moe" for spec in config.specs)
     assert [tuple(r.shape) for r in routed or ()] == [(14, 8)] * moe_layers
     assert plain.hidden_states is None and plain.attentions is None
@@ -179,7 +188,9 @@ def test_attentions_of_absorbed_decode_equal_those_of_one_call(model):
         cache = eager(ids[:, :6], use_cache=True).cache
         step = eager(ids[:, 6:], cache=cache, output_attentions=True).attentions
     for all_rows, last_row in zip(whole, step, strict=True):
-        assert_close(last_row, all_rows[:, :, -1:])
+        kept = last_row.shape[-1]  # a window lets go of its first keys
+        assert_close(last_row, all_rows[:, :, -1:, -kept:])
+        assert not all_rows[:, :, -1:, :-kept].any()
 
 
 def test_config_switches_recording_on(name):
@@ -296,9 +307,9 @@ def test_fresh_weights_follow_the_initializer(name):
 
     model = DeepSeekForCausalLM(preset(name, initializer_range=0.02))
     for key, weight in model.named_parameters():
-        if key.endswith("bias"):
+        if key.endswith(("bias", "attn_sink", ".ape", "_hc.base", "hc_head.base")):
             assert (weight == 0).all(), key
-        elif "norm" in key:
+        elif "norm" in key or key.endswith(("_hc.scale", "hc_head.scale")):
             assert (weight == 1).all(), key
         else:
             assert 0.014 < weight.std() < 0.026, key

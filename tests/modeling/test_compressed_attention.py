@@ -265,7 +265,7 @@ def test_tokens_are_taken_back_where_the_past_is_recorded(word):
         got = run(module, x[:, start + 2 : start + 4], cache=cache)
         cache.crop(0)
         assert_close(got, expected[:, start + 2 : start + 4])
-    assert cache.layers[module.layer_idx].rolls["keys"].shape[1] == 5  # the window less one
+    assert cache.layers[module.layer_idx].rolls["keys"].shape[1] == 13  # the window less one, and the spare ones
     with pytest.raises(ValueError, match="30 tokens cannot be taken back from a cache of compressed attention"):
         cache.crop(-30)
 
@@ -305,11 +305,11 @@ def test_what_is_cached_is_a_window_pending_rows_and_entries():
         layer = cache.layers[module.layer_idx]
         shapes = {name: tuple(roll.shape) for name, roll in layer.rolls.items()}
         entries = {name: tuple(entry.data[:, : 100 // ratio].shape) for name, entry in layer.entries.items()}
-        assert shapes["keys"] == (2, 5, 16) and cache.get_seq_length(module.layer_idx) == 100
-        assert shapes.get("compressor") == {"swa": None, "hca": (2, 7, 32), "csa": (2, 7, 64)}[word]
+        assert shapes["keys"] == (2, 13, 16) and cache.get_seq_length(module.layer_idx) == 100
+        assert shapes.get("compressor") == {"swa": None, "hca": (2, 15, 32), "csa": (2, 15, 64)}[word]
         assert entries.get("compressor") == {"swa": None, "hca": (2, 12, 16), "csa": (2, 25, 16)}[word]
         assert (shapes.get("indexer"), entries.get("indexer")) == (
-            ((2, 7, 48), (2, 25, 12)) if word == "csa" else (None, None)
+            ((2, 15, 48), (2, 25, 12)) if word == "csa" else (None, None)
         )
         cache.reset()
         assert cache.get_seq_length(module.layer_idx) == 0

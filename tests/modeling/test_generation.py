@@ -106,7 +106,11 @@ def test_static_cache_equals_dynamic(causal, beams):
     ids, mask = left_padded(rows)
     arguments = {"attention_mask": mask, "num_beams": beams, "disable_compile": True, **GREEDY}
     expected = causal.generate(ids, **arguments)
-    assert torch.equal(causal.generate(ids, cache_implementation="static", **arguments), expected)
+    if causal.config.compress_ratios is None:
+        assert torch.equal(causal.generate(ids, cache_implementation="static", **arguments), expected)
+    else:
+        with pytest.raises(ValueError, match="compressed attention has no static cache"):
+            causal.generate(ids, cache_implementation="static", **arguments)
     chunked = causal.generate(ids, prefill_chunk_size=3, **arguments)
     assert torch.equal(chunked, expected)
 
@@ -137,6 +141,10 @@ def test_speculation_on_a_static_cache_equals_greedy(causal, arguments):
 
 def test_a_static_cache_of_ones_own(causal):
     ids = token_ids(2, 6)
+    if causal.config.compress_ratios is not None:
+        with pytest.raises(ValueError, match="compressed attention has no static cache"):
+            StaticCache(causal.config, max_cache_len=32)
+        return
     cache = StaticCache(causal.config, max_cache_len=32)
     got = causal.generate(ids, cache=cache, disable_compile=True, **GREEDY)
     assert torch.equal(got, by_whole_passes(causal, ids))
@@ -196,9 +204,11 @@ def test_records_hidden_states_and_attentions_of_each_step(causal):
     recorded = {"output_hidden_states": True, "output_attentions": True, "return_dict_in_generate": True}
     result = model.generate(token_ids(2, 6), **recorded, **GREEDY)
     lengths = [6] + [1] * (NEW - 1)
-    assert [h[0].shape for h in result.hidden_states] == [(2, length, 32) for length in lengths]
+    streams = () if causal.config.hc_mult is None else (causal.config.hc_mult,)
+    assert [h[0].shape for h in result.hidden_states] == [(2, length, *streams, 32) for length in lengths]
     widths = [a[0].shape for a in result.attentions]
-    assert widths == [(2, 4, length, 6 + i) for i, length in enumerate(lengths)]
+    kept = (causal.config.sliding_window or 99) - 1
+    assert widths == [(2, 4, length, min(6 + i - length, kept) + length) for i, length in enumerate(lengths)]
 
 
 REFUSED = ["quantized", "sliding_window", "paged", "offloaded_hybrid"]

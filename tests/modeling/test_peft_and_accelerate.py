@@ -21,7 +21,8 @@ from tests.modeling.conftest import TINY, tiny, token_ids
 from tests.reference.compare import assert_close
 
 LATENT = [name for name in TINY if "kv_lora_rank" in vars(tiny(name).config) and tiny(name).config.kv_lora_rank]
-OTHERS = [name for name in TINY if name not in LATENT]
+COMPRESSED = [name for name in TINY if tiny(name).config.compress_ratios is not None]
+OTHERS = [name for name in TINY if name not in (*LATENT, *COMPRESSED)]
 
 
 def adapted(name, config):
@@ -34,6 +35,14 @@ def test_prefix_tuning_on_latents_is_refused(name):
     model = adapted(name, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     ids = token_ids(2, 4)
     with pytest.raises(ValueError, match="one row of .* prefix tuning.*PromptTuningConfig"):
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
+
+
+@pytest.mark.parametrize("name", COMPRESSED)
+def test_prefix_tuning_on_entries_is_refused(name):
+    model = adapted(name, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    ids = token_ids(2, 4)
+    with pytest.raises(ValueError, match="which cannot hold the entries of compressed attention"):
         model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids)
 
 

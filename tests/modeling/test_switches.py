@@ -9,6 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from configuration_deepseek import preset
 from modeling_deepseek import DeepSeekForCausalLM, attention_core
+from modeling_deepseek.attention_compressed import SINK_WIDTH
 from modeling_deepseek.moe import DeepSeekExperts
 from tests.modeling.conftest import TINY, outputs, tiny, token_ids
 from tests.reference.compare import assert_close
@@ -138,6 +139,10 @@ def test_foreign_kernels_get_expanded_heads_of_one_width(name, foreign):
     assert len(foreign) == 4 * 3
     heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
     width = model.config.qk_head_dim if model.config.kv_lora_rank else model.config.head_dim
+    if model.config.compress_ratios is not None:  # a sink beside the keys makes rows wider, and one query is of heads
+        assert {row[-1] for shapes in foreign for row in shapes} == {width + SINK_WIDTH}
+        assert [shapes[0][2] for shapes in foreign] == [7] * 3 + [heads] * 9
+        return
     for call, (query, key, value) in enumerate(foreign):
         step = call // 3
         assert query == (2, heads, 7 if step == 0 else 1, width)

@@ -20,12 +20,12 @@ class Group:
 
 # Prediction layers (modeling_deepseek/mtp.py) have weights of all kinds, and are a group by themselves.
 GROUPS = {
-    "attention": Group(r".*\.self_attn\.\w*proj\w*"),
+    "attention": Group(r".*\.self_attn\.(?:\w*proj\w*|wq_[ab]|wkv|wo_b|compressor\.(?:wkv|wgate))"),
     "dense": Group(r".*\.mlp\.(?:gate|up|down)_proj"),
     "shared": Group(r".*\.shared_experts\.(?:gate|up|down)_proj"),
     "experts": Group(parameters=("experts.gate_up_proj", "experts.down_proj")),
     "router": Group(parameters=("mlp.gate.weight",)),
-    "indexer": Group(r".*\.indexer\.(?:wq_b|wk|weights_proj)"),
+    "indexer": Group(r".*\.indexer\.(?:wq_b|wk|weights_proj|compressor\.(?:wkv|wgate))"),
     "mtp": Group(r".*\.(?:eh|e|h)_proj"),
     "stem": Group(r"(?:.*\.)?stem\..*"),
     "embeddings": Group(r"(?:.*\.)?embed_tokens"),
