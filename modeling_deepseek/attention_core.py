@@ -9,6 +9,10 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .fused import CausalAttention, is_trained_as_it_is
+
+LONGEST = 1024  # tokens of a sequence whose attention weights are kept in training
+
 
 def repeat_heads(states: torch.Tensor, groups: int) -> torch.Tensor:
     """[B, H / groups, T, W] -> [B, H, T, W]: every key / value head serves `groups` query heads."""
@@ -43,6 +47,17 @@ def eager_attention(
     return output.transpose(1, 2), weights
 
 
+def can_attend_by_blocks(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether `CausalAttention` serves, which on CPUs trains faster than torch's kernels, and keeps weights: S^2 / 2
+    of each head, so of no longer sequences than those where all else that is kept weighs more."""
+    length = query.shape[2]
+    return (
+        query.dtype == torch.float32
+        and length == key.shape[2] <= LONGEST
+        and is_trained_as_it_is(module, query, key, value)
+    )
+
+
 def attend(
     module: nn.Module,
     query: torch.Tensor,
@@ -62,14 +77,18 @@ def attend(
     Returns:
         Output [B, S, H, width of value], and the weights where the implementation gives them.
     """
-    implementation = module.config._attn_implementation
-    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        dropout=module.attention_dropout if module.training else 0.0,
-        scaling=scaling,
-        **kwargs,
+    implementation, width = module.config._attn_implementation, value.shape[-1]
+    dropout = module.attention_dropout if module.training else 0.0
+    is_causal = module.is_causal if kwargs.get("is_causal") is None else kwargs["is_causal"]
+    is_causal = is_causal and attention_mask is None and not dropout
+    if implementation == "sdpa" and is_causal and can_attend_by_blocks(module, query, key, value):
+        groups = query.shape[1] // key.shape[1]
+        return CausalAttention.apply(query, repeat_heads(key, groups), repeat_heads(value, groups), scaling), None
+    missing = key.shape[-1] - width
+    if missing > 0 and implementation != "eager" and (implementation != "sdpa" or query.shape[2] > 1):
+        # Fused kernels want one width for keys and values; without it torch falls back to the slow one.
+        value = F.pad(value, (0, missing))
+    output, weights = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
     )
+    return output[..., :width], weights

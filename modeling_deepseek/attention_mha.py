@@ -10,8 +10,8 @@ from transformers.cache_utils import Cache
 
 from .attention_core import attend
 from .cache import takes_cache
-from .layers import DeepSeekRMSNorm
-from .rope import apply_rotary
+from .layers import DeepSeekRMSNorm, project
+from .rope import rotate_heads
 
 
 class DeepSeekMultiHeadAttention(nn.Module):
@@ -46,15 +46,15 @@ class DeepSeekMultiHeadAttention(nn.Module):
         """[B, S, D] -> [B, S, D] and the attention weights [B, H, S, T] where the implementation gives them."""
 
         def heads(states: torch.Tensor) -> torch.Tensor:
-            return states.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # [B, heads, S, W]
+            return states.unflatten(-1, (-1, self.head_dim))  # [B, S, heads, W]
 
-        query, key = heads(self.q_proj(hidden_states)), heads(self.k_proj(hidden_states))
-        value = heads(self.v_proj(hidden_states))
+        query, key = heads(project(self.q_proj, hidden_states)), heads(project(self.k_proj, hidden_states))
+        value = heads(project(self.v_proj, hidden_states)).transpose(1, 2)  # [B, heads, S, W]
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
-        query = apply_rotary(query, *position_embeddings, self.config.rope_interleave)
-        key = apply_rotary(key, *position_embeddings, self.config.rope_interleave)
+        query = rotate_heads(self, query, *position_embeddings, self.config.rope_interleave)
+        key = rotate_heads(self, key, *position_embeddings, self.config.rope_interleave)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
         output, weights = attend(self, query, key, value, attention_mask, self.scaling, **kwargs)
-        return self.o_proj(output.flatten(2)), weights
+        return project(self.o_proj, output.flatten(2)), weights

@@ -17,13 +17,12 @@ from typing import cast
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers.cache_utils import Cache
 
 from .attention_core import attend
 from .cache import refuse_foreign_rows, takes_cache
-from .layers import DeepSeekRMSNorm
-from .rope import apply_rotary, yarn_softmax_factor
+from .layers import DeepSeekRMSNorm, is_plain_linear, project
+from .rope import rotate_heads, yarn_softmax_factor
 from .weight_state import state_of
 
 # Where all that is linear says so by `bias`: torch's modules, and PEFT's LoRA, DoRA and their like.
@@ -87,7 +86,7 @@ class DeepSeekMultiHeadLatentAttention(nn.Module):
             seen = self.check_cached(rows, cache)
             rows, _ = cache.update(rows, rows[..., :0], self.layer_idx)
         output, weights = self.attend_all(query, rows, seen, attention_mask, cache, **kwargs)
-        return self.o_proj(output.flatten(2)), weights
+        return project(self.o_proj, output.flatten(2)), weights
 
     def check_cached(self, rows: torch.Tensor, cache: Cache) -> int | torch.Tensor:
         """How many rows are cached before those of this call.
@@ -133,39 +132,33 @@ class DeepSeekMultiHeadLatentAttention(nn.Module):
 
     def query_latent(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """What queries are projected from: the normed query latent (eq. 12), or the input itself (V2-Lite)."""
-        return hidden_states if self.q_proj is not None else self.q_a_layernorm(self.q_a_proj(hidden_states))
+        return hidden_states if self.q_proj is not None else self.q_a_layernorm(project(self.q_a_proj, hidden_states))
 
     def query(
         self, query_latent: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
         """`query_latent` -> [B, H, S, n + r], the rotary part rotated (eq. 6-8 and 14)."""
-        query = self.q_b_proj(query_latent) if self.q_proj is None else self.q_proj(query_latent)
-        query = query.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        nope, rope = query.split((self.nope, self.rope), dim=-1)
-        return torch.cat((nope, apply_rotary(rope, *position_embeddings, self.config.rope_interleave)), dim=-1)
+        query = project(self.q_b_proj if self.q_proj is None else self.q_proj, query_latent)
+        query = query.unflatten(-1, (self.num_heads, -1))
+        return rotate_heads(self, query, *position_embeddings, self.config.rope_interleave)
 
     def latent_rows(
         self, hidden_states: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor]
     ) -> torch.Tensor:
         """[B, S, D] -> [B, 1, S, R + r], cached per token: the normed latent and the rotated key (eq. 9, 15)."""
-        latent, rope = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1).split((self.latent, self.rope), dim=-1)
-        rope = apply_rotary(rope, *position_embeddings, self.config.rope_interleave)
-        return torch.cat((self.kv_a_layernorm(latent), rope), dim=-1)
+        latent, rope = project(self.kv_a_proj_with_mqa, hidden_states).split((self.latent, self.rope), dim=-1)
+        rope = rotate_heads(self, rope.unsqueeze(2), *position_embeddings, self.config.rope_interleave)
+        return torch.cat((self.kv_a_layernorm(latent).unsqueeze(1), rope), dim=-1)
 
     def attend_expanded(
         self, query: torch.Tensor, rows: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Keys and values of every head from the latents: [B, H, S, n + r], [B, 1, T, R + r] -> [B, S, H, v]."""
         latent, rope = rows.split((self.latent, self.rope), dim=-1)
-        expanded = self.kv_b_proj(latent.squeeze(1)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        expanded = project(self.kv_b_proj, latent.squeeze(1)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         nope, value = expanded.split((self.nope, expanded.shape[-1] - self.nope), dim=-1)  # [B, H, T, n], [.., v]
         key = torch.cat((nope, rope.expand(-1, self.num_heads, -1, -1)), dim=-1)
-        width, implementation = value.shape[-1], self.config._attn_implementation
-        if implementation != "eager" and (implementation != "sdpa" or query.shape[2] > 1):
-            # Fused kernels want one width for keys and values; without it torch falls back to the slow one.
-            value = F.pad(value, (0, max(key.shape[-1] - width, 0)))
-        output, weights = attend(self, query, key, value, attention_mask, self.scaling, **kwargs)
-        return output[..., :width], weights
+        return attend(self, query, key, value, attention_mask, self.scaling, **kwargs)
 
     def attend_absorbed(
         self,
@@ -223,17 +216,6 @@ class DeepSeekMultiHeadLatentAttention(nn.Module):
         absorbed = queries * self.latent * per_head + queries * keys * (2 * self.latent + self.rope)
         expanded = keys * self.latent * per_head + queries * keys * (per_head + self.rope)
         return seen > 0 and absorbed < expanded
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether the module is a Linear whose weight alone says what it does: no wrapper, hook or replaced forward."""
-    return (
-        type(module) is nn.Linear
-        and type(module.weight) in (nn.Parameter, torch.Tensor)
-        and not module.weight.is_meta
-        and module.bias is None
-        and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-    )
 
 
 def is_activated_lora(projection: nn.Module) -> bool:

@@ -24,8 +24,10 @@ from .attention_mla import keeps_weights
 from .cache import refuse_cache_implementation, takes_cache
 from .checkpoint_keys import differing_copies
 from .configuration_deepseek import DeepSeekConfig
-from .losses import IGNORED, cross_entropy, labels_ahead, num_targets
+from .layers import project
+from .losses import IGNORED, cross_entropy, head_cross_entropy, labels_ahead, needs_no_logits, num_targets
 from .modeling_deepseek import PREDICTIONS, DeepSeekModel
+from .mtp import shift_left
 from .outputs import DeepSeekCausalLMOutput, DeepSeekSequenceOutput
 from .pooling import last_token, which_are_tokens
 from .pretrained import DeepSeekPreTrainedModel
@@ -42,14 +44,18 @@ def prompt_blocks(labels: torch.Tensor) -> torch.Tensor:
     return torch.where(is_prompt, begins.cumsum(1) - 1, -1)
 
 
-def labelled_positions(hidden_states: torch.Tensor, labels: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def labelled_positions(
+    hidden_states: torch.Tensor, labels: torch.Tensor | None, word: str = "labelled"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """[B, S, D], [B, S] -> [1, N, D] hidden states from which a label is predicted, and these labels [1, N].
 
     Raises:
-        ValueError: without labels.
+        ValueError: without labels, or for another word of `logits_to_keep` than "labelled" and "loss".
     """
+    if word not in ("labelled", "loss"):
+        raise ValueError(f'logits_to_keep={word!r}: give a number, positions, "labelled" or "loss"')
     if labels is None:
-        raise ValueError('logits_to_keep="labelled" needs labels')
+        raise ValueError(f'logits_to_keep="{word}" needs labels')
     targets = labels[:, 1:].to(hidden_states.device)
     is_target = targets != -100
     return hidden_states[:, :-1][is_target].unsqueeze(0), targets[is_target].unsqueeze(0)
@@ -131,7 +137,8 @@ class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
         labels: [B, S], -100 where there is nothing to learn; shifted here. With `attention_direction` "prefix" the
             stretches without labels see themselves in both directions, as a prompt does in `generate`.
         logits_to_keep: only the last so many positions (0: all), a tensor of positions, or "labelled": only where a
-            label is predicted, which saves the head's work on the prompts; the logits are then [1, N, V].
+            label is predicted, which saves the head's work on the prompts; the logits are then [1, N, V]. Or "loss":
+            none, `logits` is then None, and where the head is a plain Linear they take no memory in training.
         num_items_in_batch (in kwargs): divide the summed loss by this instead of the number of labels.
 
         With labels and `config.mtp_loss_weight`, `mtp_loss` is the mean over the prediction layers' losses. In
@@ -153,23 +160,7 @@ class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             **kwargs,
         )
-        hidden_states = outputs.last_hidden_state
-        if isinstance(logits_to_keep, str):
-            hidden_states, kwargs["shift_labels"] = labelled_positions(hidden_states, labels)
-        else:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            hidden_states = hidden_states[:, kept]
-        logits = self.lm_head(hidden_states)
-        loss = None
-        if labels is not None:
-            targets = labels[..., 1:] if kwargs.get("shift_labels") is None else kwargs["shift_labels"]
-            count = num_targets(targets.to(logits.device), kwargs.get("num_items_in_batch"))
-            loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=self.config.vocab_size,
-                **kwargs | {"num_items_in_batch": count},
-            )
+        logits, loss = self._logits_and_loss(outputs.last_hidden_state, labels, logits_to_keep, **kwargs)
         mtp_loss = None
         if learns_ahead:
             state = outputs.last_hidden_state if self.config.predictions_read_norm else outputs.state_before_norm
@@ -185,6 +176,32 @@ class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
+
+    def _logits_and_loss(
+        self,
+        hidden_states: torch.Tensor,
+        labels: torch.Tensor | None,
+        logits_to_keep: int | torch.Tensor | str,
+        **kwargs,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What the head makes of [B, S, D]; arguments as in `forward`."""
+        is_loss_alone = isinstance(logits_to_keep, str) and logits_to_keep == "loss"
+        is_own_loss = labels is not None and not hasattr(self, "_loss_function")
+        if is_loss_alone and is_own_loss and needs_no_logits(self.lm_head, hidden_states):
+            given = kwargs.get("shift_labels")
+            targets = shift_left(labels, 1, IGNORED) if given is None else given
+            return None, head_cross_entropy(self.lm_head, hidden_states, targets, kwargs.get("num_items_in_batch"))
+        if isinstance(logits_to_keep, str):
+            hidden_states, kwargs["shift_labels"] = labelled_positions(hidden_states, labels, logits_to_keep)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            hidden_states = hidden_states[:, kept]
+        logits, loss = project(self.lm_head, hidden_states), None
+        if labels is not None:
+            targets = labels[..., 1:] if kwargs.get("shift_labels") is None else kwargs["shift_labels"]
+            kwargs["num_items_in_batch"] = num_targets(targets.to(logits.device), kwargs.get("num_items_in_batch"))
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return None if is_loss_alone else logits, loss
 
     def _tell_what_needs_labels(self, given: dict[str, Any]) -> None:
         """Who computes a loss of its own, as Trainer does to smooth labels, may keep them from the model."""
@@ -247,8 +264,8 @@ class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
             hidden_states, attention_mask=attention_mask, position_ids=position_ids, **kwargs
         )
         losses = [
-            cross_entropy(
-                self.lm_head(states), labels_ahead(labels, depth, attention_mask, position_ids), num_items_in_batch
+            head_cross_entropy(
+                self.lm_head, states, labels_ahead(labels, depth, attention_mask, position_ids), num_items_in_batch
             )
             for depth, states in enumerate(ahead, start=1)
         ]

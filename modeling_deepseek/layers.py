@@ -1,14 +1,50 @@
 """The small parts of a block: RMSNorm, the SwiGLU feed-forward, buffers that stay float32."""
 
+from typing import cast
+
 import torch
 from torch import nn
-from transformers.activations import ACT2FN
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.activations import ACT2FN, SiLUActivation
+
+from .fused import Linear, RMSNorm, SwiGLU, is_trained, is_trained_as_it_is
+from .products import goes_by_onednn
 
 
 def is_traced() -> bool:
     """Whether this call makes a graph that is to run without Python: by torch.export, or torch.jit.trace."""
     is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.6 hasn't the first
     return torch.jit.is_tracing() or is_exporting()
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something listens to the calls of the module, or stands in for them."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module) or _has_any_global_hook()
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether the module is a Linear whose weight alone says what it does: no wrapper, hook or replaced forward."""
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) in (nn.Parameter, torch.Tensor)
+        and not module.weight.is_meta
+        and module.bias is None
+        and not has_hooks(module)
+    )
+
+
+def project(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """linear(x), in training by faster products where there are any."""
+    if is_trained_as_it_is(linear, x) and is_plain_linear(linear):
+        weight = cast(torch.Tensor, linear.weight)
+        if goes_by_onednn(x, weight):
+            return Linear.apply(x, weight)
+    return linear(x)
+
+
+def is_plain_silu(activation: nn.Module) -> bool:
+    return type(activation) in (nn.SiLU, SiLUActivation) and not has_hooks(activation)
 
 
 class DeepSeekRMSNorm(nn.Module):
@@ -24,6 +60,8 @@ class DeepSeekRMSNorm(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """[..., width] -> [..., width], in the input's type."""
+        if is_trained(self, hidden_states, self.weight):
+            return RMSNorm.apply(hidden_states, self.weight, self.variance_epsilon)
         x = hidden_states.float()
         x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
         return self.weight * x.to(hidden_states.dtype)
@@ -83,5 +121,9 @@ class DeepSeekMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None = None) -> torch.Tensor:
         """[..., D] -> [..., D]; input_ids are for hash layers alone."""
+        parts = self.gate_proj, self.up_proj, self.down_proj
+        is_plain = self.limit is None and is_plain_silu(self.act_fn) and all(map(is_plain_linear, parts))
+        if is_plain and is_trained_as_it_is(self, hidden_states):
+            return SwiGLU.apply(hidden_states, *(part.weight for part in parts))
         gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
         return self.down_proj(gated(self.act_fn, gate, up, self.limit))

@@ -3,9 +3,14 @@
 Letters: B batch, S tokens, V vocabulary, d depth of a prediction layer (1 predicts the token after next).
 """
 
+from typing import cast
+
 import torch
+from torch import nn
 from torch.nn import functional as F
 
+from .fused import LinearCrossEntropy, is_plain
+from .layers import is_plain_linear, project
 from .mtp import shift_left
 
 IGNORED = -100
@@ -57,4 +62,33 @@ def cross_entropy(
     labels = labels.to(logits.device)
     scores = logits.reshape(-1, logits.shape[-1]).float()
     total = F.cross_entropy(scores, labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    return total / num_targets(labels, num_items_in_batch)
+
+
+def needs_no_logits(head: nn.Module, hidden_states: torch.Tensor) -> bool:
+    """Whether `head_cross_entropy` goes without logits: in training, with a head that is a plain Linear."""
+    if not (is_plain_linear(head) and torch.is_grad_enabled()):
+        return False
+    weight = cast(torch.Tensor, head.weight)
+    return (hidden_states.requires_grad or weight.requires_grad) and is_plain(hidden_states, weight)
+
+
+def head_cross_entropy(
+    head: nn.Module,
+    hidden_states: torch.Tensor,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+) -> torch.Tensor:
+    """`cross_entropy` of head(hidden_states), without logits where it can be.
+
+    Args:
+        hidden_states: [..., D]; labels: [...], already aligned with them.
+    """
+    if not needs_no_logits(head, hidden_states):
+        return cross_entropy(project(head, hidden_states), labels, num_items_in_batch)
+    labels, kind = labels.to(hidden_states.device), hidden_states.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else head.weight.dtype
+    rows, weight = hidden_states.flatten(0, -2).to(dtype), head.weight.to(dtype)
+    with torch.autocast(kind, enabled=False):
+        total = LinearCrossEntropy.apply(rows, weight, labels.flatten())
     return total / num_targets(labels, num_items_in_batch)

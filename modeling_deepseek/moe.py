@@ -9,14 +9,40 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
-from transformers.integrations.moe import use_experts_implementation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, use_experts_implementation
 
 from .checkpoint_keys import fuse_expert_keys
-from .layers import DeepSeekMLP, gated, is_traced
+from .fused import SortedExperts, is_trained_as_it_is
+from .layers import DeepSeekMLP, gated, is_plain_silu, is_traced
 from .routers import DeepSeekHashRouter, DeepSeekTopKRouter
 
 
-@use_experts_implementation
+def sorted_pairs(top_k_index: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, list[int]]:
+    """[N, K] expert indices -> the pairs (token * K + choice) of one expert side by side, [P], and how many each
+    expert has. Those of an index of E (expert parallelism's "elsewhere") are left out."""
+    expert_of_pair, order = top_k_index.flatten().sort(stable=True)
+    counts = torch.bincount(expert_of_pair, minlength=num_experts)[:num_experts].tolist()
+    return order[: sum(counts)], counts
+
+
+def grouped_mm(
+    experts: nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """transformers' implementation of that word; training on a CPU goes by `SortedExperts`, which is faster there."""
+    weights = experts.gate_up_proj, experts.down_proj
+    is_plain = experts.limit is None and is_plain_silu(experts.act_fn)
+    if is_plain and is_trained_as_it_is(experts, hidden_states, top_k_weights, *weights):
+        order, counts = sorted_pairs(top_k_index, experts.num_experts)
+        rows = hidden_states.to(weights[0].dtype)
+        return SortedExperts.apply(rows, top_k_weights, *weights, order, counts).to(hidden_states.dtype)
+    return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_states, top_k_index, top_k_weights)
+
+
+EXPERTS_FUNCTIONS = ExpertsInterface()
+EXPERTS_FUNCTIONS["grouped_mm"] = grouped_mm
+
+
+@use_experts_implementation(experts_interface=EXPERTS_FUNCTIONS)
 class DeepSeekExperts(nn.Module):
     """The routed experts of one layer: SwiGLU e is down_proj[e] (act(gate) * up), gate and up in gate_up_proj[e]."""
 
@@ -48,9 +74,7 @@ class DeepSeekExperts(nn.Module):
         """
         if is_traced():
             return self.forward_of_all(hidden_states, top_k_index, top_k_weights)
-        expert_of_pair, order = top_k_index.flatten().sort(stable=True)  # [N K], pairs of one expert side by side
-        counts = torch.bincount(expert_of_pair, minlength=self.num_experts)[: self.num_experts].tolist()
-        order = order[: sum(counts)]
+        order, counts = sorted_pairs(top_k_index, self.num_experts)
         tokens, weights = order // top_k_index.shape[-1], top_k_weights.flatten()[order].unsqueeze(-1)
         chunks = hidden_states[tokens].split([count for count in counts if count])
         chosen = [expert for expert, count in enumerate(counts) if count]

@@ -1,20 +1,19 @@
 """Rotary position embedding (RoFormer, arXiv 2104.09864) in both pair layouts, with its long-context scalings.
 
 Used by every generation: multi-head attention rotates whole heads in the half layout, latent attention rotates its
-rotary part in the interleaved layout. Tokens of an image are rotated by their row and their column, which take turns
-over the pairs (axial RoPE, arXiv 2403.13298). Frequencies under linear, dynamic, llama3 and YaRN scaling come from
-transformers' initialisers; YaRN's softmax factor is here.
-=======
-rotary part in the interleaved layout, compressed attention the end of each head, likewise. Frequencies under linear,
-dynamic, llama3 and YaRN scaling come from transformers' initialisers; YaRN's softmax factor is here.
+rotary part in the interleaved layout, compressed attention the end of each head, likewise. Tokens of an image are
+rotated by their row and their column, which take turns over the pairs (axial RoPE, arXiv 2403.13298). Frequencies
+under linear, dynamic, llama3 and YaRN scaling come from transformers' initialisers; YaRN's softmax factor is here.
 """
 
 import copy
 import math
 
 import torch
+from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
+from .fused import RotatedTail, is_trained
 from .layers import Float32Buffers
 
 
@@ -68,6 +67,17 @@ def rotate_tail(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.
     cos, sin = cos.unsqueeze(1).float(), sin.unsqueeze(1).float()
     rotated = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
     return torch.cat((x[..., :-width], rotated.to(x.dtype)), dim=-1)
+
+
+def rotate_heads(
+    module: nn.Module, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: bool
+) -> torch.Tensor:
+    """[B, S, H, W] -> [B, H, S, W], with `apply_rotary` done to the last channels, as many as there are angles for."""
+    if is_trained(module, x) and x.dtype == cos.dtype:
+        return RotatedTail.apply(x, cos, sin, interleaved)
+    x, width = x.transpose(1, 2), 2 * cos.shape[-1]
+    rotated = apply_rotary(x[..., -width:], cos, sin, interleaved)
+    return rotated if width == x.shape[-1] else torch.cat((x[..., :-width], rotated), dim=-1)
 
 
 def without_entries(config):

@@ -37,6 +37,8 @@ def keep_best_groups(choice: torch.Tensor, num_groups: int, top_groups: int, bes
         best: a group is ranked by the sum of so many of its best experts.
         fill: the value outside.
     """
+    if top_groups == num_groups:
+        return choice
     grouped = choice.unflatten(-1, (num_groups, -1))  # [N, G, E / G]
     group_scores = grouped.topk(best, dim=-1).values.sum(-1)  # [N, G]
     best_groups = group_scores.topk(top_groups, dim=-1, sorted=False).indices

@@ -113,7 +113,8 @@ class FinetuneTrainer(Seq2SeqTrainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         if self.can_skip_prompts and model.training:
-            inputs = inputs | {"logits_to_keep": "labelled"}
+            is_smoothed = self.args.label_smoothing_factor > 0  # by a hook that reads the logits
+            inputs = inputs | {"logits_to_keep": "labelled" if is_smoothed else "loss"}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: Any) -> Any:

@@ -16,7 +16,8 @@ from transformers.cache_utils import DynamicCache
 from configuration_deepseek import preset
 from modeling_deepseek import DeepSeekForCausalLM
 from modeling_deepseek.attention_mha import DeepSeekMultiHeadAttention
-from modeling_deepseek.attention_mla import DeepSeekMultiHeadLatentAttention, is_plain_linear, keeps_weights
+from modeling_deepseek.attention_mla import DeepSeekMultiHeadLatentAttention, keeps_weights
+from modeling_deepseek.layers import is_plain_linear
 from modeling_deepseek.rope import DeepSeekRotaryEmbedding
 from tests.reference.attention import mha, mla
 from tests.reference.compare import assert_close, assert_same_gradients, relative_error, twin

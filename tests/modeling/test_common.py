@@ -111,7 +111,11 @@ def test_gradients_reach_every_weight(name, head):
     model, ids = tiny(name, head).train(), token_ids(4, 31)
     model.config.mtp_loss_weight = 0.3 if model.config.num_nextn_predict_layers else 0.0
     loss_of(model, ids).backward()
-    untouched = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    # A shift of an answer's scores at all places is lost in their softmax: that gradient is 0 but for rounding.
+    may_be_0 = {"qa_outputs.bias"}
+    untouched = [
+        key for key, p in model.named_parameters() if p.grad is None or not (p.grad.abs().sum() > 0 or key in may_be_0)
+    ]
     # The indexer chooses keys, and a choice has no gradient: it learns from its scores (test_sparse_attention.py).
     assert untouched == [key for key, _ in model.named_parameters() if ".indexer." in key]
 

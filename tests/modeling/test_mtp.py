@@ -89,7 +89,8 @@ def test_the_loss_has_the_weight_in_training_only():
     plain = model.train()(ids, labels=ids)
     assert plain.mtp_loss is None
     torch.testing.assert_close(trained.loss, plain.loss + 0.3 * trained.mtp_loss)
-    assert torch.equal(evaluated.loss, plain.loss) and torch.equal(evaluated.mtp_loss, trained.mtp_loss)
+    torch.testing.assert_close(evaluated.loss, plain.loss)  # training has ways of its own, which round otherwise
+    torch.testing.assert_close(evaluated.mtp_loss, trained.mtp_loss)
     assert trained.hidden_states is None and len(model(ids, output_hidden_states=True).hidden_states) == 3
 
 
