@@ -2,17 +2,18 @@
 
     mha         keys and values                     2 * heads of them * width
     mla, dsa    latent and rotary key               kv_lora_rank + qk_rope_head_dim; dsa also index_head_dim
-    swa         keys of the window, no growth       (n - 1) * width
+    swa         keys of the window, no growth       (n - 1 + 8) * width
     hca         the same, and an entry each m       width / m; what becomes the next entry doesn't grow
     csa         the same, with the indexer's        (width + index_head_dim) / m
 
-In bfloat16, of one sequence. Of what becomes entries the last tokens are kept, contents and gates in float32.
+In bfloat16, of one sequence. Of what becomes entries the last tokens are kept, contents and gates in float32. Eight
+more tokens are kept than are read (cache_compressed.py), to be taken back.
 """
 
 from configuration_deepseek.fields import DeepSeekFields
 
 LENGTHS = (131_072, 1_048_576)
-BYTES, BYTES_PENDING = 2, 4
+BYTES, BYTES_PENDING, SPARE = 2, 4, 8
 
 
 def ratio_of(config: DeepSeekFields, layer: int) -> int:
@@ -41,9 +42,9 @@ def fixed_bytes(config: DeepSeekFields, layer: int) -> int:
     """Bytes of a layer's part that long sequences have once: the window, and tokens that are no entry yet."""
     if config.compress_ratios is None:
         return 0
-    window = BYTES * (int(config.sliding_window or 1) - 1) * int(config.head_dim or 0)
+    window = BYTES * (int(config.sliding_window or 1) - 1 + SPARE) * int(config.head_dim or 0)
     attention, ratio = config.specs[layer].attention, ratio_of(config, layer)
-    tokens, times = {"csa": (2 * ratio - 1, 4), "hca": (ratio - 1, 2)}.get(attention, (0, 0))
+    tokens, times = {"csa": (2 * ratio - 1 + SPARE, 4), "hca": (ratio - 1 + SPARE, 2)}.get(attention, (0, 0))
     return window + BYTES_PENDING * tokens * times * cached_width(attention, config)
 
 

@@ -33,8 +33,8 @@ def test_of_v4_flash_by_hand():
     sizes = {"num_hidden_layers": 43, "compress_ratios": [0, 0, *[4, 128] * 20, 4, 0], "head_dim": 512}
     config = DeepSeekConfig(**{**V4, **sizes, "index_head_dim": 128, "sliding_window": 128, "qk_rope_head_dim": 64})
     assert by_attention(config) == {"swa": 0, "csa": 21 * 640 / 4 * 2, "hca": 20 * 4 * 2}
-    window = 43 * 127 * 512 * 2
-    pending = 21 * 7 * 4 * 640 * 4 + 20 * 127 * 2 * 512 * 4
+    window = 43 * (127 + 8) * 512 * 2
+    pending = 21 * (7 + 8) * 4 * 640 * 4 + 20 * (127 + 8) * 2 * 512 * 4
     assert cache_bytes(config, 1_048_576) == 1_048_576 * 6880 + window + pending
 
 
