@@ -1,8 +1,8 @@
 """Stems: the pixels of an image to the tokens that the trunk reads.
 
 `patch` maps squares linearly (ViT, arXiv 2010.11929, section 3.1). `conv` convolves and pools. `conv_lstm` then runs
-an LSTM over the tokens, row by row, in both directions. Convolutions are normed over the channels of each pixel, so an
-image's tokens depend neither on the others of its batch nor on how far it is padded to their size.
+an LSTM over the tokens, row by row, in both directions. Convolutions are normed over each image's own places, so its
+tokens depend neither on the others of its batch nor on how far it is padded to their size.
 
 Letters: B images, C channels, H x W pixels, h x w places of the token grid, S = h * w tokens, D hidden width.
 """
@@ -12,8 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-
-from .layers import DeepSeekRMSNorm
 
 
 class ImageTokens(NamedTuple):
@@ -85,19 +83,36 @@ class PatchStem(ImageStem):
         return features, None if mask is None else F.max_pool2d(F.pad(mask, over), size)
 
 
+class ImageRMSNorm(nn.Module):
+    """Divides an image's features by their root mean square over all channels and its own places, so that strong and
+    faint places stay what they are to each other; a weight for each channel."""
+
+    def __init__(self, channels: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.eps = eps
+
+    def forward(self, features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """[B, C, H, W], [B, 1, H, W] -> [B, C, H, W]; computed in float32."""
+        wide = features.float()
+        squares = wide.square().mean(1, keepdim=True)
+        own = torch.ones_like(squares) if mask is None else mask.float()
+        mean = (squares * own).sum((2, 3), keepdim=True) / own.sum((2, 3), keepdim=True).clamp(min=1)
+        return (wide * torch.rsqrt(mean + self.eps)).to(features.dtype) * self.weight[:, None, None]
+
+
 class ConvBlock(nn.Module):
-    """A 3 x 3 convolution, a norm over channels, GELU, and pooling by the largest value of P x P places."""
+    """A 3 x 3 convolution, a norm over the image, GELU, and pooling by the largest value of P x P places."""
 
     def __init__(self, channels_in: int, channels: int, pooling: int, eps: float):
         super().__init__()
         self.pooling = pooling
         self.conv = nn.Conv2d(channels_in, channels, 3, padding=1, bias=False)
-        self.norm = DeepSeekRMSNorm(channels, eps)
+        self.norm = ImageRMSNorm(channels, eps)
 
     def forward(self, features: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, C, H, W], [B, 1, H, W] -> the same of fewer places; padding is 0, as beyond an image's edges."""
-        features = self.conv(features).permute(0, 2, 3, 1)
-        features = F.gelu(self.norm(features)).permute(0, 3, 1, 2)
+        features = F.gelu(self.norm(self.conv(features), mask))
         if mask is None:
             return self._pooled(features), None
         lowest = torch.finfo(features.dtype).min

@@ -169,7 +169,11 @@ def _named_cells(arguments: ImageArguments) -> dict[str, Named]:
     if folders:
         limits = arguments.limits
         return {split: _of_folder(paths, limits[split]) for split, paths in folders.items()}
-    parts = read_splits(arguments)
+    try:
+        parts = read_splits(arguments)
+    except ValueError as error:
+        also = "; images themselves lie in train/LABEL/ and the like" if arguments.data_dir else ""
+        raise ValueError(f"{str(error).rstrip('.')}{also}.") from error
     return {split: _of_tables(parts[split], arguments) for split in SPLITS if split in parts}
 
 

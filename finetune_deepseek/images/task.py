@@ -51,6 +51,13 @@ logits = model(**processor(Image.open("image.png"), return_tensors="pt")).logits
 print(model.config.id2label[logits.argmax().item()])"""
 
 
+def tokens_of(config: DeepSeekConfig, height: int, width: int) -> int:
+    """How many tokens the stem makes of an image of that size."""
+    with torch.device("meta"):
+        stem = STEMS[str(config.image_stem)](config)
+        return stem(torch.empty(1, config.num_channels, height, width)).states.shape[1]
+
+
 class ImageClassification(Task):
     """See the module. Rows are `source`, the image's name, `target`, its label, `image`, its number among the split's,
     and `pixels`, a hash of them."""
@@ -104,8 +111,7 @@ class ImageClassification(Task):
 
     def new_tokenizer(self, arguments: ModelArguments, splits: dict[str, Rows]) -> Any:
         """The image processor of a new model: the size, and mean and deviation of the training images."""
-        size = self.arguments.size or most_frequent_size(self.pictures["train"].sizes)
-        pixels = self._scaled(*size)
+        pixels = self._scaled(*self._size())
         return new_processor(pixels, self._numbers("train"))
 
     def _scaled(self, height: int, width: int) -> Pixels:
@@ -156,12 +162,18 @@ class ImageClassification(Task):
             raise ValueError(f"--stem {asked} clashes with image_stem {config.image_stem} of the config; drop one.")
         fields = self._stem_fields(config) | {"vocab_size": 1, "pad_token_id": None}
         fields |= {"bos_token_id": None, "eos_token_id": None}  # no tokens of text are read
-        return DeepSeekConfig.from_dict(config.to_dict() | fields)
+        made = DeepSeekConfig.from_dict(config.to_dict() | fields)
+        made.max_position_embeddings = max(made.max_position_embeddings, tokens_of(made, *self._size()))
+        return made
+
+    def _size(self) -> tuple[int, int]:
+        """Height and width of the images of a new model."""
+        return self.arguments.size or most_frequent_size(next(iter(self.pictures.values())).sizes)
 
     def _stem_fields(self, config: DeepSeekConfig) -> dict[str, Any]:
         """The stem that was asked for, and attention in both directions; where the config has its defaults, the stem
         reduces images to a grid of at most `MOST_TOKENS` a side."""
-        size = self.arguments.size or most_frequent_size(next(iter(self.pictures.values())).sizes)
+        size = self._size()
         fields = {"image_stem": self.arguments.stem or config.image_stem or "conv"}
         fields |= {"attention_direction": "bidirectional"}
         plain = DeepSeekFields()
@@ -181,10 +193,7 @@ class ImageClassification(Task):
         if not hasattr(self, "pixels"):
             self._scaled(size["height"], size["width"])
         if isinstance(model.config, DeepSeekConfig):
-            with torch.device("meta"):
-                stem = STEMS[str(model.config.image_stem)](model.config)
-                images = torch.empty(1, model.config.num_channels, size["height"], size["width"])
-                self.length = stem(images).states.shape[1]
+            self.length = tokens_of(model.config, size["height"], size["width"])
 
     # -- features --
 

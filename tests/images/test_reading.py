@@ -121,6 +121,11 @@ def test_a_split_without_an_image_is_refused(tmp_path):
     folder = save(tmp_path, {"train/cat/a.png": b"no"})
     with pytest.raises(ValueError, match=r"train: no row has an image and a label \(train/cat/a.png: cannot identify"):
         read_images(ImageArguments(data_dir=str(folder)))
+    (tmp_path / "flat" / "cat").mkdir(parents=True)
+    with pytest.raises(
+        ValueError, match="no file named train, .*; images themselves lie in train/LABEL/ and the like"
+    ):
+        read_images(ImageArguments(data_dir=str(tmp_path / "flat")))
     rows = write_rows(tmp_path / "r.jsonl", [{"picture": "a", "label": "x"}])
     with pytest.raises(ValueError, match=r"no column 'image'; it has picture, label. Set --image_column"):
         read_images(ImageArguments(train_file=rows))

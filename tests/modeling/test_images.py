@@ -67,6 +67,18 @@ def test_a_patch_is_a_linear_map_of_its_pixels():
     assert tokens.positions[0].tolist() == [[row, column] for row in range(3) for column in range(3)]
 
 
+def test_convolutions_are_normed_over_an_images_own_places():
+    norm = image_model("conv").stem.blocks[0].norm
+    norm.weight.data.uniform_(0.5, 2)
+    features, mask = images(2, 6, 4, 5), torch.zeros(2, 1, 4, 5)
+    mask[0], mask[1, :, :3, :2] = 1, 1
+    for row, own in enumerate((features[0], features[1, :, :3, :2])):
+        expected = own / own.square().mean().sqrt() * norm.weight[:, None, None]
+        found = norm(features, mask)[row, :, : own.shape[1], : own.shape[2]]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(norm(features[:1], None)[0], norm(features, mask)[0])
+
+
 def test_the_lstm_reads_an_image_row_by_row_in_both_directions():
     model = image_model("conv_lstm")
     lstm, width = model.stem.lstm, 16
