@@ -19,6 +19,7 @@ from finetune_deepseek.images.task import ImageClassification
 from finetune_deepseek.training.run import run_stages
 from modeling_deepseek import DeepSeekForCausalLM
 from tests.images.test_reading import save
+from tests.recommendation.test_benchmarks import BENCHMARKS, benchmark
 from tests.small_runs import flags
 
 SETTINGS = {
@@ -182,6 +183,16 @@ def test_variation_is_drawn_anew_in_each_epoch_and_the_same_when_resumed(folder)
     torch.testing.assert_close(first["labels"].sum(1), torch.ones(4))
 
 
+@pytest.mark.parametrize("stem", ["patch", "conv"])
+def test_a_new_model_has_room_for_its_images(folder, tmp_path, stem):
+    run(
+        **SETTINGS | {"max_steps": 1, "do_train": True}, data_dir=folder, output_dir=tmp_path, stem=stem, image_size=64
+    )
+    config = AutoModelForImageClassification.from_pretrained(tmp_path).config
+    assert config.max_position_embeddings == 256  # 16 x 16 tokens, where tiny_llm has 128
+    assert (config.patch_size, config.conv_channels, config.conv_pooling) == (4, [32, 64, 128], [1, 2, 2])
+
+
 def test_sizes():
     assert most_frequent_size([(8, 8)] * 3 + [(9, 7)] * 2) == (8, 8)
     assert most_frequent_size([(448, 896)]) == (112, 224)
@@ -201,3 +212,11 @@ def test_flags_that_clash_are_refused(folder, tmp_path):
 def test_the_auto_class_opens_what_was_trained(learned):
     model = AutoModelForImageClassification.from_pretrained(learned[0])
     assert model.config.id2label == {0: "blue", 1: "green", 2: "red"} and model.config.image_stem == "conv"
+
+
+def test_the_flags_of_the_benchmark_are_known(tmp_path, monkeypatch):
+    compare = benchmark(monkeypatch, "compare")
+    for settings in compare.systems_of(compare.read_table(BENCHMARKS / "optdigits.yaml")).values():
+        argv = compare.flags(settings | {"output_dir": tmp_path, "use_cpu": True}, {"data": "data", "here": "here"})
+        (stage,) = parse_command("image_classification", ImageArguments, argv)
+        assert stage.data.pixel_max == 16 and stage.training.max_steps == 1600
