@@ -443,7 +443,7 @@ def test_a_tokenizer_without_an_end_is_refused(rows, tmp_path, capsys):
     tokenizer = train_tokenizer(FULL, 300)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     config = json.loads((tmp_path / "tokenizer/tokenizer_config.json").read_text())
-    config |= {"eos_token": None, "tokenizer_class": "PreTrainedTokenizerFast"}
+    config |= {"bos_token": None, "eos_token": None, "tokenizer_class": "PreTrainedTokenizerFast"}  # none of ours
     (tmp_path / "tokenizer/tokenizer_config.json").write_text(json.dumps(config))
     settings = {"train_file": rows, "tokenizer_name": tmp_path / "tokenizer", "output_dir": tmp_path / "out"}
     assert "this tokenizer has no eos_token" in line_of(capsys, TINY | settings)
