@@ -50,7 +50,15 @@ LABEL_FIELDS = ("id2label", "label2id", "problem_type")
 # How far logits may be from the source's, against their size, by the type of the weights.
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2, torch.float8_e4m3fn: 0.7}
 COPIED = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template*"),
+    *(
+        "preprocessor_config.json",
+        "tokenizer*",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "merges.txt",
+        "chat_template*",
+    ),
     *("additional_chat_templates", "generation_config.json", "LICENSE*", "catalogue"),
 )
 Report: TypeAlias = Callable[[int, int], Any]

@@ -18,7 +18,11 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from modeling_deepseek import DeepSeekForRecommendation, DeepSeekForSequenceClassification
+from modeling_deepseek import (
+    DeepSeekForImageClassification,
+    DeepSeekForRecommendation,
+    DeepSeekForSequenceClassification,
+)
 from modeling_deepseek.moe import DeepSeekExperts
 from modeling_deepseek.rope import DeepSeekRotaryEmbedding
 
@@ -68,6 +72,9 @@ def spot_logits(whole: PreTrainedModel | PeftModel, tensors: Tensors, adapter: A
             if name.endswith(LATENTS):  # pooling reads them in the same way
                 borrower = whole.get_submodule(name.rpartition(".")[0])
             _Loan(name, module, find).hook(borrower)
+    if isinstance(model, DeepSeekForImageClassification):
+        waves = torch.arange(4 * model.config.num_channels * 64).float().sin()  # four images of 8 x 8 pixels
+        return model(pixel_values=waves.view(4, -1, 8, 8)).logits.float()
     special = {model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id}
     vocabulary = model.config.vocab_size
     if isinstance(model, DeepSeekForRecommendation) and model.config.num_items is not None:
@@ -110,7 +117,7 @@ class _Loan:
     """The weights of a module, which it has while another one (it itself, mostly) computes."""
 
     def __init__(self, name: str, module: nn.Module, find: Find) -> None:
-        self.find = find
+        self.find, self.module = find, module
         parts = module.named_modules(prefix=name) if isinstance(module, UNITS) else [(name, module)]
         self.places: list[tuple[dict[str, Any], str, str]] = [
             (table, key, f"{owner}.{key}" if owner else key)
@@ -134,11 +141,18 @@ class _Loan:
             value = stored.read().float() if stored.is_floating_point else stored.read()
             is_parameter = isinstance(table[key], nn.Parameter)
             table[key] = nn.Parameter(value, requires_grad=False) if is_parameter else value
+        self._renew()
 
     def take(self, *call: object) -> None:
         """Let go of them."""
         for (table, key, _), value in zip(self.places, self.before, strict=True):
             table[key] = value
+        self._renew()
+
+    def _renew(self) -> None:
+        """An LSTM computes with a list of its weights."""
+        if isinstance(self.module, nn.RNNBase):
+            self.module._flat_weights = [getattr(self.module, name) for name in self.module._flat_weights_names]
 
 
 Additions = dict[str, list[tuple[Factors, float]]]

@@ -8,16 +8,17 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from torch.nn import functional as F
-from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessorPil, pipeline
 
 from configuration_deepseek import preset
+from finetune_deepseek.commands.export import export
 from finetune_deepseek.commands.parsing.runs import parse_command
 from finetune_deepseek.images.arguments import ImageArguments
 from finetune_deepseek.images.pixels import ImageCollator, Pixels, border_colour, most_frequent_size, placed
 from finetune_deepseek.images.reading import read_images
 from finetune_deepseek.images.task import ImageClassification
 from finetune_deepseek.training.run import run_stages
-from modeling_deepseek import DeepSeekForCausalLM
+from modeling_deepseek import DeepSeekForCausalLM, DeepSeekForImageClassification
 from tests.images.test_reading import save
 from tests.recommendation.test_benchmarks import BENCHMARKS, benchmark
 from tests.small_runs import flags
@@ -220,3 +221,16 @@ def test_the_flags_of_the_benchmark_are_known(tmp_path, monkeypatch):
         argv = compare.flags(settings | {"output_dir": tmp_path, "use_cpu": True}, {"data": "data", "here": "here"})
         (stage,) = parse_command("image_classification", ImageArguments, argv)
         assert stage.data.pixel_max == 16 and stage.training.max_steps == 1600
+
+
+@pytest.mark.parametrize("stem", ["conv", "conv_lstm"])
+def test_a_bundle_has_the_models_logits_and_its_processor(tmp_path, stem):
+    torch.manual_seed(0)
+    model = DeepSeekForImageClassification(preset("tiny_llm", image_stem=stem, attention_direction="bidirectional"))
+    model.eval().save_pretrained(tmp_path / "model")
+    ViTImageProcessorPil(size={"height": 9, "width": 7}).save_pretrained(tmp_path / "model")
+    export([str(tmp_path / "model"), str(tmp_path / "bundle"), "--to", "bundle"])
+    bundle = AutoModelForImageClassification.from_pretrained(tmp_path / "bundle")
+    pixels = torch.randn(2, 3, 9, 7)
+    torch.testing.assert_close(bundle(pixels).logits, model(pixels).logits)
+    assert AutoImageProcessor.from_pretrained(tmp_path / "bundle").size == {"height": 9, "width": 7}
