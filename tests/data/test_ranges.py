@@ -25,6 +25,7 @@ NEEDED = {
     "LanguageModelingArguments": {"train_file": "rows.csv"},
     "ConversationArguments": {"train_file": "rows.csv"},
     "EmbeddingArguments": {"train_file": "rows.csv"},
+    "ImageArguments": {"train_file": "rows.parquet"},
     "NewsArguments": {"train_dir": "MIND"},
 }
 CLASSES = [ModelArguments, LoraArguments, TrainingArguments, AnswerArguments, RecommendArguments, TranslateArguments]

@@ -56,7 +56,7 @@ def test_a_cache_under_an_unknown_word_is_refused_with_word_version_and_remedy(n
 def test_every_attention_refuses_an_unknown_word_too():
     for name in TINY:
         model = tiny(name).model
-        states = torch.zeros(1, 2, model.config.hidden_size)
+        states = model.hc_head.enter(torch.zeros(1, 2, model.config.hidden_size))
         with pytest.raises(TypeError, match="'memory'"):
             model.layers[0](states, attention_mask=None, memory=DynamicCache(config=model.config))
 

@@ -74,7 +74,7 @@ def spoil(monkeypatch, at, gradient_only=False):
         if self.training:
             calls.append(1)
             if len(calls) == at:
-                by_gradient = output.loss + (output.logits.sum() * 0).sqrt()  # 0, of infinite slope
+                by_gradient = output.loss + (self.lm_head.weight.sum() * 0).sqrt()  # 0, of infinite slope
                 output.loss = by_gradient if gradient_only else output.loss * math.nan
         return output
 
