@@ -136,7 +136,8 @@ def test_auto_classes_give_ours(model_type, auto_class, native, tmp_path):
         assert torch.equal(outputs(loaded, ids), outputs(model, ids))
 
 
-@pytest.mark.parametrize("model_type", PRESETS)
+# Not V4: its own class takes no other ratios than the released ones, which tiny_v4 has.
+@pytest.mark.parametrize("model_type", sorted(PRESETS.keys() - {"deepseek_v4"}))
 def test_without_it_and_after_it_they_give_transformers_own(model_type, tmp_path):
     published(tmp_path, PRESETS[model_type])
     for undone in (False, True):
