@@ -342,6 +342,11 @@ def validate_images(config: Any) -> None:
     if config.image_stem is None:
         return
     _require_word("image_stem", config.image_stem, IMAGE_STEMS)
+    require(
+        config.compress_ratios is None,
+        f"image_stem={config.image_stem!r} clashes with compress_ratios: images have no order that entries "
+        "could be made of; unset one of them",
+    )
     for name in ("num_channels", "patch_size"):
         require(getattr(config, name) > 0, f"{name}={getattr(config, name)} must be positive")
     channels, pooling = config.conv_channels, config.conv_pooling

@@ -33,6 +33,7 @@ REFUSED = [
     ("tiny_llm", {"head_dim": 7}, "head_dim=7 (hidden_size=32, num_attention_heads=4) is odd"),
     # images
     ("tiny_llm", {"image_stem": "convs"}, "image_stem has the unknown word 'convs'; did you mean 'conv'?"),
+    ("tiny_v4", {"image_stem": "conv"}, "image_stem='conv' clashes with compress_ratios"),
     ("tiny_llm", {"image_stem": "conv", "num_channels": 0}, "num_channels=0 must be positive"),
     ("tiny_llm", {"image_stem": "patch", "patch_size": 0}, "patch_size=0 must be positive"),
     (
