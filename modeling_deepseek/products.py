@@ -23,8 +23,10 @@ def is_amd_with_avx512() -> bool:
 
 @cache
 def has_onednn() -> bool:
-    """Whether products go by oneDNN."""
-    return is_amd_with_avx512() and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
+    """Whether products go by oneDNN: where it is the faster one, and by an operator of torch's own, if it is there."""
+    backends = torch.backends
+    are_both_there = backends.mkl.is_available() and backends.mkldnn.is_available()
+    return is_amd_with_avx512() and are_both_there and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def goes_by_onednn(rows: torch.Tensor, weight: torch.Tensor) -> bool:
