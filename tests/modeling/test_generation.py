@@ -12,7 +12,7 @@ from transformers.cache_utils import StaticLayer
 
 from modeling_deepseek import DeepSeekForCausalLM
 from modeling_deepseek.transformers_names import CACHE_WORD
-from tests.modeling.conftest import outputs, tiny, token_ids
+from tests.modeling.conftest import TINY, outputs, tiny, token_ids
 from tests.reference.compare import assert_close
 
 NEW = 8
@@ -120,7 +120,11 @@ needs_cropping = pytest.mark.skipif(
 )
 
 
+with_static_cache = pytest.mark.parametrize("name", [name for name in TINY if name != "tiny_v4"], indirect=True)
+
+
 @needs_cropping
+@with_static_cache
 def test_a_cropped_static_cache_goes_on_as_if_the_tokens_had_not_been(causal):
     ids = token_ids(1, 12)
     cache = StaticCache(causal.config, max_cache_len=16)
@@ -132,6 +136,7 @@ def test_a_cropped_static_cache_goes_on_as_if_the_tokens_had_not_been(causal):
 
 
 @needs_cropping
+@with_static_cache
 @pytest.mark.parametrize("arguments", [{"prompt_lookup_num_tokens": 2}, {"assistant_early_exit": 1}], ids=str)
 def test_speculation_on_a_static_cache_equals_greedy(causal, arguments):
     ids = token_ids(1, 6).repeat(1, 2)
