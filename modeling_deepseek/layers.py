@@ -4,7 +4,12 @@ from typing import cast
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 from transformers.activations import ACT2FN, SiLUActivation
 
 from .fused import Linear, RMSNorm, SwiGLU, is_trained, is_trained_as_it_is
@@ -20,7 +25,8 @@ def is_traced() -> bool:
 def has_hooks(module: nn.Module) -> bool:
     """Whether something listens to the calls of the module, or stands in for them."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(module) or _has_any_global_hook()
+    of_all = (_global_forward_hooks, _global_forward_pre_hooks, _global_backward_hooks, _global_backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module) or any(of_all)
 
 
 def is_plain_linear(module: nn.Module) -> bool:
