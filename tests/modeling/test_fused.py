@@ -409,6 +409,7 @@ def test_autocast_is_as_before(plainly, monkeypatch):
 
 def test_functional_transforms_go_the_plain_way():
     model = trained()
+    model.set_experts_implementation("eager")  # up to torch 2.10 transformers' grouped_mm asks for an address here
     weights = dict(model.named_parameters())
 
     def loss(weights):
