@@ -407,9 +407,11 @@ def test_autocast_is_as_before(plainly, monkeypatch):
             assert error <= 2 * before + 1e-2, name
 
 
+@pytest.mark.skipif(
+    torch.__version__ < (2, 11), reason="experts read numbers that torch.func has not before torch 2.11"
+)
 def test_functional_transforms_go_the_plain_way():
     model = trained()
-    model.set_experts_implementation("eager")  # up to torch 2.10 transformers' grouped_mm asks for an address here
     weights = dict(model.named_parameters())
 
     def loss(weights):
