@@ -93,17 +93,28 @@ class DeepSeekWindowAttention(nn.Module):
         """
         cos, sin = self.rotation(hidden_states, position_ids, position_embeddings)
         query_latent = self.q_norm(self.wq_a(hidden_states))
-        query = self.wq_b(query_latent).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # [B, H, S, W]
-        query = rotate_tail(unit_rms(query, self.eps), cos, sin)
-        keys = rotate_tail(self.kv_norm(self.wkv(hidden_states)).unsqueeze(1), cos, sin).squeeze(1)
+        query, keys = self.queries(query_latent, cos, sin), self.keys(hidden_states, cos, sin)
 
         layer = WindowLayer() if cache is None else layer_of(cache, self.layer_idx)
         keys = layer.roll("keys", keys, self.window - 1, attention_mask)  # [B, K + S, W]
         entries = self.entries(hidden_states, query_latent, position_ids, (cos, sin), attention_mask, layer, **kwargs)
         layer.finish(attention_mask, keys)
         output, weights = self.attend_in_chunks(query, keys, entries, attention_mask, **kwargs)
-        output = rotate_tail(output.transpose(1, 2), cos, -sin).transpose(1, 2)
-        return self.wo_b(self.wo_a(output.flatten(2).unflatten(-1, (self.groups, -1)))), weights
+        return self.projected(output, cos, sin), weights
+
+    def queries(self, query_latent: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """[B, S, query latent width] -> [B, H, S, W], rotated."""
+        query = self.wq_b(query_latent).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return rotate_tail(unit_rms(query, self.eps), cos, sin)
+
+    def keys(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """[B, S, D] -> [B, S, W], rotated."""
+        return rotate_tail(self.kv_norm(self.wkv(hidden_states)).unsqueeze(1), cos, sin).squeeze(1)
+
+    def projected(self, mixed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """Mixed keys [B, S, H, W] -> [B, S, D], turned back by the query's position."""
+        mixed = rotate_tail(mixed.transpose(1, 2), cos, -sin).transpose(1, 2)
+        return self.wo_b(self.wo_a(mixed.flatten(2).unflatten(-1, (self.groups, -1))))
 
     def rotation(
         self, hidden_states: torch.Tensor, position_ids: torch.Tensor, main: tuple[torch.Tensor, torch.Tensor]
