@@ -22,7 +22,7 @@ from datasets import (
 from .arguments import SPLITS, DataArguments
 from .hub import check_named
 from .mapped import Rows, text_rows
-from .table import ENDINGS, is_table, read_columns, taken_endings
+from .table import ENDINGS, is_table, label_names, read_columns, taken_endings
 
 STREAM_SHUFFLE_ROWS = 10_000
 
@@ -99,19 +99,13 @@ class DatasetColumns(Mapping[str, list[Any]]):
         if isinstance(feature, Image):
             return list(self.rows.cast_column(name, Image(decode=False))[name])
         labels, cells = getattr(feature, "feature", feature), list(self.rows[name])
-        return [_label_names(labels, cell) for cell in cells] if isinstance(labels, ClassLabel) else cells
+        return label_names(labels, cells) if isinstance(labels, ClassLabel) else cells
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.rows.column_names)
 
     def __len__(self) -> int:
         return len(self.rows.column_names)
-
-
-def _label_names(labels: ClassLabel, cell: Any) -> Any:
-    if isinstance(cell, list):
-        return [_label_names(labels, one) for one in cell]
-    return None if cell is None or cell < 0 else labels.int2str(cell)  # unlabelled test splits say -1
 
 
 def open_hub(name: str, config: str | None, **options: Any) -> Any:

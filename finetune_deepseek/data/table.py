@@ -368,7 +368,35 @@ def _parquet(file: Any, path: str) -> Iterator[Columns]:
             raise ValueError(f"{path}: two columns are named {twice[0]!r}; rename one.")
         if not source.metadata.num_rows:
             yield {name: [] for name in source.schema_arrow.names}
+        labels = _class_labels(source.schema_arrow, path)
         for batch in source.iter_batches(ROWS):
-            yield batch.to_pydict()
+            yield {name: label_names(labels.get(name), cells) for name, cells in batch.to_pydict().items()}
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise ValueError(f"{path}: {' '.join(str(error).split())}.") from error
+
+
+def _class_labels(schema: Any, path: str) -> dict[str, Any]:
+    """The columns of class numbers whose names a data set of the Hub keeps in its parquet files."""
+    if b"huggingface" not in (schema.metadata or {}):
+        return {}
+    from datasets import ClassLabel, Features  # takes a second
+
+    try:
+        features = Features.from_arrow_schema(schema)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: datasets can't read the types that its schema names: {why(error)}.") from error
+    inner = {name: getattr(feature, "feature", feature) for name, feature in features.items()}
+    return {name: feature for name, feature in inner.items() if isinstance(feature, ClassLabel)}
+
+
+def label_names(labels: Any, cell: Any) -> Any:
+    """The names of class numbers, or of lists of them; None for -1, as unlabelled test splits have it.
+
+    Args:
+        labels: the column's ClassLabel; without one the cell stays as it is.
+    """
+    if labels is None:
+        return cell
+    if isinstance(cell, list):
+        return [label_names(labels, one) for one in cell]
+    return None if cell is None or cell < 0 else labels.int2str(cell)

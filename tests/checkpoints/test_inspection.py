@@ -22,7 +22,7 @@ from finetune_deepseek.checkpoints.inspection import (
 from finetune_deepseek.commands.inspect import size
 from finetune_deepseek.training.arguments import LoraArguments
 from finetune_deepseek.training.weights.lora import apply_lora, census
-from modeling_deepseek import DeepSeekForCausalLM
+from modeling_deepseek import DeepSeekForCausalLM, DeepSeekForImageClassification
 from tests.checkpoints.conftest import header
 
 
@@ -96,6 +96,12 @@ def test_what_is_wrong_with_a_tokenizer(saved):
     assert "ok: BOS <｜begin▁of▁sentence｜> is not put before a text" in lines
     (folder / "tokenizer.json").unlink()
     assert inspect_checkpoint(folder).tokenizer[0].startswith("warning: no tokenizer that this package opens")
+
+
+def test_a_model_of_images_needs_no_tokenizer(tmp_path):
+    config = preset("tiny_llm", image_stem="patch", num_channels=1, patch_size=2)
+    DeepSeekForImageClassification(config).save_pretrained(tmp_path)
+    assert inspect_checkpoint(str(tmp_path)).tokenizer == ["ok: none; the model takes images"]
 
 
 def test_no_weight_is_read(saved, monkeypatch):

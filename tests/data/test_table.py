@@ -165,6 +165,22 @@ def test_two_columns_of_one_name_in_parquet_are_refused(tmp_path):
     assert told == "rows.parquet: two columns are named 'a'; rename one."
 
 
+def test_class_numbers_of_a_parquet_file_are_read_by_their_names(tmp_path):
+    from datasets import ClassLabel, Dataset, Features, List, Value
+
+    kinds = ClassLabel(names=["cat", "dog"])
+    features = Features({"one": kinds, "several": List(kinds), "number": Value("int64")})
+    columns = {"one": [1, 0, None], "several": [[0, 1], [], [1]], "number": [1, 0, 7]}
+    Dataset.from_dict(columns, features=features).to_parquet(str(tmp_path / "rows.parquet"))
+    names = {"one": ["dog", "cat", None], "several": [["cat", "dog"], [], ["dog"]], "number": [1, 0, 7]}
+    assert read_columns(str(tmp_path / "rows.parquet")) == names
+    table = pq.read_table(tmp_path / "rows.parquet")
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata({"huggingface": '{"info": {"features": {"one": 3}}}'}), sink)
+    told = refused(tmp_path, "broken.parquet", sink.getvalue().to_pybytes())
+    assert told.startswith("broken.parquet: datasets can't read the types that its schema names: ")
+
+
 DEEP = "[" * 100_000 + "]" * 100_000
 
 
