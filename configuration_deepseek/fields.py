@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple
 
 from .official import attention_of_ratio
+from .sharing import SharingFields
 from .validation import require, validate_layers
 from .weight_names import Shapes, weights_of
 
@@ -20,6 +21,9 @@ CACHE_LAYER_TYPES = {
     "swa": "deepseek_window",
     "hca": "deepseek_compressed",
     "csa": "deepseek_compressed_indexed",
+    "csa2_full": "deepseek_compressed_indexed",
+    "csa2_reindex": "deepseek_window",
+    "csa2_reuse": "deepseek_window",
 }
 HEADS_BY_AUTO_CLASS = {
     "AutoModelForCausalLM": "DeepSeekForCausalLM",
@@ -52,8 +56,8 @@ class LayerSpec(NamedTuple):
 
 
 @dataclass(kw_only=True, repr=False)
-class DeepSeekFields:
-    """The fields of `DeepSeekConfig`.
+class DeepSeekFields(SharingFields):
+    """The fields of `DeepSeekConfig`; those of V4.1 stand in sharing.py.
 
     Trunk
         vocab_size, hidden_size, num_hidden_layers, max_position_embeddings, rms_norm_eps, hidden_act,
@@ -313,7 +317,7 @@ class DeepSeekFields:
         if self.layer_specs is not None:
             return [self._whole_spec(spec) for spec in self.layer_specs[: self.num_hidden_layers]]
         layers = range(self.num_hidden_layers)
-        return [self._whole_spec((self._attention_word(i), self._feed_forward_word(i))) for i in layers]
+        return [self._whole_spec((self.attention_word(i), self._feed_forward_word(i))) for i in layers]
 
     @specs.setter
     def specs(self, value: list) -> None:
@@ -341,6 +345,11 @@ class DeepSeekFields:
         return "causal" if self.compress_ratios is None else "rows"
 
     @property
+    def normalizes_query_heads(self) -> bool:
+        """Whether compressed attention divides each head of a query by its root mean square: V4, not V4.1."""
+        return self.kv_source_layer_ids is None
+
+    @property
     def norms_in_float32(self) -> bool:
         """Whether norms multiply by their weights in float32 too."""
         return self.compress_ratios is not None
@@ -348,7 +357,8 @@ class DeepSeekFields:
     def _whole_spec(self, words: Iterable[str]) -> LayerSpec:
         """The words of a layer; the residual is derived unless it is among them."""
         attention, feed_forward, *residual = words
-        return LayerSpec(attention, feed_forward, *(residual or ["add" if self.hc_mult is None else "mhc"]))
+        streams = "mhc" if self.kv_source_layer_ids is None else "mhc_shifted"
+        return LayerSpec(attention, feed_forward, *(residual or ["add" if self.hc_mult is None else streams]))
 
     def _take_derived(self, name: str, value: Any, fields_behind: str) -> None:
         derived = getattr(self, name)
@@ -365,7 +375,10 @@ class DeepSeekFields:
         experts = "hash_moe" if layer_idx < self.num_hash_layers else "moe"
         return experts if has_experts else "dense"
 
-    def _attention_word(self, layer_idx: int) -> str:
+    def attention_word(self, layer_idx: int) -> str:
+        """The attention that the fields imply for a layer."""
+        if self.compress_ratios is not None and self.kv_source_layer_ids is not None:
+            return self.sharing_word(layer_idx, self.compress_ratios[layer_idx])
         if self.compress_ratios is not None:
             return attention_of_ratio(self.compress_ratios[layer_idx])
         latent = "mla" if self.index_topk is None else "dsa"

@@ -32,6 +32,12 @@ SOURCES: dict[str, dict[str, Any]] = {
         **{"sliding_window": 128, "compress_rope_theta": 160000.0, "hc_mult": 4},
         **V4_TOKENS,
     },
+    "deepseek_v41": {  # V4.1-Flash; its text_config
+        **{"scoring_func": "sqrtsoftplus", "topk_method": "noaux_tc", "norm_topk_prob": True},
+        **{"num_key_value_heads": 1, "routed_scaling_factor": 1.5, "swiglu_limit": 10.0, "rms_norm_eps": 1e-20},
+        **{"sliding_window": 128, "compress_rope_theta": 160000.0, "hc_mult": 4},
+        **V4_TOKENS,
+    },
 }
 # model_type -> what the source does without a field saying so
 FIXED: dict[str, dict[str, Any]] = {
@@ -47,6 +53,7 @@ ARCHITECTURES = {
     "deepseek_v3": "DeepseekV3",
     "deepseek_v32": "DeepseekV32",
     "deepseek_v4": "DeepseekV4",
+    "deepseek_v41": "DeepseekV41",
 }
 
 TRUNK_FIELDS = (
@@ -69,6 +76,13 @@ V4_FIELDS = (
     *("num_hash_layers", "swiglu_limit", "expert_dtype", "hc_mult", "hc_sinkhorn_iters", "hc_eps"),
     *("topk_method", "routed_scaling_factor", "num_nextn_predict_layers"),
 )
+V41_FIELDS = (
+    *("kv_source_layer_ids", "index_source_layer_ids"),
+    *("candidate_source_layer_id", "candidate_topk_blocks", "candidate_block_size"),
+    *("engram_layer_ids", "engram_num_embeddings", "engram_max_ngram_size", "engram_vocab_size", "engram_n_heads"),
+    *("engram_head_dim", "engram_compressed_vocab_size", "engram_pad_token_id"),
+    *("image_token_id", "vision_config"),
+)
 LATENT_FIELDS = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 # model_type -> the fields that its published config.json has, by our names
 PUBLISHED_FIELDS: dict[str, tuple[str, ...]] = {
@@ -87,6 +101,18 @@ PUBLISHED_FIELDS: dict[str, tuple[str, ...]] = {
         *(name for name in EXPERT_FIELDS if name not in ("first_k_dense_replace", "moe_layer_freq")),
         *(*HEAD_FIELDS, *COMPRESSED_FIELDS, *V4_FIELDS),
     ),
+    "deepseek_v41": (
+        *(name for name in TRUNK_FIELDS if name != "intermediate_size"),
+        *(name for name in EXPERT_FIELDS if name not in ("first_k_dense_replace", "moe_layer_freq")),
+        *(*HEAD_FIELDS, *COMPRESSED_FIELDS, *(name for name in V4_FIELDS if name != "num_hash_layers"), *V41_FIELDS),
+    ),
+}
+# model_type -> which of them stand beside text_config
+BESIDE_TEXT = {
+    "deepseek_v41": (
+        *("bos_token_id", "eos_token_id", "pad_token_id", "image_token_id", "dtype", "vision_config"),
+        "expert_dtype",  # as long as nothing is quantized; then it stands in quantization_config
+    ),
 }
 # (attention of the layers, scores of the router) -> model_type
 SOURCE_BY_MECHANISM = {
@@ -98,6 +124,7 @@ SOURCE_BY_MECHANISM = {
     ("mla", "sigmoid"): "deepseek_v3",
     ("dsa", "sigmoid"): "deepseek_v32",
     ("compressed", "sqrtsoftplus"): "deepseek_v4",
+    ("compressed and shared", "sqrtsoftplus"): "deepseek_v41",
 }
 
 # Published name -> ours. Under its own name transformers would take the entry for a wish to run quantized.
@@ -120,13 +147,17 @@ UNUSED_FIELDS = {
     "transformers_version",
 }
 # model_type -> those of them that it does use
-USED_AFTER_ALL = {"deepseek_v4": {"sliding_window"}}
+USED_AFTER_ALL = {"deepseek_v4": {"sliding_window"}, "deepseek_v41": {"sliding_window"}}
+# Numbers that a release may write without a point (V4.1: "compress_rope_theta": 160000).
+REAL_FIELDS = (
+    *("compress_rope_theta", "swiglu_limit", "routed_scaling_factor", "rms_norm_eps", "hc_eps"),
+    *("attention_dropout", "initializer_range"),
+)
 # Where a release misspelled a word.
 SPELLINGS = {"topk_method": {"gready": "greedy"}}
 
 # Models that look alike and are none of ours.
 OTHERS = {
-    "deepseek_v41": "DeepSeek-V4.1",
     "deepseek_vl": "DeepSeek-VL",
     "deepseek_vl_hybrid": "DeepSeek-VL",
     "deepseek_vl_v2": "DeepSeek-VL2",
@@ -140,7 +171,7 @@ OTHERS = {
     "glm_moe_dsa": "GLM-5",
     "qwen3_moe": "Qwen3-MoE",
 }
-SUPPORTED = "DeepSeek-LLM, Coder, Math, MoE-16B, V2, V2.5, V3, V3.1, V3.2, V4, R1 and R1-Distill"
+SUPPORTED = "DeepSeek-LLM, Coder, Math, MoE-16B, V2, V2.5, V3, V3.1, V3.2, V4, V4.1, R1 and R1-Distill"
 
 
 CSA_RATIO = 4
@@ -182,6 +213,7 @@ def from_official(config_dict: dict[str, Any]) -> dict[str, Any]:
         for key, value in config_dict.items()
         if key not in UNUSED_FIELDS - USED_AFTER_ALL.get(model_type, set()) and not (key in RENAMES and value is None)
     }
+    fields |= {key: float(fields[key]) for key in REAL_FIELDS if type(fields.get(key)) is int}
     for key, spellings in SPELLINGS.items():
         if fields.get(key) in spellings:
             fields[key] = spellings[fields[key]]
@@ -229,7 +261,33 @@ def _v4_as_published(config_dict: dict[str, Any]) -> dict[str, Any]:
     return fields
 
 
-IN_PUBLISHED_FORM = {"deepseek_v4": _v4_as_published}
+def _v41_in_one(config_dict: dict[str, Any]) -> dict[str, Any]:
+    """A V4.1 config with the fields of its text_config beside the others.
+
+    Raises:
+        ValueError: without one.
+    """
+    text = config_dict.get("text_config")
+    if not isinstance(text, dict):
+        raise ValueError("config.json of V4.1 has no text_config; copy it from the release")
+    fields = {name: value for name, value in text.items() if name != "model_type" and value is not None}
+    fields |= {name: value for name, value in config_dict.items() if name != "text_config"}
+    experts = (fields.get("quantization_config") or {}).get("expert_dtype")
+    return fields if experts is None else {**fields, "expert_dtype": experts}
+
+
+def _v41_nested(official: dict[str, Any]) -> dict[str, Any]:
+    """The other way."""
+    if "torch_dtype" in official:
+        official["dtype"] = official.pop("torch_dtype")
+    beside = BESIDE_TEXT["deepseek_v41"]
+    outer = {name: value for name, value in official.items() if name in beside}
+    text = {name: value for name, value in official.items() if name not in beside}
+    return {**outer, "text_config": {"model_type": "deepseek_v41_text", **text}}
+
+
+IN_PUBLISHED_FORM = {"deepseek_v4": _v4_as_published, "deepseek_v41": _v41_in_one}
+TO_PUBLISHED_FORM = {"deepseek_v41": _v41_nested}
 
 
 def _refuse_unsupported(config_dict: dict[str, Any], model_type: str) -> None:
@@ -247,6 +305,14 @@ def _refuse_unsupported(config_dict: dict[str, Any], model_type: str) -> None:
         )
 
 
+def with_quantization(official: dict[str, Any], quantization: dict[str, Any]) -> dict[str, Any]:
+    """What `to_official` wrote, of a checkpoint whose weights are quantized so."""
+    if "text_config" not in official or "expert_dtype" not in official:
+        return {**official, "quantization_config": quantization}
+    rest = {name: value for name, value in official.items() if name != "expert_dtype"}
+    return {**rest, "quantization_config": {**quantization, "expert_dtype": official["expert_dtype"]}}
+
+
 def official_model_type(fields: dict[str, Any]) -> str:
     """The published model_type of the generation that has these mechanisms.
 
@@ -260,6 +326,7 @@ def official_model_type(fields: dict[str, Any]) -> str:
     attention = "mha" if fields.get("kv_lora_rank") is None else latent
     if fields.get("compress_ratios") is not None:
         attention = "compressed" if fields.get("hc_mult") is not None else "compressed without streams"
+        attention += " and shared" if fields.get("kv_source_layer_ids") is not None else ""
     if fields.get("use_qk_norm"):
         attention += " with norms"
     elif fields.get("attention_bias") and fields.get("attention_out_bias") is False:
@@ -298,6 +365,8 @@ def to_official(fields: dict[str, Any]) -> dict[str, Any]:
         official = {name: value for name, value in official.items() if name not in FIXED[model_type]}
     rope = dict(fields["rope_parameters"])
     word, official["rope_theta"] = rope.pop("rope_type"), rope.pop("rope_theta")
-    spelling = "rope_type" if word == "llama3" else "type"  # as each was published, before and after the renaming
+    # as each was published, before and after the renaming
+    spelling = "rope_type" if word == "llama3" or model_type in TO_PUBLISHED_FORM else "type"
     official["rope_scaling"] = None if word == "default" else {spelling: word, **rope}
+    official = TO_PUBLISHED_FORM.get(model_type, dict)(official)
     return {"architectures": [f"{ARCHITECTURES[model_type]}ForCausalLM"], "model_type": model_type, **official}

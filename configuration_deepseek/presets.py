@@ -211,7 +211,31 @@ PRESETS["v4_pro"] = {
     **{"compress_ratios": [128, 128, *[4, 128] * 29, 4, 0], "index_topk": 1024, "routed_scaling_factor": 2.5},
     **{"n_routed_experts": 384, "moe_intermediate_size": 3072},
 }
-OLD_NAMES = {"tiny_v32": "tiny_v3.2"}
+PRESETS["tiny_v4.1"] = {
+    **{name: value for name, value in PRESETS["tiny_v4"].items() if name not in ("compress_ratios", "index_topk")},
+    **{"num_hidden_layers": 5, "compress_ratios": [0, 2, 1, 1, 1], "index_topk": 2, "rms_norm_eps": 1e-20},
+    **{"kv_source_layer_ids": [1, 2], "index_source_layer_ids": [1, 2, 4]},
+    **{"candidate_source_layer_id": 2, "candidate_topk_blocks": 2, "candidate_block_size": 2},
+    "image_token_id": 96,
+}
+PRESETS["v4.1_flash"] = {
+    **{name: value for name, value in _V4.items() if name not in ("num_hash_layers", "num_nextn_predict_layers")},
+    **{"hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 64, "q_lora_rank": 1280, "o_groups": 8},
+    **{"pad_token_id": 2, "image_token_id": 129264, "rms_norm_eps": 1e-20, "expert_dtype": "fp4"},
+    **{"compress_ratios": [0, 0, *[2] * 18, *[1] * 20, 0, 0, 0], "index_n_heads": 32, "index_topk": 512},
+    **{"kv_source_layer_ids": [2, 8, 14, 20], "index_source_layer_ids": [2, 8, 14, 20, 24, 28, 32, 36]},
+    **{"candidate_source_layer_id": 20, "candidate_topk_blocks": 2048, "candidate_block_size": 8},
+    **{"engram_layer_ids": [1, 14], "engram_num_embeddings": [384006168, 384016682], "engram_max_ngram_size": 4},
+    **{"engram_vocab_size": 16000000, "engram_n_heads": 8, "engram_head_dim": 256, "engram_pad_token_id": 2},
+    **{"engram_compressed_vocab_size": 99092, "n_routed_experts": 384, "moe_intermediate_size": 2304},
+    "routed_scaling_factor": 1.5,
+    "vision_config": {
+        **{"model_type": "deepseek_v41_vision", "num_hidden_layers": 32, "hidden_size": 1024},
+        **{"num_attention_heads": 16, "intermediate_size": 2816, "patch_size": 14, "rope_theta": 10000},
+        **{"downsample_ratio": 3, "max_image_tokens": 1024, "min_pixels": 295936, "max_wh_ratio": None},
+    },
+}
+OLD_NAMES = {"tiny_v32": "tiny_v3.2", "tiny_v41": "tiny_v4.1", "v41_flash": "v4.1_flash"}  # and short ones
 
 
 class About(NamedTuple):
@@ -232,6 +256,7 @@ ABOUT = {
     "tiny_v3_mtp": About("V3", "64.7 k", "45.5 k", "the same, with two prediction layers and no groups"),
     "tiny_v3.2": About("V3.2", "72.7 k", "53.5 k", "the same, with sparse attention"),
     "tiny_v4": About("V4", "88.7 k", "59.9 k", "the same, with compressed attention and residual streams"),
+    "tiny_v4.1": About("V4.1", "139.5 k", "91.5 k", "the same, with entries that layers share; no n-grams"),
     "llm_7b": About("LLM", "6.9 B", "6.9 B", "the shape of DeepSeek-LLM-7B"),
     "moe_16b": About("MoE-16B", "16.4 B", "2.8 B", "the shape of DeepSeekMoE-16B"),
     "v2_lite": About("V2-Lite", "15.7 B", "2.7 B", "the shape of DeepSeek-V2-Lite"),
@@ -243,6 +268,7 @@ ABOUT = {
     "v3.2": About("V3.2", "671.9 B", "38.4 B", "the shape of DeepSeek-V3.2"),
     "v4_flash": About("V4", "284.3 B", "13.8 B", "the shape of DeepSeek-V4-Flash"),
     "v4_pro": About("V4", "1573.0 B", "49.8 B", "the shape of DeepSeek-V4-Pro"),
+    "v4.1_flash": About("V4.1", "748.5 B", "16.8 B", "the shape of DeepSeek-V4.1-Flash"),
 }
 
 

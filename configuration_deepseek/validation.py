@@ -1,12 +1,14 @@
 """What `DeepSeekConfig` refuses: words that nobody knows and values that clash, in one line that names them."""
 
-import difflib
 from typing import Any
 
-COMPRESSED_WORDS = ("swa", "hca", "csa")
+from .requiring import require, require_word
+from .sharing import SHARING_WORDS, validate_sharing
+
+COMPRESSED_WORDS = ("swa", "hca", "csa", *SHARING_WORDS)
 ATTENTION_WORDS = ("mha", "mla", "dsa", *COMPRESSED_WORDS)
 FEED_FORWARD_WORDS = ("dense", "moe", "hash_moe")
-RESIDUAL_WORDS = ("add", "mhc")
+RESIDUAL_WORDS = ("add", "mhc", "mhc_shifted")
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 SCORING_FUNCTIONS = ("softmax", "sigmoid", "sqrtsoftplus")
 POOLINGS = ("mean", "last_token", "latent")
@@ -17,23 +19,10 @@ IMAGE_STEMS = ("patch", "conv", "conv_lstm")
 ATTENTION_DIRECTIONS = ("causal", "prefix", "bidirectional")
 
 
-def require(condition: bool, message: str) -> None:
-    """Raise ValueError with the message unless the condition holds."""
-    if not condition:
-        raise ValueError(f"DeepSeekConfig: {message}")
-
-
-def _require_word(where: str, word: Any, known: tuple[str, ...]) -> None:
-    if word not in known:
-        nearest = difflib.get_close_matches(str(word), known, n=1)
-        hint = f"did you mean {nearest[0]!r}?" if nearest else "use one of " + ", ".join(map(repr, known))
-        raise ValueError(f"DeepSeekConfig: {where} has the unknown word {word!r}; {hint}")
-
-
 def validate(config: Any) -> None:
     """Refuse a config that cannot work, naming the values that clash."""
     validate_sizes(config)
-    _require_word("attention_direction", config.attention_direction, ATTENTION_DIRECTIONS)
+    require_word("attention_direction", config.attention_direction, ATTENTION_DIRECTIONS)
     validate_layers(config)
     words = config.specs
     if any(spec.attention in ("mla", "dsa") for spec in words):
@@ -53,7 +42,12 @@ def validate(config: Any) -> None:
         validate_moe(config)
     residuals = sorted({spec.residual for spec in words})
     require(len(residuals) == 1, f"layer_specs has residuals {residuals}; layers hand on one kind of state, say one")
-    if "mhc" in residuals:
+    require(
+        ("mhc_shifted" in residuals) == (config.kv_source_layer_ids is not None),
+        f"layer_specs has the residual {residuals[0]!r}, which clashes with kv_source_layer_ids="
+        f"{config.kv_source_layer_ids}; 'mhc_shifted' goes with shared entries, and with nothing else",
+    )
+    if residuals != ["add"]:
         validate_streams(config)
     validate_rope_words(config)
     validate_recommendation(config)
@@ -80,6 +74,7 @@ def validate_layers(config: Any) -> None:
     require(config.moe_layer_freq >= 1, f"moe_layer_freq={config.moe_layer_freq} must be at least 1")
     if config.compress_ratios is not None:
         validate_ratios(config)
+    validate_sharing(config)
     if config.layer_specs is None:
         return
     require(
@@ -90,7 +85,7 @@ def validate_layers(config: Any) -> None:
     for i, spec in enumerate(config.layer_specs):
         require(len(spec) in (2, 3), f"layer_specs[{i}]={spec} must be a pair (attention, feed_forward)")
         for word, known in zip(spec, (ATTENTION_WORDS, FEED_FORWARD_WORDS, RESIDUAL_WORDS), strict=False):
-            _require_word(f"layer_specs[{i}]", word, known)
+            require_word(f"layer_specs[{i}]", word, known)
         require(
             spec[0] not in ("mla", "dsa") or config.kv_lora_rank is not None,
             f"layer_specs[{i}] says {spec[0]!r} but kv_lora_rank is None; set kv_lora_rank, or say 'mha'",
@@ -99,6 +94,12 @@ def validate_layers(config: Any) -> None:
             (spec[0] in COMPRESSED_WORDS) == (config.compress_ratios is not None),
             f"layer_specs[{i}] says {spec[0]!r}, which clashes with compress_ratios={config.compress_ratios!r:.40}; "
             "swa, csa and hca, and no others, go with compress_ratios",
+        )
+        shares = config.kv_source_layer_ids is not None
+        require(
+            not (shares or spec[0] in SHARING_WORDS) or (shares and spec[0] == config.attention_word(i)),
+            f"layer_specs[{i}] says {spec[0]!r}, but by kv_source_layer_ids={config.kv_source_layer_ids} and "
+            f"index_source_layer_ids it is {config.attention_word(i)!r}; leave layer_specs out",
         )
         require(
             config.compress_ratios is None or (spec[0] == "swa") == (config.compress_ratios[i] == 0),
@@ -121,10 +122,12 @@ def validate_ratios(config: Any) -> None:
         f"compress_ratios has {len(ratios)} entries but num_hidden_layers={config.num_hidden_layers}; give one per "
         "layer",
     )
+    least = 2 if config.kv_source_layer_ids is None else 1
     for i, ratio in enumerate(ratios):
         require(
-            ratio == 0 or ratio >= 2,
-            f"compress_ratios[{i}]={ratio} is no ratio; 0 is a sliding window alone, else it is at least 2 tokens",
+            ratio == 0 or ratio >= least,
+            f"compress_ratios[{i}]={ratio} is no ratio; 0 is a sliding window alone, else it is at least {least} "
+            f"token{'s' if least > 1 else ''}",
         )
     for name in ("kv_lora_rank", "use_qk_norm", "attention_bias", "attention_out_bias"):
         require(
@@ -151,7 +154,7 @@ def validate_compressed(config: Any) -> None:
         "of them",
     )
     widths = ["head_dim"]
-    if any(spec.attention == "csa" for spec in config.specs):
+    if any(spec.attention in ("csa", *SHARING_WORDS) for spec in config.specs):
         validate_indexer(config)
         widths.append("index_head_dim")
     for name in widths:
@@ -232,8 +235,8 @@ def validate_moe(config: Any) -> None:
         top_k <= experts,
         f"num_experts_per_tok={top_k} exceeds n_routed_experts={experts}; choose at most {experts} experts",
     )
-    _require_word("scoring_func", config.scoring_func, SCORING_FUNCTIONS)
-    _require_word("topk_method", config.topk_method, TOPK_METHODS)
+    require_word("scoring_func", config.scoring_func, SCORING_FUNCTIONS)
+    require_word("topk_method", config.topk_method, TOPK_METHODS)
     require(
         (config.topk_method == "noaux_tc") == (config.scoring_func in ("sigmoid", "sqrtsoftplus")),
         f"scoring_func={config.scoring_func!r} clashes with topk_method={config.topk_method!r}; use 'sigmoid' with "
@@ -267,7 +270,7 @@ def validate_moe(config: Any) -> None:
 
 def validate_rope_words(config: Any) -> None:
     rope = config.rope_parameters
-    _require_word("rope_parameters['rope_type']", rope["rope_type"], ROPE_TYPES)
+    require_word("rope_parameters['rope_type']", rope["rope_type"], ROPE_TYPES)
     for name in ("rope_theta", "original_max_position_embeddings"):
         value = rope.get(name, 1)
         require(isinstance(value, (int, float)) and value > 0, f"{name}={value} must be positive")
@@ -281,8 +284,8 @@ def validate_rope_words(config: Any) -> None:
 
 def validate_recommendation(config: Any) -> None:
     if config.item_loss is not None:
-        _require_word("item_loss", config.item_loss, ITEM_LOSSES)
-    _require_word("item_text_encoder", config.item_text_encoder, ITEM_TEXT_ENCODER_WORDS)
+        require_word("item_loss", config.item_loss, ITEM_LOSSES)
+    require_word("item_text_encoder", config.item_text_encoder, ITEM_TEXT_ENCODER_WORDS)
     require(config.num_item_negatives > 0, f"num_item_negatives={config.num_item_negatives} must be positive")
     require(0 <= config.gbce_calibration <= 1, f"gbce_calibration={config.gbce_calibration} must be between 0 and 1")
     for name in ("num_item_neighbors", "item_neighbor_weight", "item_transition_weight"):
@@ -321,7 +324,7 @@ def validate_features(config: Any, name: str, columns: Any) -> None:
 
 
 def validate_embedding(config: Any) -> None:
-    _require_word("pooling", config.pooling, POOLINGS)
+    require_word("pooling", config.pooling, POOLINGS)
     temperature = config.contrastive_temperature
     require(temperature > 0, f"contrastive_temperature={temperature} must be positive")
     for size in config.matryoshka_sizes or ():
@@ -341,7 +344,7 @@ def validate_embedding(config: Any) -> None:
 def validate_images(config: Any) -> None:
     if config.image_stem is None:
         return
-    _require_word("image_stem", config.image_stem, IMAGE_STEMS)
+    require_word("image_stem", config.image_stem, IMAGE_STEMS)
     require(
         config.compress_ratios is None,
         f"image_stem={config.image_stem!r} clashes with compress_ratios: images have no order that entries "

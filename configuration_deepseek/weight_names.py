@@ -19,7 +19,7 @@ SCALE = "weight_scale_inv"
 # weights_proj.
 QUANTIZED = re.compile(
     r".*\.(?:self_attn\.(?:\w+_proj\w*|w\w+)|self_attn\.indexer\.(?:wq_b|wk)|mlp\.(?:.*\.)?(?:gate|up|down)_proj"
-    r"|[eh]_proj)\.weight"
+    r"|engram\.(?:embed|wkv)|[eh]_proj)\.weight"
 )
 ROUTED = re.compile(r".*\.mlp\.experts\.\d+\.(?:gate|up|down)_proj\.weight")
 
@@ -150,6 +150,40 @@ def _csa(config: Any, ratio: int) -> Shapes:
     }
 
 
+def _csa2_reuse(config: Any, ratio: int) -> Shapes:
+    return _swa(config)
+
+
+def _csa2_reindex(config: Any, ratio: int) -> Shapes:
+    return {
+        **_swa(config),
+        **_linear("indexer.wq_b", config.index_query_width, config.q_lora_rank),
+        **_linear("indexer.weights_proj", config.index_n_heads, config.hidden_size),
+    }
+
+
+def _csa2_full(config: Any, ratio: int) -> Shapes:
+    width, head, index = config.hidden_size, config.head_dim, config.index_head_dim
+    return {
+        **_csa2_reindex(config, ratio),
+        **_linear("compressor.wkv", head, width),
+        **(_linear("compressor.wgate", head, width) if ratio > 1 else {}),
+        **_norm("compressor.norm", head),
+        **_linear("indexer.wk", index, head),
+        **_norm("indexer.k_norm", index),
+    }
+
+
+def _engram(config: Any, rows: int) -> Shapes:
+    width, streams = config.hidden_size, config.hc_mult
+    return {
+        "engram.embed.weight": (rows, config.engram_head_dim),
+        **_linear("engram.wkv", (streams + 1) * width, config.engram_width),
+        "engram.q_weight": (streams, width),
+        "engram.k_weight": (streams, width),
+    }
+
+
 def _mlp(config: Any, inner: int, prefix: str = "") -> Shapes:
     width, bias = config.hidden_size, config.mlp_bias
     return {
@@ -166,6 +200,8 @@ def _dense(config: Any) -> Shapes:
 def _moe(config: Any) -> Shapes:
     experts = config.n_routed_experts
     chooses: Shapes = {"gate.e_score_correction_bias": (experts,)} if config.topk_method == "noaux_tc" else {}
+    if chooses and config.image_token_id is not None:
+        chooses["gate.e_score_correction_bias_vl"] = (experts,)
     return chooses | _experts(config)
 
 
@@ -195,18 +231,22 @@ def _mhc(config: Any) -> Shapes:
 
 
 ATTENTIONS: dict[str, Callable[..., Shapes]] = {"mha": _mha, "mla": _mla, "dsa": _dsa, "swa": _swa}
-COMPRESSING: dict[str, Callable[[Any, int], Shapes]] = {"hca": _hca, "csa": _csa}
+COMPRESSING: dict[str, Callable[[Any, int], Shapes]] = {
+    **{"hca": _hca, "csa": _csa},
+    **{"csa2_full": _csa2_full, "csa2_reindex": _csa2_reindex, "csa2_reuse": _csa2_reuse},
+}
 FEED_FORWARDS: dict[str, Callable[[Any], Shapes]] = {"dense": _dense, "moe": _moe, "hash_moe": _hash_moe}
-RESIDUALS: dict[str, Callable[[Any], Shapes]] = {"add": lambda config: {}, "mhc": _mhc}
+RESIDUALS: dict[str, Callable[[Any], Shapes]] = {"add": lambda config: {}, "mhc": _mhc, "mhc_shifted": _mhc}
 
 
 def _under(prefix: str, shapes: Shapes) -> Shapes:
     return {prefix + name: shape for name, shape in shapes.items()}
 
 
-def _layer(config: Any, spec: Any, ratio: int = 0) -> Shapes:
+def _layer(config: Any, spec: Any, ratio: int = 0, engram_rows: int = 0) -> Shapes:
     attention = COMPRESSING[spec.attention](config, ratio) if ratio else ATTENTIONS[spec.attention](config)
     return {
+        **(_engram(config, engram_rows) if engram_rows else {}),
         **_under("self_attn.", attention),
         **_under("mlp.", FEED_FORWARDS[spec.feed_forward](config)),
         **RESIDUALS[spec.residual](config),
@@ -217,11 +257,12 @@ def _layer(config: Any, spec: Any, ratio: int = 0) -> Shapes:
 
 def _trunk(config: Any) -> Shapes:
     ratios = config.compress_ratios or [0] * config.num_hidden_layers
-    words = list(zip(config.specs, ratios[: config.num_hidden_layers], strict=True))
+    rows = [config.engram_rows(i) for i in range(config.num_hidden_layers)]
+    words = list(zip(config.specs, ratios[: config.num_hidden_layers], rows, strict=True))
     kinds = {kind: _layer(config, *kind) for kind in words}
     layers = [_under(f"layers.{i}.", kinds[kind]) for i, kind in enumerate(words)]
     shapes = {"embed_tokens.weight": (config.vocab_size, config.hidden_size)} | _norm("norm", config.hidden_size)
-    if config.hc_mult is not None:
+    if config.specs[0].residual == "mhc":
         shapes |= _streams("hc_head", config, config.hc_mult, 1)
     for layer in layers:
         shapes |= layer
@@ -243,6 +284,8 @@ JOINS: dict[str, Callable[[Any], Shapes]] = {
 def _predictions(config: Any) -> Shapes:
     """Prediction layers, as the model holds them: layers like the last one, without copies of embedding and head."""
     width, first = config.hidden_size, config.num_hidden_layers
+    if config.prediction_spec.residual not in JOINS:  # draft stages, which are not held
+        return {}
     shapes = _layer(config, config.prediction_spec)
     for name in ("enorm", "hnorm", "shared_head.norm"):
         shapes |= _norm(name, width)

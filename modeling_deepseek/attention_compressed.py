@@ -64,6 +64,7 @@ class DeepSeekWindowAttention(nn.Module):
         self.config, self.layer_idx, self.is_causal = config, layer_idx, True
         self.num_heads, self.num_key_value_groups = config.num_attention_heads, 1
         self.attention_dropout, self.eps = config.attention_dropout, config.rms_norm_eps
+        self.normalizes_heads = config.normalizes_query_heads
         self.window, self.groups, self.scaling = config.sliding_window, config.o_groups, config.head_dim**-0.5
         self.wq_a = nn.Linear(config.hidden_size, config.q_lora_rank, bias=False)
         self.q_norm = DeepSeekFloat32RMSNorm(config.q_lora_rank, self.eps)
@@ -105,7 +106,7 @@ class DeepSeekWindowAttention(nn.Module):
     def queries(self, query_latent: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """[B, S, query latent width] -> [B, H, S, W], rotated."""
         query = self.wq_b(query_latent).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        return rotate_tail(unit_rms(query, self.eps), cos, sin)
+        return rotate_tail(unit_rms(query, self.eps) if self.normalizes_heads else query, cos, sin)
 
     def keys(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """[B, S, D] -> [B, S, W], rotated."""

@@ -91,9 +91,9 @@ class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
     def __init__(self, config: DeepSeekConfig):
         super().__init__(config)
         self.model = DeepSeekModel(config)
-        first = config.num_hidden_layers
-        prediction = PREDICTIONS[config.prediction_spec.residual]
-        self.model.layers.extend(prediction(config, first + d) for d in range(config.num_nextn_predict_layers))
+        first, residual = config.num_hidden_layers, config.prediction_spec.residual
+        ahead = range(config.num_nextn_predict_layers if residual in PREDICTIONS else 0)
+        self.model.layers.extend(PREDICTIONS[residual](config, first + d) for d in ahead)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 

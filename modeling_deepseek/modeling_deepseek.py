@@ -3,7 +3,8 @@
 Read it in this order: `DeepSeekDecoderLayer` (what a block is), `DeepSeekModel` (what the trunk is), the heads in
 language_heads.py, embedding_head.py and recommendation_head.py. The mechanisms that a block is made of are one file
 each: attention_mha.py, attention_mla.py, attention_dsa.py, attention_compressed.py, moe.py, routers.py, residual.py,
-rope.py, cache.py. Which of them a layer has is said by the config (`config.specs`), so no forward asks for one.
+rope.py, cache.py, engram.py. Which of them a layer has is said by the config (`config.specs`), so no forward asks for
+one.
 
 Letters: B batch, S tokens of this call, T tokens including cached ones, D hidden width, V vocabulary.
 """
@@ -25,9 +26,11 @@ from .attention_compressed import (
 from .attention_dsa import DeepSeekSparseAttention
 from .attention_mha import DeepSeekMultiHeadAttention
 from .attention_mla import DeepSeekMultiHeadLatentAttention
+from .attention_shared import DeepSeekReindexingAttention, DeepSeekReusingAttention, DeepSeekSourceAttention, Shared
 from .cache import takes_cache
 from .cache_compressed import layer_of
 from .configuration_deepseek import HEADS_BY_OWN_AUTO_CLASS, DeepSeekConfig
+from .engram import DeepSeekEngram, first_ids
 from .indexer import DeepSeekIndexer
 from .layers import DeepSeekMLP, norm_of
 from .masks import after_cached, with_documents
@@ -48,6 +51,9 @@ ATTENTIONS = {
     "swa": DeepSeekWindowAttention,
     "hca": DeepSeekHeavilyCompressedAttention,
     "csa": DeepSeekCompressedSparseAttention,
+    "csa2_full": DeepSeekSourceAttention,
+    "csa2_reindex": DeepSeekReindexingAttention,
+    "csa2_reuse": DeepSeekReusingAttention,
 }
 FEED_FORWARDS = {"dense": DeepSeekMLP, "moe": DeepSeekMoE, "hash_moe": DeepSeekHashMoE}
 
@@ -81,6 +87,42 @@ class DeepSeekDecoderLayer(GradientCheckpointingLayer):
         return self.dropout(self.mlp(self.post_attention_layernorm(hidden_states), input_ids=input_ids))
 
 
+class DeepSeekSharingLayer(DeepSeekDecoderLayer):
+    """The block of V4.1: hands on the weights to read the streams by, and what layers share, beside the streams.
+
+    All of it is tensors, one by one, so that a block can be run anew for its gradients. Where the config says so, the
+    memory of n-grams is written into the streams first (engram.py).
+    """
+
+    def __init__(self, config: DeepSeekConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.engram = DeepSeekEngram(config, layer_idx) if config.engram_rows(layer_idx) else None
+
+    def __call__(self, hidden_states: tuple[torch.Tensor | None, ...], **kwargs) -> tuple[torch.Tensor | None, ...]:
+        """What `ShiftedStreams.enter` or the layer before gave -> the same for the next one."""
+        return super().__call__(*hidden_states, **kwargs)
+
+    def forward(  # type: ignore[override]  # the state is several tensors
+        self,
+        streams: torch.Tensor,
+        pre: torch.Tensor,
+        *published: torch.Tensor | None,
+        input_ids: torch.Tensor | None = None,
+        engram_ids: torch.Tensor | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor | None, ...]:
+        """[B, S, N, D], [B, S, N] and the fields of `Published`, all or none -> the same."""
+        shared = Shared(*published)
+        if self.engram is not None:
+            tokens, cache = kwargs["attention_mask"], kwargs.get("cache")
+            streams = self.engram(streams, input_ids, engram_ids, tokens, cache)
+        state: Any = (streams, pre)
+        return (*super().forward(state, input_ids, shared=shared, **kwargs), *shared.published)
+
+
+LAYERS = {"add": DeepSeekDecoderLayer, "mhc": DeepSeekDecoderLayer, "mhc_shifted": DeepSeekSharingLayer}
+
+
 class DeepSeekMTPLayer(MultiTokenPrediction, DeepSeekDecoderLayer):  # type: ignore[misc]  # forward takes one more
     """A decoder layer that predicts one token further ahead; mtp.py says how."""
 
@@ -108,11 +150,13 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
             config.use_cache = False  # a config that was made otherwise and set to this has it still
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(DeepSeekDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        layer_class = LAYERS[config.specs[0].residual]
+        self.layers = nn.ModuleList(layer_class(config, i) for i in range(config.num_hidden_layers))
         self.norm = norm_of(config)
         self.hc_head = STREAMS[config.specs[0].residual](config)
         self.rotary_emb = DeepSeekRotaryEmbedding(without_entries(config))
         self.dropout = nn.Dropout(config.hidden_dropout)
+        self.register_buffer("engram_ids", first_ids(config))
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -195,6 +239,8 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
         )
 
         hidden_states = self.hc_head.enter(self.dropout(inputs_embeds))
+        kwargs |= {} if self.engram_ids is None else {"engram_ids": self.engram_ids}
+        kind = type(hidden_states)
         for layer in self.layers[: self.config.num_hidden_layers]:  # early-exit assistance lowers the number
             hidden_states = layer(
                 hidden_states,
@@ -205,10 +251,10 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
                 cache=cache,
                 **kwargs,
             )
-        if not isinstance(hidden_states, torch.Tensor):
+        if not isinstance(hidden_states, kind):
             raise ValueError(
-                f"the last layer gave a {type(hidden_states).__name__} and no tensor: layers are wrapped up to the "
-                'prediction layers, which stand behind it; leave those out (target_modules=["model.layers.0", ...])'
+                f"the last layer gave a {type(hidden_states).__name__} and no {kind.__name__}: layers are wrapped up "
+                'to prediction layers, which stand behind; leave them out (target_modules=["model.layers.0", ...])'
             )
         return DeepSeekModelOutput(  # type: ignore[call-arg]  # the word of 5.24
             last_hidden_state=self.norm(self.hc_head(hidden_states)),

@@ -14,7 +14,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 from .checkpoint_keys import fuse_expert_keys
 from .fused import SortedExperts, is_trained_as_it_is
 from .layers import DeepSeekMLP, gated, is_plain_silu, is_traced
-from .routers import DeepSeekHashRouter, DeepSeekTopKRouter
+from .routers import DeepSeekHashRouter, DeepSeekImageRouter, DeepSeekTopKRouter
 
 
 def sorted_pairs(top_k_index: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, list[int]]:
@@ -106,15 +106,18 @@ class DeepSeekExperts(nn.Module):
 class DeepSeekMoE(nn.Module):
     """Routed experts by the gate's choice, plus the shared experts (one SwiGLU of their joint width)."""
 
-    router_class = DeepSeekTopKRouter
-
     def __init__(self, config):
         super().__init__()
-        self.gate = self.router_class(config)
+        self.gate = self.router_class(config)(config)
         self.experts = DeepSeekExperts(config)
         self.shared_experts = None
         if config.n_shared_experts:
             self.shared_experts = DeepSeekMLP(config, config.shared_expert_width)
+
+    def router_class(self, config) -> type[DeepSeekTopKRouter]:
+        """The router of such a layer."""
+        has_images = config.image_token_id is not None and config.topk_method == "noaux_tc"
+        return DeepSeekImageRouter if has_images else DeepSeekTopKRouter
 
     def forward(self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None = None) -> torch.Tensor:
         """[B, S, D], and for hash layers token ids [B, S] -> [B, S, D]."""
@@ -127,4 +130,6 @@ class DeepSeekMoE(nn.Module):
 class DeepSeekHashMoE(DeepSeekMoE):
     """The same, with the experts of a token chosen by its id (V4's first layers)."""
 
-    router_class = DeepSeekHashRouter
+    def router_class(self, config) -> type[DeepSeekTopKRouter]:
+        """As above."""
+        return DeepSeekHashRouter

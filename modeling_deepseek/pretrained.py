@@ -16,6 +16,7 @@ from .checkpoint_files import in_turn, naming_the_broken_file, open_slices, unli
 from .checkpoint_keys import register_conversions
 from .compressor import DeepSeekCompressor
 from .configuration_deepseek import DeepSeekConfig
+from .engram import DeepSeekEngram, EngramHash, engram_ids, first_ids, with_engram_ids
 from .moe import DeepSeekExperts
 from .quantization import DequantizedSlice, dequantized
 from .residual import HyperConnection, HyperStreams
@@ -34,7 +35,7 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
     config: DeepSeekConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DeepSeekDecoderLayer", "DeepSeekMTPLayer", "DeepSeekStreamMTPLayer"]
+    _no_split_modules = ["DeepSeekDecoderLayer", "DeepSeekSharingLayer", "DeepSeekMTPLayer", "DeepSeekStreamMTPLayer"]
     _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -43,6 +44,7 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _keep_in_fp32_modules_strict = [
         "e_score_correction_bias",
+        "e_score_correction_bias_vl",
         "gate.weight",
         "attn_hc",
         "ffn_hc",
@@ -57,8 +59,9 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
         std = self.config.initializer_range
         if isinstance(module, DeepSeekTopKRouter):
             init.normal_(module.weight, mean=0.0, std=std)
-            if isinstance(bias := getattr(module, "e_score_correction_bias", None), torch.Tensor):
-                init.zeros_(bias)
+            for name in ("e_score_correction_bias", "e_score_correction_bias_vl"):
+                if isinstance(bias := getattr(module, name, None), torch.Tensor):
+                    init.zeros_(bias)
         elif isinstance(module, DeepSeekExperts):
             init.normal_(module.gate_up_proj, mean=0.0, std=std)
             init.normal_(module.down_proj, mean=0.0, std=std)
@@ -72,6 +75,14 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
             init.zeros_(module.attn_sink)
         elif isinstance(module, DeepSeekCompressor):
             init.zeros_(module.ape)
+        elif isinstance(module, DeepSeekEngram):
+            init.ones_(module.q_weight)
+            init.ones_(module.k_weight)
+        elif isinstance(module, EngramHash):
+            for name, values in module.numbers.items():
+                init.copy_(getattr(module, name), torch.tensor(values))
+        elif isinstance(ids := getattr(module, "engram_ids", None), torch.Tensor):
+            init.copy_(ids, first_ids(self.config))
 
     # transformers finds out by reading this file's text whether implementations may be chosen; ours are in siblings.
     @classmethod
@@ -101,6 +112,17 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
             source, kwargs = with_changes(cls, source, kwargs)
             return super().from_pretrained(source, *args, **kwargs)
 
+    def load_engram_ids(self, tokenizer: Any) -> None:
+        """Take the ids of n-grams from a tokenizer, as a new model has to; a checkpoint's model has them.
+
+        Raises:
+            ValueError: for a model without tables of n-grams, and a tokenizer that does not fit them.
+        """
+        trunk: Any = self.base_model
+        if trunk.engram_ids is None:
+            raise ValueError("this model has no tables of n-grams (engram_layer_ids), so it needs no ids of them")
+        trunk.engram_ids.copy_(engram_ids(tokenizer, self.config))
+
     def load_adapter(self, peft_model_id=None, *args, **kwargs):
         """As transformers', but says so where the adapter was trained on another config of this model."""
         if peft_model_id is not None:
@@ -114,6 +136,7 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
         if state_dict is None and checkpoint_files and checkpoint_files[0].endswith(".safetensors"):
             try:
                 state_dict = model.official_slices(open_slices(checkpoint_files), load_config)
+                state_dict = with_engram_ids(state_dict, model, load_config)
             except CheckpointError as error:
                 raise CheckpointError(f"{load_config.pretrained_model_name_or_path}: {error}") from None
             if is_deepspeed_zero3_enabled():  # reads the files itself, on one process for all

@@ -16,6 +16,14 @@ streams X of width D, which begin as N copies of the embedding:
 
 and behind the last layer one more `pre`, with weights of its own, makes one state of them.
 
+`mhc_shifted`, V4.1 (its "single-pass" mHC): the same coefficients of the same streams, but f reads by the `pre` that
+the sub-layer before has found, so that all of a sub-layer's coefficients can be computed while f is:
+
+    sub-layer       0           1           2     ..   2 L - 1       final norm
+    reads by        1, 0 .. 0   pre of 0    pre of 1   pre of 2 L-2  pre of 2 L - 1
+
+so the state that is handed on is two tensors, the streams and the `pre`.
+
 A decoder layer calls its residual as `residual(streams, sublayer, **kwargs)`, a trunk its streams as `enter(hidden)`
 before the first layer and as a module behind the last; words say which (`config.specs`). All coefficients are float32,
 and so are the sums: a stream gains from every layer. Letters: B batch, S tokens, N streams, D hidden width.
@@ -84,7 +92,12 @@ class HyperConnection(nn.Module):
         with torch.autocast(device_type=streams.device.type, enabled=False):
             pre, post, comb = self.coefficients(streams)
             collapsed = weighted_sum(pre, streams)
-        output = sublayer(collapsed, **kwargs)
+        return self.joined(streams, sublayer(collapsed, **kwargs), post, comb)
+
+    def joined(
+        self, streams: torch.Tensor, output: torch.Tensor, post: torch.Tensor, comb: torch.Tensor
+    ) -> torch.Tensor:
+        """The streams mixed, and the sub-layer's output [B, S, D] added: [B, S, N, D]."""
         with torch.autocast(device_type=streams.device.type, enabled=False):
             mixed = torch.matmul(comb.mT, streams.float())  # sums over the first axis of comb, which is not symmetric
             return torch.addcmul(mixed, post.unsqueeze(-1), output.unsqueeze(-2).float()).to(streams.dtype)
@@ -98,6 +111,20 @@ class HyperConnection(nn.Module):
         pre, post, comb = (base + scale * z for z, scale, base in zip(parts, scales, bases, strict=True))
         comb = sinkhorn(comb.unflatten(-1, (count, count)), self.iterations, self.eps)
         return torch.sigmoid(pre) + self.eps, 2 * torch.sigmoid(post), comb
+
+
+class ShiftedHyperConnection(HyperConnection):
+    """mHC around one sub-layer, which reads by the weights that come with the streams."""
+
+    def forward(  # type: ignore[override]  # the state is two tensors
+        self, state: tuple[torch.Tensor, torch.Tensor], sublayer: Callable[..., torch.Tensor], **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Streams [B, S, N, D] and float32 weights [B, S, N] -> the same; the sub-layer gets kwargs."""
+        streams, before = state
+        with torch.autocast(device_type=streams.device.type, enabled=False):
+            pre, post, comb = self.coefficients(streams)
+            collapsed = weighted_sum(before, streams)
+        return self.joined(streams, sublayer(collapsed, **kwargs), post, comb), pre
 
 
 class SingleStream:
@@ -137,5 +164,24 @@ class HyperStreams(nn.Module):
             return weighted_sum(torch.sigmoid(logits) + self.eps, streams)
 
 
-RESIDUALS: dict[str, Callable] = {"add": AddResidual, "mhc": HyperConnection}
-STREAMS: dict[str, Callable] = {"add": SingleStream, "mhc": HyperStreams}
+class ShiftedStreams:
+    """The streams of `mhc_shifted`, which have no weights of their own."""
+
+    def __init__(self, config):
+        self.num_streams = config.hc_mult
+
+    def enter(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, S, D] -> [B, S, N, D], all alike, and float32 [B, S, N], of which the first is 1."""
+        streams = hidden_states.unsqueeze(-2).expand(*hidden_states.shape[:-1], self.num_streams, -1)
+        first = torch.arange(self.num_streams, device=hidden_states.device) == 0
+        return streams, first.float().expand(streams.shape[:-1])
+
+    def __call__(self, state: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Streams, weights and whatever else is handed on -> [B, S, D]."""
+        streams, pre = state[:2]
+        with torch.autocast(device_type=streams.device.type, enabled=False):
+            return weighted_sum(pre, streams)
+
+
+RESIDUALS: dict[str, Callable] = {"add": AddResidual, "mhc": HyperConnection, "mhc_shifted": ShiftedHyperConnection}
+STREAMS: dict[str, Callable] = {"add": SingleStream, "mhc": HyperStreams, "mhc_shifted": ShiftedStreams}

@@ -13,6 +13,7 @@
 |                  |         |                     | their two best, else -inf                                    |
 | V4               | sqrt of softplus | noaux_tc   | scores + bias; one group                                     |
 | V4, first layers | same    | -                   | what a table has for the token's id; weights as before       |
+| V4.1             | same    | noaux_tc            | scores + bias, another bias for tokens of images; one group  |
 
 DeepSeekMoE (arXiv 2401.06066, eq. 3-5), DeepSeek-V2 (2405.04434, section 2.2.2), DeepSeek-V3 (2412.19437, eq. 12-16),
 DeepSeek-V4's report, section 2.1.
@@ -59,7 +60,11 @@ def choose_group_limited(router: nn.Module, scores: torch.Tensor) -> torch.Tenso
 
 def choose_with_bias(router: nn.Module, scores: torch.Tensor) -> torch.Tensor:
     """Scores plus correction bias inside of the groups with the best pair. The bias only chooses, it never weighs."""
-    biased = scores + router.e_score_correction_bias
+    return choose_by(router, scores + router.e_score_correction_bias)
+
+
+def choose_by(router: nn.Module, biased: torch.Tensor) -> torch.Tensor:
+    """What is biased already, inside of the groups with the best pair."""
     return keep_best_groups(biased, router.n_group, router.topk_group, best=2, fill=float("-inf"))
 
 
@@ -115,7 +120,7 @@ class DeepSeekTopKRouter(Float32Buffers):
         """[N, D] -> router logits [N, E] (float32), weights [N, K] (float32), expert indices [N, K].
 
         Args:
-            input_ids: N token ids in any shape; read by `DeepSeekHashRouter` alone.
+            input_ids: N token ids in any shape; read where tokens of images, or of one id, have a choice of their own.
         """
         with torch.autocast(device_type=hidden_states.device.type, enabled=False):
             # float32: rounded scores flip the choice of experts
@@ -129,6 +134,25 @@ class DeepSeekTopKRouter(Float32Buffers):
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]} -> top {self.top_k} of {self.weight.shape[0]}"
+
+
+class DeepSeekImageRouter(DeepSeekTopKRouter):
+    """The gate with a bias of their own, `e_score_correction_bias_vl` [E], for the tokens of images."""
+
+    def hold_choice(self, config) -> None:
+        """Register both biases."""
+        super().hold_choice(config)
+        self.image = config.image_token_id
+        bias = torch.zeros(config.n_routed_experts, dtype=torch.float32)
+        self.register_buffer("e_score_correction_bias_vl", bias)
+
+    def chosen(self, scores: torch.Tensor, input_ids: torch.Tensor | None) -> torch.Tensor:
+        """As above; without ids every token is text."""
+        if input_ids is None:
+            return super().chosen(scores, None)
+        is_image = (input_ids == self.image).flatten().unsqueeze(-1)
+        bias = torch.where(is_image, self.e_score_correction_bias_vl, self.e_score_correction_bias)
+        return choose_by(self, scores + bias).topk(self.top_k, dim=-1, sorted=False).indices
 
 
 class DeepSeekHashRouter(DeepSeekTopKRouter):

@@ -38,7 +38,7 @@ DTYPES = {"bf16": "BF16", "fp32": "F32", "fp8": "BF16"}  # fp8: of what isn't qu
 FP8_BLOCKS = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 # whatever the type of the rest
 STREAM_WEIGHTS = tuple(f"{part}.{name}" for part in ("_hc", "hc_head") for name in ("fn", "base", "scale"))
-FLOAT32_WEIGHTS = ("e_score_correction_bias", "attn_sink", ".ape", *STREAM_WEIGHTS)
+FLOAT32_WEIGHTS = ("e_score_correction_bias", "correction_bias_vl", "attn_sink", ".ape", *STREAM_WEIGHTS)
 
 
 @dataclass(frozen=True)

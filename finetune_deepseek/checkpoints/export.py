@@ -20,7 +20,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from configuration_deepseek import DeepSeekConfig
 from configuration_deepseek.fields import FIELD_NAMES
-from configuration_deepseek.official import ARCHITECTURES, official_model_type, to_official
+from configuration_deepseek.official import ARCHITECTURES, official_model_type, to_official, with_quantization
 from configuration_deepseek.weight_names import with_release_names
 from modeling_deepseek.whole_folders import writing_beside
 
@@ -87,7 +87,7 @@ def native_config(checkpoint: Checkpoint) -> dict[str, Any]:
             )
     official["architectures"] = [ARCHITECTURES[model_type] + head]
     if config.source_quantization_config is not None:
-        official["quantization_config"] = config.source_quantization_config
+        official = with_quantization(official, config.source_quantization_config)
     else:
         official.pop("expert_dtype", None)
     if head != "ForCausalLM":

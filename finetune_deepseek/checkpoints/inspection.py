@@ -19,12 +19,13 @@ from huggingface_hub.errors import (
 
 from configuration_deepseek.fields import FIELD_NAMES, DeepSeekFields
 from configuration_deepseek.official import official_model_type
+from configuration_deepseek.sharing import FULL, REINDEX, REUSE
 from configuration_deepseek.weight_names import SCALE, CheckpointError, with_our_names
 from tokenization_deepseek import DeepSeekTokenizer
 
 from ..training.saved import Saved
 from ..training.weights.groups import OTHER, group_of, plain_name
-from .cache_size import LENGTHS, by_attention, cache_bytes, ratio_of
+from .cache_size import LENGTHS, by_attention, cache_bytes
 from .checkpoint import Checkpoint, check_weights, dequantize_at, head_of, in_type, plain_config_of, with_copies
 from .tensors import (
     TYPES,
@@ -163,10 +164,13 @@ def count_parameters(tensors: Tensors, config: DeepSeekFields) -> dict[str, int]
 
 
 def active_parameters(parameters: dict[str, int], config: DeepSeekFields) -> int:
-    """What one token uses: K of E routed experts, everything else but the prediction layers."""
+    """What one token uses: K of E routed experts, its rows of tables, everything else but the prediction layers."""
     used = {group: count for group, count in parameters.items() if group != PREDICTION}
     if config.n_routed_experts and EXPERTS in used:
         used[EXPERTS] = used[EXPERTS] * config.num_experts_per_tok // config.n_routed_experts
+    for rows in map(config.engram_rows, range(config.num_hidden_layers)):
+        if rows:
+            used["engram"] -= (rows - config.engram_columns) * int(config.engram_head_dim or 0)
     return sum(used.values())
 
 
@@ -190,9 +194,10 @@ def exported_sizes(checkpoint: Checkpoint) -> dict[str, int]:
 def layer_ranges(config: DeepSeekFields) -> dict[str, str]:
     """Layers with the same mechanisms -> their description, in the order of their first ones."""
     alike: dict[str, list[int]] = {}
+    ratios = config.compress_ratios or [0] * config.num_hidden_layers
     for layer, spec in enumerate(config.specs):
-        words = [_attention(spec.attention, ratio_of(config, layer), config), _feed_forward(spec.feed_forward, config)]
-        alike.setdefault(", ".join(words) + _residual(config), []).append(layer)
+        words = [_attention(spec.attention, ratios[layer], config), _feed_forward(spec.feed_forward, config)]
+        alike.setdefault(", ".join(words) + _residual(config) + _engram(layer, config), []).append(layer)
     return {spans(layers): words for words, layers in alike.items()}
 
 
@@ -212,6 +217,9 @@ def spans(numbers: list[int]) -> str:
     return ", ".join(parts)
 
 
+CHOOSING = ("csa", FULL, REINDEX)
+
+
 def _attention(word: str, ratio: int, config: DeepSeekFields) -> str:
     heads = f"{config.num_attention_heads} heads"
     if word == "mha":
@@ -221,9 +229,10 @@ def _attention(word: str, ratio: int, config: DeepSeekFields) -> str:
     if config.compress_ratios is None:
         of_tokens = f"{chosen} tokens" if word == "dsa" else ""
         return f"{word} ({heads}, latent {config.kv_lora_rank} + rotary {config.qk_rope_head_dim}, {query}{of_tokens})"
-    entries = f", entries of {ratio} tokens" if ratio else ""
+    read = " of another layer" if word in (REINDEX, REUSE) else ""
+    entries = f", entries of {ratio} token{'s' if ratio > 1 else ''}{read}" if ratio else ""
     window = f"one key of width {config.head_dim}, window {config.sliding_window}"
-    return f"{word} ({heads}, {window}, {query}{entries}{chosen if word == 'csa' else ''})"
+    return f"{word} ({heads}, {window}, {query}{entries}{chosen if word in CHOOSING else ''})"
 
 
 def _feed_forward(word: str, config: DeepSeekFields) -> str:
@@ -238,7 +247,13 @@ def _feed_forward(word: str, config: DeepSeekFields) -> str:
 
 
 def _residual(config: DeepSeekFields) -> str:
-    return f", {config.hc_mult} residual streams" if config.hc_mult is not None else ""
+    shifted = ", read by weights of the sub-layer before" if config.kv_source_layer_ids is not None else ""
+    return f", {config.hc_mult} residual streams{shifted}" if config.hc_mult is not None else ""
+
+
+def _engram(layer: int, config: DeepSeekFields) -> str:
+    rows = config.engram_rows(layer)
+    return f", n-grams up to {config.engram_max_ngram_size} tokens in {rows:,} rows" if rows else ""
 
 
 def positions(config: DeepSeekFields) -> str:

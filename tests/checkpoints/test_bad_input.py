@@ -90,7 +90,7 @@ def test_missing_and_misshapen_weights(source, refused):
     assert "embed_tokens.weight has shape (330, 32), but config.json asks for (331, 32)" in refused("--to", "bundle")
 
 
-@pytest.mark.parametrize("model_type", ["deepseek_v41", "kimi_k2", "glm4_moe", "gpt2"])
+@pytest.mark.parametrize("model_type", ["deepseek_vl", "kimi_k2", "glm4_moe", "gpt2"])
 def test_another_family(source, refused, model_type):
     (source / "config.json").write_text(json.dumps({"model_type": model_type}))
     line = refused("--to", "native")
@@ -159,8 +159,8 @@ def test_an_adapter_as_the_source(adapter_alone, source, refused):
     assert f"{source} is an adapter: name its base model, and the adapter after --merge-adapter" in refused(
         "--to", "native"
     )
-    (adapter_alone / "config.json").write_text(json.dumps({"model_type": "deepseek_v41"}))
-    assert "model_type 'deepseek_v41'" in refused("--adapter-format", "per-expert")
+    (adapter_alone / "config.json").write_text(json.dumps({"model_type": "deepseek_vl"}))
+    assert "model_type 'deepseek_vl'" in refused("--adapter-format", "per-expert")
 
 
 def test_a_model_and_an_adapter_in_one_folder(adapter, source, refused):

@@ -145,10 +145,8 @@ def test_bad_input(saved, said, tmp_path):
     assert f"{path} is damaged" in said(folder)
     path.unlink()
     assert "holds no weights" in said(folder)
-    (folder / "config.json").write_text(json.dumps({"model_type": "deepseek_v41"}))
-    assert "config.json has model_type 'deepseek_v41' (DeepSeek-V4.1), which DeepSeekConfig cannot read" in said(
-        folder
-    )
+    (folder / "config.json").write_text(json.dumps({"model_type": "deepseek_vl"}))
+    assert "config.json has model_type 'deepseek_vl' (DeepSeek-VL), which DeepSeekConfig cannot read" in said(folder)
 
 
 @pytest.mark.parametrize(

@@ -484,7 +484,6 @@ def test_what_no_release_has_is_refused(change, says, tmp_path):
 @pytest.mark.parametrize(
     ("model_type", "is_named"),
     [
-        ("deepseek_v41", " (DeepSeek-V4.1)"),
         ("kimi_k2", " (Kimi K2)"),
         ("glm4_moe", " (GLM-4.5)"),
         ("bert", ""),

@@ -201,7 +201,7 @@ def test_config_switches_recording_on(name):
     model = tiny(name, output_hidden_states=True, output_router_logits=True)
     with torch.no_grad():
         result = model(token_ids(1, 5))
-    assert len(result.hidden_states) == 4
+    assert len(result.hidden_states) == model.config.num_hidden_layers + 1
     assert len(result.router_logits or ()) == sum(spec.feed_forward == "moe" for spec in model.config.specs)
 
 

@@ -96,8 +96,9 @@ def test_speculation_without_an_assistant_equals_greedy(causal, arguments):
 
 
 def test_early_exit_leaves_the_number_of_layers(causal):
+    layers = causal.config.num_hidden_layers
     causal.generate(token_ids(1, 6), assistant_early_exit=1, **GREEDY)
-    assert causal.config.num_hidden_layers == 3
+    assert causal.config.num_hidden_layers == layers
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -120,7 +121,9 @@ needs_cropping = pytest.mark.skipif(
 )
 
 
-with_static_cache = pytest.mark.parametrize("name", [name for name in TINY if name != "tiny_v4"], indirect=True)
+with_static_cache = pytest.mark.parametrize(
+    "name", [name for name in TINY if name not in ("tiny_v4", "tiny_v4.1")], indirect=True
+)
 
 
 @needs_cropping

@@ -187,6 +187,7 @@ TARGETS = {
     "tiny_moe": {"q_proj", "v_proj"},
     "tiny_v2_lite": {"q_proj", "kv_a_proj_with_mqa"},
     "tiny_v4": {"wq_b", "wkv"},
+    "tiny_v4.1": {"wq_b", "wkv"},
 }
 
 

@@ -136,15 +136,16 @@ def test_foreign_kernels_get_expanded_heads_of_one_width(name, foreign):
     expected = model.generate(ids, max_new_tokens=4, do_sample=False)
     model.set_attn_implementation("foreign")
     assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), expected)
-    assert len(foreign) == 4 * 3
+    layers = model.config.num_hidden_layers
+    assert len(foreign) == 4 * layers
     heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
     width = model.config.qk_head_dim if model.config.kv_lora_rank else model.config.head_dim
     if model.config.compress_ratios is not None:  # a sink beside the keys makes rows wider, and one query is of heads
         assert {row[-1] for shapes in foreign for row in shapes} == {width + SINK_WIDTH}
-        assert [shapes[0][2] for shapes in foreign] == [7] * 3 + [heads] * 9
+        assert [shapes[0][2] for shapes in foreign] == [7] * layers + [heads] * 3 * layers
         return
     for call, (query, key, value) in enumerate(foreign):
-        step = call // 3
+        step = call // layers
         assert query == (2, heads, 7 if step == 0 else 1, width)
         assert key == (2, kv_heads, 7 + step, width)
         assert value == key, "kernels of one width only must be able to decode"

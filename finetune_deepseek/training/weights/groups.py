@@ -26,6 +26,7 @@ GROUPS = {
     "experts": Group(parameters=("experts.gate_up_proj", "experts.down_proj")),
     "router": Group(parameters=("mlp.gate.weight",)),
     "indexer": Group(r".*\.indexer\.(?:wq_b|wk|weights_proj|compressor\.(?:wkv|wgate))"),
+    "engram": Group(r".*\.engram\.(?:embed|wkv)"),
     "mtp": Group(r".*\.(?:eh|e|h)_proj"),
     "stem": Group(r"(?:.*\.)?stem\..*"),
     "embeddings": Group(r"(?:.*\.)?embed_tokens"),

@@ -18,6 +18,7 @@ from finetune_deepseek.training.weights.lora import (
     census_table,
     choose_groups,
 )
+from tests.reference.shared_model import ENGRAM
 
 # Adapted weights per group. tiny_v3 has 3 layers, the first dense: 5 projections with q_lora_rank, 2 expert tensors.
 ATTACHED = {
@@ -67,11 +68,17 @@ def test_all_means_every_group_that_the_model_has(name):
     assert counts(model) == ATTACHED[name]
 
 
-@pytest.mark.parametrize("group", [word for word in GROUPS if word != "stem"])  # of which none is adapted
+@pytest.mark.parametrize("group", [word for word in GROUPS if word not in ("stem", "engram")])  # none is adapted
 def test_a_group_attaches_to_its_weights_only(group):
     name = "tiny_v3.2" if group == "indexer" else "tiny_v3_mtp"
     model = apply_lora(make_model(name), lora(lora_target=[group]))
     assert counts(model) == {group: ATTACHED[name][group]}
+
+
+def test_groups_of_shared_entries_and_n_grams():
+    """5 layers of 4 projections, 3 of compressors; 3 indexers of 2 and 2 keys; 2 tables and what reads them."""
+    model = apply_lora(make_model("tiny_v4.1", **ENGRAM), lora(lora_target=["attention", "indexer", "engram"]))
+    assert counts(model) == {"attention": 4 * 5 + 3, "indexer": 3 * 2 + 2, "engram": 4}
 
 
 def test_default_is_attention_and_feed_forward():
@@ -79,7 +86,7 @@ def test_default_is_attention_and_feed_forward():
     assert set(counts(apply_lora(make_model("tiny_llm"), lora()))) == {"attention", "dense"}
 
 
-@pytest.mark.parametrize("group", [*(word for word in GROUPS if word not in ("mtp", "stem")), "all"])
+@pytest.mark.parametrize("group", [*(word for word in GROUPS if word not in ("engram", "mtp", "stem")), "all"])
 def test_adapter_reloads_merges_and_switches_off(group, tmp_path):
     name = "tiny_v3.2" if group == "indexer" else "tiny_v3"
     base = logits(make_model(name))
