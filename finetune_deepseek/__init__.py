@@ -23,6 +23,7 @@ TASKS = {
     "translation": _entry("translation", "Translation", "TranslationArguments"),
     "classification": _entry("classification", "Classification", "ClassificationArguments"),
     "image_classification": _entry("images", "ImageClassification", "ImageArguments"),
+    "image_generation": _entry("drawing", "ImageGeneration", "ImageGenerationArguments"),
     "question_answering": _entry("question_answering", "QuestionAnswering", "QuestionAnsweringArguments"),
     "embedding": _entry("retrieval", "Embedding", "EmbeddingArguments"),
     "recommendation": _entry("recommendation", "Recommendation", "RecommendationArguments"),

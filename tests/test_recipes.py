@@ -69,6 +69,10 @@ def folder(tmp_path_factory):
     digits = [{"pixels": [(number * place) % 17 for place in range(64)], "label": number % 3} for number in range(9)]
     for split in ("train", "test"):
         (folder / "data" / "optdigits" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, digits)))
+    (folder / "data" / "emoji").mkdir()
+    emoji = [{"image": [[number, 9], [9, 200]], "caption_en": "a heart", "caption_zh": "心"} for number in range(3)]
+    for split in ("train", "validation", "test"):
+        (folder / "data" / "emoji" / f"{split}.jsonl").write_text("\n".join(map(json.dumps, emoji)))
     for place in (f"{pets}/{label}" for label in ("cat", "dog") for pets in PETS):
         (folder / "data" / place).mkdir(parents=True)
         Image.effect_noise((20, 16), 50).save(folder / "data" / place / "1.png")
@@ -98,7 +102,7 @@ def small(verb: str, task: str, *rest: str) -> list[str]:
         steps = ["--max_steps", "12", "--vocab_size", "300"]  # so many that each milestone has one
         return [*QUIET, *([] if "--tokens_budget" in rest else steps)]
     if verb != "finetune":
-        return [] if verb in ("generate", "translate", "recommend", "answer") else QUIET
+        return [] if verb in ("generate", "translate", "recommend", "answer", "draw") else QUIET
     if task == "news_recommendation":  # MIND's small set has no third part to evaluate on
         return [*QUIET, "--max_steps", "1", "--vocab_size", "300"]
     random_weights = [] if "--model_name_or_path" in rest else ["--vocab_size", "300"]
@@ -117,6 +121,7 @@ def test_both_languages_show_the_same_code():
         "translate",
         "recommend",
         "answer",
+        "draw",
     }
 
 
@@ -155,7 +160,7 @@ def test_recipes_run_in_order(folder, monkeypatch, capsys):
     for code in blocks(RECIPES[0], "python"):
         exec(code, {})
     assert "where.txt:1 It is there." in capsys.readouterr().out
-    assert (folder / "recommended.parquet").is_file()
+    assert (folder / "recommended.parquet").is_file() and (folder / "hearts.png").is_file()
     assert (folder / "completions.jsonl").read_text("utf-8").count("\n") == 3
     assert (folder / "german.txt").read_text("utf-8").count("\n") == 3
     assert (folder / "chinese.txt").read_text("utf-8").count("\n") == 3

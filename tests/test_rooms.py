@@ -14,7 +14,7 @@ from finetune_deepseek.__main__ import VERBS
 from finetune_deepseek.commands.finetune import task_class
 
 PACKAGE = ROOT / "finetune_deepseek"
-APPLICATIONS = ("translation", "classification", "images", "question_answering", "recommendation")
+APPLICATIONS = ("translation", "classification", "images", "drawing", "question_answering", "recommendation")
 
 
 def test_a_wheel_holds_every_room_and_what_lies_beside_its_code():
@@ -78,6 +78,7 @@ def test_recipes_lie_where_their_tasks_look():
         "conversation",
         "classification",
         "image_classification",
+        "image_generation",
         "embedding",
         "news_recommendation",
     ]

@@ -59,7 +59,7 @@ COPIED = (
         "merges.txt",
         "chat_template*",
     ),
-    *("additional_chat_templates", "generation_config.json", "LICENSE*", "catalogue"),
+    *("additional_chat_templates", "generation_config.json", "LICENSE*", "catalogue", "image_tokens"),
 )
 Report: TypeAlias = Callable[[int, int], Any]
 

@@ -14,6 +14,7 @@ USAGE = f"""usage: deepseek-hf finetune TASK [config.yaml] [--flag value ...]
        deepseek-hf predict TASK MODEL [config.yaml] [--flag value ...]
        deepseek-hf chat MODEL [--flag value ...]
        deepseek-hf generate MODEL ["PROMPT" ...] [--input FILE] [--output FILE] [--flag value ...]
+       deepseek-hf draw MODEL "CAPTION" ... --output FILE [--flag value ...]
        deepseek-hf translate MODEL [--input FILE] [--output FILE] [--flag value ...]
        deepseek-hf answer [MODEL] --knowledge PATH [--flag value ...] "QUESTION" ...
        deepseek-hf recommend MODEL --history FILE [--output FILE] [--flag value ...]
@@ -31,6 +32,7 @@ tasks: {", ".join(TASKS)}
   predict     the same on the test split, and write every prediction
   chat        talk with a language model in the terminal
   generate    go on with the prompts of a file, of standard input or of the command line
+  draw        draw images of captions
   translate   translate the lines of a file or of standard input
   answer      answer questions from a folder or file of texts
   recommend   the best next items for the histories in a file
@@ -47,7 +49,7 @@ tasks: {", ".join(TASKS)}
 
 RUNS = ("finetune", "evaluate", "predict")  # verbs of a task
 # They say themselves what they take.
-OWN_HELP = ("pretrain", "chat", "generate", "translate", "answer", "recommend", "export", "inspect", "presets")
+OWN_HELP = ("pretrain", "chat", "generate", "draw", "translate", "answer", "recommend", "export", "inspect", "presets")
 VERBS = (*RUNS, *OWN_HELP, "help")
 
 

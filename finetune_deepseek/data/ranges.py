@@ -22,6 +22,7 @@ RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             *("k_core", "max_history", "num_non_clicks", "num_levels", "num_beams", "examples_per_history"),
             *("negatives", "k", "batch_size", "max_new_tokens", "num_return_sequences"),
             *("tokens_budget", "eval_stride", "prompt_tokens", "image_size"),
+            *("max_caption_length", "patch_pixels", "codes_steps", "number", "enlarge"),
         ),
     ),
     (
@@ -31,6 +32,7 @@ RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             "max_seq_length",
             *("max_length", "most_frequent_labels", "max_query_length", "max_passage_length", "codebook_size"),
             "num_candidates",
+            *("colours", "codes"),
         ),
     ),
     (
@@ -41,7 +43,8 @@ RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             "router_bias_update",
             *("neftune_noise_alpha", "eval_steps", "eval_delay", "save_steps", "save_total_limit"),
             *("dataloader_num_workers", "doc_stride", "fusion_weights", "examples_shown", "temperature", "top_k"),
-            *("max_continuations", "max_replies", "shift", "rotation", "zoom", "noise", "mixup"),
+            "guidance_scale",
+            *("max_continuations", "num_drawn", "max_replies", "shift", "rotation", "zoom", "noise", "mixup"),
         ),
     ),
     (
@@ -57,7 +60,7 @@ RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
         lambda value: 0 <= value < 1,
         (
             *("attention_dropout", "hidden_dropout", "lora_dropout", "adam_beta1", "adam_beta2"),
-            *("label_smoothing_factor", "item_dropout"),
+            *("label_smoothing_factor", "item_dropout", "caption_dropout"),
         ),
     ),
     ("above 0 and below 1", lambda value: 0 < value < 1, ("lr_factor", "lr_decay_share", "validation_share")),

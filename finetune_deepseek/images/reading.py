@@ -17,7 +17,7 @@ import numpy as np
 from datasets import Dataset
 from PIL import Image, UnidentifiedImageError
 
-from ..data.arguments import SPLITS
+from ..data.arguments import SPLITS, DataArguments
 from ..data.cells import Column, absent, one
 from ..data.fault_report import finding
 from ..data.sources import read_splits
@@ -177,7 +177,7 @@ def _named_cells(arguments: ImageArguments) -> dict[str, Named]:
     return {split: _of_tables(parts[split], arguments) for split in SPLITS if split in parts}
 
 
-def split_folders(arguments: ImageArguments) -> dict[str, list[Path]]:
+def split_folders(arguments: DataArguments) -> dict[str, list[Path]]:
     """The folders of each split in those of --data_dir, where there are any."""
     found = {
         split: [Path(folder) / name for folder in arguments.data_dir or () for name in names]

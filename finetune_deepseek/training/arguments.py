@@ -17,7 +17,7 @@ STEPS_WITHOUT_END = 1_000_000  # what Trainer is told where time says when to st
 MUON = "muon"  # our optimizer beside those of transformers; see weights/muon.py
 MULTI_STEP = "multi_step"  # our schedule beside those of transformers; see optimization.py
 # The last words of the scores of which less is better; of all others more is.
-LESS_IS_BETTER = frozenset({"loss", "perplexity", "byte", "mse", "mae", "runtime"})
+LESS_IS_BETTER = frozenset({"loss", "perplexity", "byte", "token", "mse", "mae", "runtime"})
 
 
 def is_more_better(score: str) -> bool:

@@ -8,7 +8,7 @@ from .saved import ADAPTER_FILE, CONFIG_FILE, RECORD_FILE, Saved
 
 # Not what runs write beside a model: results, cards, the state of training, outputs with names of a user's choice.
 FILES = (
-    *(CONFIG_FILE, ADAPTER_FILE, RECORD_FILE, "generation_config.json", "catalogue/*.json"),
+    *(CONFIG_FILE, ADAPTER_FILE, RECORD_FILE, "generation_config.json", "catalogue/*.json", "image_tokens/*"),
     *("*tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja"),
     *("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "adapter_model.bin", "*.py"),
 )

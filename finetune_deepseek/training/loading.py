@@ -257,19 +257,25 @@ def load_model(
         model = _random_model(arguments, task, tokenizer, fields)
     else:
         raise ValueError("No model is named: give --model_name_or_path, --preset or --config_name.")
-    return fitted(model, tokenizer)
+    return fitted(model, tokenizer, may_grow=task.grows_vocabulary and not isinstance(model, PeftModel))
 
 
-def fitted(model: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
+def fitted(model: Any, tokenizer: PreTrainedTokenizerBase, may_grow: bool = False) -> Any:
     """The model, which now knows the tokenizer's padding.
 
+    Args:
+        may_grow: give the model the tokens that it lacks.
+
     Raises:
-        ValueError: if the tokenizer has more tokens than the model.
+        ValueError: if the tokenizer has more tokens than the model, which may not grow.
     """
     if not has_tokens(tokenizer):
         return model
     rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    if len(tokenizer) > rows and may_grow:
+        print(f"the model gets {len(tokenizer) - rows:,} new tokens")
+        model.resize_token_embeddings(len(tokenizer))
+    elif len(tokenizer) > rows:
         raise ValueError(f"The tokenizer has {len(tokenizer):,} tokens, the model {rows:,}; name the model's own.")
     model.config.pad_token_id = tokenizer.pad_token_id  # a classifier looks for the last token that is no padding
     return model

@@ -64,6 +64,7 @@ class Task(ABC):
     auto_class: Any = AutoModelForCausalLM
     tokenizer_class: Any = None  # that of its saved models, None for the model's own
     peft_task_type: str | None = "CAUSAL_LM"
+    grows_vocabulary: ClassVar[bool] = False  # whether a saved language model gets the tokens that it lacks
     counts: Mapping[str, dict[str, int]] = MappingProxyType({})  # of a split's text and features, for the results
     fault_names: ClassVar[dict[str, str]] = CHECKS  # what is said of a fault in the data, see data/fault_report.py
 

@@ -139,7 +139,7 @@ class FinetuneTrainer(Seq2SeqTrainer):
             parts = (predicted.sums, predicted.counts, predicted.bytes)
             known = tuple(part for part in parts if part is not None)
             self.loss_of_split.add(*self.accelerator.gather_for_metrics(known))
-            self.loss_of_split.is_text = predicted.is_text
+            self.loss_of_split.is_text, self.loss_of_split.unit = predicted.is_text, predicted.unit
         if predicted.outputs is not None:
             return None, predicted.outputs, rows
         if prediction_loss_only or not self.args.predict_with_generate or prompt_ids is None:

@@ -18,6 +18,7 @@ class Predicted(NamedTuple):
         outputs: [B, ...], what `Task.decode` reads; None where the model generates it.
         bytes: [B], of each row's text in UTF-8, where a language model's loss is of all of it.
         is_text: whether the loss is a language model's, whose exponential is the perplexity.
+        unit: what is counted, in one word, where its bits are asked for.
     """
 
     sums: torch.Tensor | None = None
@@ -25,13 +26,14 @@ class Predicted(NamedTuple):
     outputs: torch.Tensor | None = None
     bytes: torch.Tensor | None = None
     is_text: bool = False
+    unit: str = ""
 
 
 class LossOfSplit:
     """Adds up the rows of a split."""
 
     def __init__(self) -> None:
-        self.total, self.count, self.bytes, self.is_text = 0.0, 0, 0, False
+        self.total, self.count, self.bytes, self.is_text, self.unit = 0.0, 0, 0, False, ""
 
     def add(self, sums: torch.Tensor, counts: torch.Tensor, bytes: torch.Tensor | None = None) -> None:
         """All [B]. A row that counts nothing adds nothing, be its sum a number or not."""
@@ -41,11 +43,12 @@ class LossOfSplit:
         self.bytes += 0 if bytes is None else sum(bytes[kept].tolist())
 
     def scores(self) -> dict[str, float]:
-        """`loss` in nats and, of text, `perplexity` and `bits_per_byte` if bytes are known; nothing where nothing
-        counted."""
+        """`loss` in nats and, of text, `perplexity` and `bits_per_byte` if bytes are known; `bits_per_token` and the
+        like where there is a unit; nothing where nothing counted."""
         if not self.count:
             return {}
         loss = self.total / self.count
         perplexity = {"perplexity": math.exp(min(loss, LARGEST))} if self.is_text else {}
         bits = {"bits_per_byte": self.total / math.log(2) / self.bytes} if self.bytes else {}
+        bits |= {f"bits_per_{self.unit}": loss / math.log(2)} if self.unit else {}
         return {"loss": loss} | perplexity | bits
