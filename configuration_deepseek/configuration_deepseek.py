@@ -30,7 +30,7 @@ class DeepSeekConfig(DeepSeekFields, PreTrainedConfig):
     """
 
     model_type = "deepseek"
-    keys_to_ignore_at_inference = ["cache", "past_key_values", "mtp_loss"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "mtp_loss", "draft_states"]
     base_model_tp_plan: ClassVar[dict[str, Any]] = {
         "layers.*.mlp.experts.gate_up_proj": "packed_colwise",
         "layers.*.mlp.experts.down_proj": "rowwise",

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple
 
+from .drafts import DraftFields, derive_drafts
 from .official import attention_of_ratio
 from .sharing import SharingFields
 from .validation import require, validate_layers
@@ -56,8 +57,8 @@ class LayerSpec(NamedTuple):
 
 
 @dataclass(kw_only=True, repr=False)
-class DeepSeekFields(SharingFields):
-    """The fields of `DeepSeekConfig`; those of V4.1 stand in sharing.py.
+class DeepSeekFields(DraftFields, SharingFields):
+    """The fields of `DeepSeekConfig`; those of V4.1 stand in sharing.py, those of draft stages in drafts.py.
 
     Trunk
         vocab_size, hidden_size, num_hidden_layers, max_position_embeddings, rms_norm_eps, hidden_act,
@@ -303,6 +304,7 @@ class DeepSeekFields(SharingFields):
             self.topk_group = self.topk_group or 1
         if self.layer_specs is not None:
             self.layer_specs = [list(spec) for spec in self.layer_specs]
+        derive_drafts(self)
         if self.attention_direction == "bidirectional":
             self.use_cache = False
         validate_layers(self)
@@ -328,7 +330,17 @@ class DeepSeekFields(SharingFields):
         """What prediction layers are: as the last layer, or in V4 a window alone and experts by their scores."""
         if self.compress_ratios is None:
             return self.specs[-1]
-        return self._whole_spec(("swa", "moe"))
+        return self._whole_spec(("swa" if self.dspark_block_size is None else "dspark", "moe"))
+
+    @property
+    def prediction_word(self) -> str:
+        """How prediction layers begin and end: "dspark", drafts of many tokens; else by the residual."""
+        residual = self.prediction_spec.residual
+        return "dspark" if self.dspark_block_size is not None and residual == "mhc" else residual
+
+    def without_predictions(self) -> None:
+        """Say that there are no prediction layers."""
+        self.num_nextn_predict_layers, self.dspark_block_size = 0, None
 
     @property
     def predictions_read_norm(self) -> bool:

@@ -75,6 +75,7 @@ COMPRESSED_FIELDS = (
 V4_FIELDS = (
     *("num_hash_layers", "swiglu_limit", "expert_dtype", "hc_mult", "hc_sinkhorn_iters", "hc_eps"),
     *("topk_method", "routed_scaling_factor", "num_nextn_predict_layers"),
+    *("dspark_block_size", "dspark_noise_token_id", "dspark_target_layer_ids", "dspark_markov_rank"),
 )
 V41_FIELDS = (
     *("kv_source_layer_ids", "index_source_layer_ids"),
@@ -250,6 +251,9 @@ def _v4_as_published(config_dict: dict[str, Any]) -> dict[str, Any]:
         kinds = [TRANSFORMERS_KINDS[word] for word in words]
         if kinds != [attention_of_ratio(ratio) for ratio in fields["compress_ratios"]]:
             fields["layer_specs"] = [list(pair) for pair in zip(kinds, experts or ["moe"] * len(kinds), strict=True)]
+    if fields.get("dspark_block_size") is not None:  # num_nextn_predict_layers says 1, whatever their number
+        stages = len(fields["compress_ratios"]) - fields["num_hidden_layers"]
+        fields["num_nextn_predict_layers"] = stages or fields.get("num_nextn_predict_layers")
     rope = fields.get("rope_parameters") or {}
     if "main" in rope and "compress" in rope:
         fields["compress_rope_theta"] = rope["compress"].get("rope_theta", fields.get("compress_rope_theta"))
@@ -363,6 +367,8 @@ def to_official(fields: dict[str, Any]) -> dict[str, Any]:
         official.setdefault("q_lora_rank", None)  # the source's own default is a number
     if model_type in FIXED:
         official = {name: value for name, value in official.items() if name not in FIXED[model_type]}
+    if model_type == "deepseek_v4" and "dspark_block_size" in official:
+        official["num_nextn_predict_layers"] = 1  # as released; compress_ratios tell their number
     rope = dict(fields["rope_parameters"])
     word, official["rope_theta"] = rope.pop("rope_type"), rope.pop("rope_theta")
     # as each was published, before and after the renaming

@@ -235,6 +235,12 @@ PRESETS["v4.1_flash"] = {
         **{"downsample_ratio": 3, "max_image_tokens": 1024, "min_pixels": 295936, "max_wh_ratio": None},
     },
 }
+PRESETS["v4_flash_0731"] = {
+    **PRESETS["v4_flash"],
+    **{"compress_ratios": [0, 0, *[4, 128] * 20, 4, 0, 0, 0], "num_nextn_predict_layers": 3},
+    **{"dspark_block_size": 5, "dspark_noise_token_id": 128799, "dspark_target_layer_ids": [40, 41, 42]},
+    "dspark_markov_rank": 256,
+}
 OLD_NAMES = {"tiny_v32": "tiny_v3.2", "tiny_v41": "tiny_v4.1", "v41_flash": "v4.1_flash"}  # and short ones
 
 
@@ -267,6 +273,7 @@ ABOUT = {
     "v3.2_exp": About("V3.2", "671.9 B", "38.4 B", "the shape of DeepSeek-V3.2-Exp"),
     "v3.2": About("V3.2", "671.9 B", "38.4 B", "the shape of DeepSeek-V3.2"),
     "v4_flash": About("V4", "284.3 B", "13.8 B", "the shape of DeepSeek-V4-Flash"),
+    "v4_flash_0731": About("V4", "284.3 B", "13.8 B", "the shape of DeepSeek-V4-Flash-0731, with draft stages"),
     "v4_pro": About("V4", "1573.0 B", "49.8 B", "the shape of DeepSeek-V4-Pro"),
     "v4.1_flash": About("V4.1", "748.5 B", "16.8 B", "the shape of DeepSeek-V4.1-Flash"),
 }

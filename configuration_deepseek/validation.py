@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from .drafts import validate_drafts
 from .requiring import require, require_word
 from .sharing import SHARING_WORDS, validate_sharing
 
@@ -49,6 +50,7 @@ def validate(config: Any) -> None:
     )
     if residuals != ["add"]:
         validate_streams(config)
+    validate_drafts(config)
     validate_rope_words(config)
     validate_recommendation(config)
     validate_embedding(config)

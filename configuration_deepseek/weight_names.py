@@ -19,7 +19,7 @@ SCALE = "weight_scale_inv"
 # weights_proj.
 QUANTIZED = re.compile(
     r".*\.(?:self_attn\.(?:\w+_proj\w*|w\w+)|self_attn\.indexer\.(?:wq_b|wk)|mlp\.(?:.*\.)?(?:gate|up|down)_proj"
-    r"|engram\.(?:embed|wkv)|[eh]_proj)\.weight"
+    r"|engram\.(?:embed|wkv)|[eh]_proj|main_proj)\.weight"
 )
 ROUTED = re.compile(r".*\.mlp\.experts\.\d+\.(?:gate|up|down)_proj\.weight")
 
@@ -57,9 +57,10 @@ def take_mtp_keys(weights: dict[str, Any], config: Any) -> tuple[dict[str, Any],
     return rest, ahead
 
 
-def has_draft_stages(ahead: Iterable[str]) -> bool:
-    """Whether keys of prediction layers are of draft stages (DSpark, V4 from July 2026 on), another mechanism."""
-    return any(".main_proj." in key for key in ahead)
+def are_other_predictions(ahead: Iterable[str], config: Any) -> bool:
+    """Whether keys of prediction layers are of draft stages (DSpark) where the config has none, or the other way."""
+    keys = list(ahead)
+    return bool(keys) and any(".main_proj." in key for key in keys) != (config.prediction_word == "dspark")
 
 
 # Names and shapes ----------------------------------------------------------------------------------------------------
@@ -230,7 +231,7 @@ def _mhc(config: Any) -> Shapes:
     return _streams("attn_hc", config, coefficients, 3) | _streams("ffn_hc", config, coefficients, 3)
 
 
-ATTENTIONS: dict[str, Callable[..., Shapes]] = {"mha": _mha, "mla": _mla, "dsa": _dsa, "swa": _swa}
+ATTENTIONS: dict[str, Callable[..., Shapes]] = {"mha": _mha, "mla": _mla, "dsa": _dsa, "swa": _swa, "dspark": _swa}
 COMPRESSING: dict[str, Callable[[Any, int], Shapes]] = {
     **{"hca": _hca, "csa": _csa},
     **{"csa2_full": _csa2_full, "csa2_reindex": _csa2_reindex, "csa2_reuse": _csa2_reuse},
@@ -281,18 +282,37 @@ JOINS: dict[str, Callable[[Any], Shapes]] = {
 }
 
 
-def _predictions(config: Any) -> Shapes:
-    """Prediction layers, as the model holds them: layers like the last one, without copies of embedding and head."""
-    width, first = config.hidden_size, config.num_hidden_layers
-    if config.prediction_spec.residual not in JOINS:  # draft stages, which are not held
-        return {}
-    shapes = _layer(config, config.prediction_spec)
+def _draft_stage(config: Any, stage: int) -> Shapes:
+    """What a draft stage has beside its layer: the first reads the trunk, the last writes tokens."""
+    width, rank, vocab = config.hidden_size, config.dspark_markov_rank, config.vocab_size
+    shapes: Shapes = {}
+    if stage == 0:
+        shapes |= _linear("main_proj", width, len(config.dspark_target_layer_ids) * width) | _norm("main_norm", width)
+    if stage == config.num_nextn_predict_layers - 1:
+        shapes |= _norm("shared_head.norm", width) | _streams("hc_head", config, config.hc_mult, 1)
+        shapes |= _linear("markov_head.markov_w1", vocab, rank) | _linear("markov_head.markov_w2", vocab, rank)
+        shapes |= _linear("confidence_head.proj", 1, width + rank)
+    return shapes
+
+
+def _prediction(config: Any, depth: int) -> Shapes:
+    """What a prediction layer has beside its layer."""
+    if config.prediction_word == "dspark":
+        return _draft_stage(config, depth)
+    norms: Shapes = {}
     for name in ("enorm", "hnorm", "shared_head.norm"):
-        shapes |= _norm(name, width)
-    shapes |= JOINS[config.prediction_spec.residual](config)
-    ahead: Shapes = {}
-    for i in range(config.num_nextn_predict_layers):
-        ahead |= _under(f"model.layers.{first + i}.", shapes)
+        norms |= _norm(name, config.hidden_size)
+    return norms | JOINS[config.prediction_word](config)
+
+
+def _predictions(config: Any) -> Shapes:
+    """Prediction layers, as the model holds them, without copies of embedding and head."""
+    first, ahead = config.num_hidden_layers, dict[str, tuple[int, ...]]()
+    if config.prediction_word not in ("dspark", *JOINS):  # V4.1's draft stages, which are not held
+        return {}
+    for depth in range(config.num_nextn_predict_layers):
+        shapes = _layer(config, config.prediction_spec) | _prediction(config, depth)
+        ahead |= _under(f"model.layers.{first + depth}.", shapes)
     return ahead
 
 

@@ -20,19 +20,18 @@ from transformers.models.auto import modeling_auto
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
+from .ahead import IS_ASSISTED, PredictsAhead
 from .attention_mla import keeps_weights
 from .cache import refuse_cache_implementation, takes_cache
-from .checkpoint_keys import differing_copies
 from .configuration_deepseek import DeepSeekConfig
 from .layers import project
-from .losses import IGNORED, cross_entropy, head_cross_entropy, labels_ahead, needs_no_logits, num_targets
+from .losses import IGNORED, cross_entropy, head_cross_entropy, needs_no_logits, num_targets
 from .modeling_deepseek import PREDICTIONS, DeepSeekModel
 from .mtp import shift_left
 from .outputs import DeepSeekCausalLMOutput, DeepSeekSequenceOutput
 from .pooling import last_token, which_are_tokens
 from .pretrained import DeepSeekPreTrainedModel
-from .transformers_names import create_masks_for_generate, in_library_words
-from .weight_names import CheckpointError, has_draft_stages, shared_mtp_keys
+from .transformers_names import CACHE_WORD, create_masks_for_generate, in_library_words
 
 logger = logging.get_logger(__name__)
 
@@ -77,11 +76,11 @@ def tells_prompt(prepare_inputs: Callable) -> None:
         )
 
 
-class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
+class DeepSeekForCausalLM(PredictsAhead, DeepSeekPreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """The language model: next-token logits over the vocabulary.
 
     With `config.num_nextn_predict_layers` it has the prediction layers too, behind the others in `model.layers`. They
-    take part only in the loss, and only if `config.mtp_loss_weight` is set.
+    take part in the loss if `config.mtp_loss_weight` is set, and draft tokens by `generate(..., use_mtp=True)`.
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -91,32 +90,11 @@ class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
     def __init__(self, config: DeepSeekConfig):
         super().__init__(config)
         self.model = DeepSeekModel(config)
-        first, residual = config.num_hidden_layers, config.prediction_spec.residual
-        ahead = range(config.num_nextn_predict_layers if residual in PREDICTIONS else 0)
-        self.model.layers.extend(PREDICTIONS[residual](config, first + d) for d in ahead)
+        first, word = config.num_hidden_layers, config.prediction_word
+        ahead = range(config.num_nextn_predict_layers if word in PREDICTIONS else 0)
+        self.model.layers.extend(PREDICTIONS[word](config, first + d) for d in ahead)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def slices_ahead(self, ahead: dict[str, Any], rest: dict[str, Any], source: str) -> dict[str, Any]:
-        """The prediction layers' entries without their copies of embedding and head. If there are none at all, as
-        where transformers wrote the checkpoint, or draft stages in their place, the model goes without such layers."""
-        config = self.config
-        if has_draft_stages(ahead):
-            logger.warning(f"{source}: its draft stages (DSpark) are not read")
-            ahead = {}
-        if config.num_nextn_predict_layers and not ahead:
-            if config.mtp_loss_weight:
-                raise CheckpointError(
-                    f"there are no weights of prediction layers (model.layers.{config.num_hidden_layers}.*) to train "
-                    f"with mtp_loss_weight={config.mtp_loss_weight}; set it to 0"
-                )
-            logger.warning(f"{source} has no weights of prediction layers; the model is loaded without them")
-            del self.model.layers[config.num_hidden_layers :]
-            config.num_nextn_predict_layers = 0
-        for key in differing_copies({**rest, **ahead}, config):
-            logger.warning(f"{source}: {key} differs from the weight that it is a copy of, which is used in its place")
-        shared = shared_mtp_keys(config)
-        return {key: entry for key, entry in ahead.items() if key not in shared}
 
     @takes_cache
     @can_return_tuple
@@ -130,6 +108,7 @@ class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor | str = 0,
+        output_draft_states: bool = False,
         **kwargs,
     ) -> DeepSeekCausalLMOutput:
         """Arguments as in `DeepSeekModel.forward`, and
@@ -149,8 +128,6 @@ class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
         if self.training and labels is None:
             self._tell_what_needs_labels(kwargs)
         learns_ahead = labels is not None and self.config.mtp_loss_weight > 0
-        if learns_ahead and not self.config.predictions_read_norm:
-            kwargs["output_state_before_norm"] = True
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -158,18 +135,19 @@ class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
             cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            output_draft_states=output_draft_states or learns_ahead,
             **kwargs,
         )
         logits, loss = self._logits_and_loss(outputs.last_hidden_state, labels, logits_to_keep, **kwargs)
         mtp_loss = None
         if learns_ahead:
-            state = outputs.last_hidden_state if self.config.predictions_read_norm else outputs.state_before_norm
             inputs = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "position_ids": position_ids}
-            mtp_loss = self.mtp_loss(state, labels, attention_mask=attention_mask, **inputs, **kwargs)
+            mtp_loss = self.loss_ahead(outputs, labels, attention_mask=attention_mask, **inputs, **kwargs)
             loss = loss + self.config.mtp_loss_weight * mtp_loss if self.training else loss
         return DeepSeekCausalLMOutput(  # type: ignore[call-arg]  # the word of 5.24
             loss=loss,
             mtp_loss=mtp_loss,
+            draft_states=outputs.draft_states if output_draft_states else None,
             logits=logits,
             cache=outputs.cache,
             hidden_states=outputs.hidden_states,
@@ -228,6 +206,9 @@ class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
             if is_first_iteration:
                 prompt = input_ids if inputs_embeds is None else inputs_embeds
                 kwargs["block_sequence_ids"] = torch.zeros(prompt.shape[:2], dtype=torch.long, device=prompt.device)
+        if kwargs.pop(IS_ASSISTED, False) and is_first_iteration and inputs_embeds is None:
+            # assisted generation hands over the whole prompt, whatever of it the cache has read
+            kwargs["next_sequence_length"] = input_ids.shape[1] - int(kwargs[CACHE_WORD].get_seq_length())
         return super().prepare_inputs_for_generation(
             input_ids,
             *args,
@@ -244,32 +225,6 @@ class DeepSeekForCausalLM(DeepSeekPreTrainedModel, GenerationMixin):
                 inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device
             )
         return create_masks_for_generate(config=config, inputs_embeds=inputs_embeds, **kwargs)
-
-    def mtp_loss(
-        self,
-        hidden_states: torch.Tensor,
-        labels: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs,
-    ) -> torch.Tensor:
-        """Mean over the prediction layers of their cross entropies (eq. 24 and 25, without lambda).
-
-        Args:
-            hidden_states: as `DeepSeekModel.predict_ahead` takes them; so are the other inputs.
-            labels: [B, S], not shifted.
-        """
-        ahead = self.model.predict_ahead(
-            hidden_states, attention_mask=attention_mask, position_ids=position_ids, **kwargs
-        )
-        losses = [
-            head_cross_entropy(
-                self.lm_head, states, labels_ahead(labels, depth, attention_mask, position_ids), num_items_in_batch
-            )
-            for depth, states in enumerate(ahead, start=1)
-        ]
-        return torch.stack(losses).mean()
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length

@@ -30,6 +30,7 @@ from .attention_shared import DeepSeekReindexingAttention, DeepSeekReusingAttent
 from .cache import takes_cache
 from .cache_compressed import layer_of
 from .configuration_deepseek import HEADS_BY_OWN_AUTO_CLASS, DeepSeekConfig
+from .dspark import DeepSeekDraftAttention, DraftBlocks, DraftStage, Taps, blocks_behind
 from .engram import DeepSeekEngram, first_ids
 from .indexer import DeepSeekIndexer
 from .layers import DeepSeekMLP, norm_of
@@ -54,6 +55,7 @@ ATTENTIONS = {
     "csa2_full": DeepSeekSourceAttention,
     "csa2_reindex": DeepSeekReindexingAttention,
     "csa2_reuse": DeepSeekReusingAttention,
+    "dspark": DeepSeekDraftAttention,
 }
 FEED_FORWARDS = {"dense": DeepSeekMLP, "moe": DeepSeekMoE, "hash_moe": DeepSeekHashMoE}
 
@@ -131,7 +133,11 @@ class DeepSeekStreamMTPLayer(StreamPrediction, DeepSeekMTPLayer):  # type: ignor
     """The same with residual streams."""
 
 
-PREDICTIONS = {"add": DeepSeekMTPLayer, "mhc": DeepSeekStreamMTPLayer}
+class DeepSeekDraftStage(DraftStage, DeepSeekDecoderLayer):  # type: ignore[misc]
+    """A decoder layer that drafts several tokens; dspark.py says how."""
+
+
+PREDICTIONS = {"add": DeepSeekMTPLayer, "mhc": DeepSeekStreamMTPLayer, "dspark": DeepSeekDraftStage}
 
 
 class DeepSeekModel(DeepSeekPreTrainedModel):
@@ -190,7 +196,7 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         block_sequence_ids: torch.Tensor | None = None,
-        output_state_before_norm: bool = False,
+        output_draft_states: bool = False,
         grid_positions: torch.Tensor | None = None,
         **kwargs,
     ) -> DeepSeekModelOutput:
@@ -204,7 +210,7 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
             cache: a cache of transformers; with `use_cache` one is made if absent.
             block_sequence_ids: [B, S]; tokens of equal number see each other in both directions, -1 is causal. Absent
                 it is -1, or 0 with `attention_direction` "bidirectional".
-            output_state_before_norm: return the state that the final norm gets, too.
+            output_draft_states: return what prediction layers read of each token, too, as `draft_states`.
             grid_positions: [B or 1, S, 2]; rows and columns of an image's tokens, which are rotated by these.
             kwargs: `output_hidden_states`, `output_attentions`, `output_router_logits`, `output_index_scores` (of the
                 sparse layers, [B, S, T] each and differentiable in their indexers), and what attention
@@ -240,8 +246,9 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
 
         hidden_states = self.hc_head.enter(self.dropout(inputs_embeds))
         kwargs |= {} if self.engram_ids is None else {"engram_ids": self.engram_ids}
-        kind = type(hidden_states)
-        for layer in self.layers[: self.config.num_hidden_layers]:  # early-exit assistance lowers the number
+        kind, taps = type(hidden_states), Taps(self.config.dspark_target_layer_ids if output_draft_states else None)
+        # early-exit assistance lowers the number
+        for layer_idx, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             hidden_states = layer(
                 hidden_states,
                 input_ids=input_ids,
@@ -251,15 +258,20 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
                 cache=cache,
                 **kwargs,
             )
+            taps.look(layer_idx, hidden_states)
         if not isinstance(hidden_states, kind):
             raise ValueError(
                 f"the last layer gave a {type(hidden_states).__name__} and no {kind.__name__}: layers are wrapped up "
                 'to prediction layers, which stand behind; leave them out (target_modules=["model.layers.0", ...])'
             )
+        last_hidden_state, draft_states = self.norm(self.hc_head(hidden_states)), None
+        if output_draft_states:
+            draft_states = last_hidden_state if self.config.predictions_read_norm else hidden_states
+            draft_states = draft_states if self.config.dspark_block_size is None else taps.all()
         return DeepSeekModelOutput(  # type: ignore[call-arg]  # the word of 5.24
-            last_hidden_state=self.norm(self.hc_head(hidden_states)),
+            last_hidden_state=last_hidden_state,
             cache=cache,
-            state_before_norm=hidden_states if output_state_before_norm else None,
+            draft_states=draft_states,
         )
 
     def predict_ahead(
@@ -304,6 +316,52 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
             predicted.append(layer.predicted(state))
             hidden_states = predicted[-1] if self.config.predictions_read_norm else state
         return predicted
+
+    @property
+    def draft_stages(self) -> list[DeepSeekDraftStage]:
+        """The layers that draft, if there are any."""
+        return [layer for layer in self.layers if isinstance(layer, DeepSeekDraftStage)]
+
+    def draft_context(self, draft_states: torch.Tensor) -> torch.Tensor:
+        """What `forward` gave as `draft_states`, [B, S, k D] -> [B, S, D], which blocks see.
+
+        Drafts learn from the trunk, and the trunk nothing from them: no gradient goes back.
+        """
+        first = self.draft_stages[0]
+        return first.main_norm(first.main_proj(draft_states.detach()))
+
+    def draft(
+        self,
+        context: torch.Tensor,
+        first_embeds: torch.Tensor,
+        anchors: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run the draft stages over blocks.
+
+        Args:
+            context: [B, S, D], as `draft_context` gives it.
+            first_embeds: [B, A, D], embeddings of the tokens that blocks begin with.
+            anchors: [B, A], the columns that blocks follow; attention_mask, position_ids: of these columns, as in
+                `forward`.
+
+        Returns:
+            [B, A, b, D] before the norm of the head; entry j is of the token j + 2 behind the anchor.
+        """
+        config, stages = self.config, self.draft_stages
+        tokens = row_tokens(attention_mask, position_ids, context.shape[:2], context.device, None)
+        if position_ids is None:
+            position_ids = torch.arange(context.shape[1], device=context.device).unsqueeze(0)
+        size = config.dspark_block_size
+        blocks: DraftBlocks = blocks_behind(anchors, tokens, position_ids, config.sliding_window, size)
+        rotation = self.rotary_emb(context, position_ids), self.rotary_emb(context, blocks.positions)
+        noise = self.embed_tokens(torch.full_like(blocks.positions[:, 1:], config.dspark_noise_token_id))
+        embeds = torch.cat((first_embeds.flatten(0, 1).unsqueeze(1), noise.to(first_embeds.dtype)), dim=1)
+        streams = stages[-1].hc_head.enter(embeds.detach())
+        for stage in stages:
+            streams = stage(streams, context, blocks=blocks, rotation=rotation)
+        return stages[-1].hc_head(streams).unflatten(0, anchors.shape)
 
     def mask_of(self, *args, **kwargs) -> Any:
         """What this model's attention takes as a mask, of the arguments of `causal_mask`."""

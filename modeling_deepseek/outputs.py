@@ -15,17 +15,19 @@ from .transformers_names import answers_to_both
 @answers_to_both
 @dataclass
 class DeepSeekModelOutput(MoeModelOutputWithPast):
-    """transformers' output of a trunk, and `state_before_norm` [B, S, D] if it was asked for."""
+    """transformers' output of a trunk, and `draft_states`, what prediction layers read of each token, if asked for."""
 
-    state_before_norm: torch.Tensor | None = None
+    draft_states: torch.Tensor | None = None
 
 
 @answers_to_both
 @dataclass
 class DeepSeekCausalLMOutput(MoeCausalLMOutputWithPast):
-    """transformers' output of a language model, and `mtp_loss`: mean loss of the prediction layers, not weighted."""
+    """transformers' output of a language model, `mtp_loss`: mean loss of the prediction layers, not weighted, and
+    `draft_states` as the trunk's."""
 
     mtp_loss: torch.Tensor | None = None
+    draft_states: torch.Tensor | None = None
 
 
 @answers_to_both

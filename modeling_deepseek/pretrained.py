@@ -35,7 +35,10 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
     config: DeepSeekConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["DeepSeekDecoderLayer", "DeepSeekSharingLayer", "DeepSeekMTPLayer", "DeepSeekStreamMTPLayer"]
+    _no_split_modules = [
+        *("DeepSeekDecoderLayer", "DeepSeekSharingLayer"),
+        *("DeepSeekMTPLayer", "DeepSeekStreamMTPLayer", "DeepSeekDraftStage"),
+    ]
     _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True

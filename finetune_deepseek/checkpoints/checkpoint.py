@@ -18,7 +18,7 @@ from configuration_deepseek.weight_names import (
     QUANTIZED,
     CheckpointError,
     Shapes,
-    has_draft_stages,
+    are_other_predictions,
     shared_mtp_keys,
     take_mtp_keys,
 )
@@ -132,11 +132,11 @@ def official_weights(model: "PreTrainedModel") -> Tensors:
 
 def drop_absent_predictions(checkpoint: Checkpoint) -> None:
     """Set the number of prediction layers to 0 if none are stored, as where transformers wrote the checkpoint, or if
-    they are draft stages, which are not read."""
+    others are than the config says."""
     config = checkpoint.config
     ahead = take_mtp_keys(checkpoint.tensors, config)[1]
-    if checkpoint.head != "ForCausalLM" or not ahead or has_draft_stages(ahead):
-        config.num_nextn_predict_layers = 0
+    if checkpoint.head != "ForCausalLM" or not ahead or are_other_predictions(ahead, config):
+        config.without_predictions()
 
 
 def check_weights(checkpoint: Checkpoint, trained: Tensors) -> Tensors:

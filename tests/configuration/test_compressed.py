@@ -3,6 +3,7 @@
 import pytest
 
 from configuration_deepseek import DeepSeekConfig, LayerSpec
+from configuration_deepseek.official import to_official
 
 V4 = {
     **{"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 16},
@@ -71,6 +72,51 @@ def test_what_cannot_be_is_refused_in_one_line(changes, message):
     with pytest.raises(ValueError) as refusal:
         DeepSeekConfig(**{**V4, **changes})
     assert message in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+DRAFTS = {
+    **{
+        "dspark_block_size": 5,
+        "dspark_noise_token_id": 60,
+        "dspark_target_layer_ids": [1, 3],
+        "dspark_markov_rank": 4,
+    },
+    "num_nextn_predict_layers": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dspark_block_size": 0}, "dspark_block_size=0 must be positive where there are draft stages"),
+        ({"dspark_markov_rank": None}, "dspark_markov_rank=None must be positive where there are draft stages"),
+        ({"num_nextn_predict_layers": 0}, "num_nextn_predict_layers=0 must be positive where there are draft stages"),
+        ({"dspark_noise_token_id": 61}, "dspark_noise_token_id=61 must be a token of vocab_size=61"),
+        ({"dspark_target_layer_ids": [1, 4]}, "dspark_target_layer_ids=[1, 4] must be ascending, below num_hidden_l"),
+        ({"dspark_target_layer_ids": [3, 1]}, "dspark_target_layer_ids=[3, 1] must be ascending"),
+        ({"dspark_target_layer_ids": None}, "dspark_target_layer_ids=[] must be ascending"),
+        ({"hc_mult": None}, "dspark_block_size=5 clashes with hc_mult=None, for V4 alone drafts so"),
+    ],
+)
+def test_draft_stages_that_cannot_be_are_refused_in_one_line(changes, message):
+    with pytest.raises(ValueError) as refusal:
+        DeepSeekConfig(**{**V4, **DRAFTS, **changes})
+    assert message in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_the_number_of_draft_stages_is_that_of_the_ratios():
+    """Releases say num_nextn_predict_layers=1 for their three stages."""
+    config = DeepSeekConfig(**{**V4, **DRAFTS, "compress_ratios": V4["compress_ratios"][:4]})
+    assert config.compress_ratios == [0, 4, 8, 4, 0, 0] and config.spec_at(5) == LayerSpec("dspark", "moe", "mhc")
+    official = to_official(config.to_dict())
+    assert official["num_nextn_predict_layers"] == 1 and len(official["compress_ratios"]) == 6
+    assert {name: official[name] for name in DRAFTS if name.startswith("dspark")} == {
+        name: value for name, value in DRAFTS.items() if name.startswith("dspark")
+    }
+    again = DeepSeekConfig.from_dict(official)
+    assert again.num_nextn_predict_layers == 2 and again.compress_ratios == config.compress_ratios
+    again.without_predictions()
+    assert DeepSeekConfig.from_dict(again.to_dict()).num_nextn_predict_layers == 0
 
 
 def test_compressed_words_need_ratios():

@@ -21,6 +21,7 @@ from tests.reference.v4_names import v4_names
 
 RELEASES = {
     "V4-Flash": ([0, 0] + [4, 128] * 20 + [4], 3, 256, 1),
+    "V4-Flash-0731": ([0, 0] + [4, 128] * 20 + [4], 3, 256, 0, 3),
     "V4-Pro, few experts": ([128, 128] + [4, 128] * 29 + [4], 3, 12, 1),
 }
 BY_HAND = {
@@ -44,6 +45,8 @@ BY_HAND = {
     "mtp.0.hc_attn_base": "model.layers.43.attn_hc.base",
     "mtp.0.e_proj.scale": "model.layers.43.e_proj.weight_scale_inv",
     "mtp.1.ffn.experts.0.w1.weight": "model.layers.44.mlp.experts.0.gate_proj.weight",
+    "mtp.0.main_proj.scale": "model.layers.43.main_proj.weight_scale_inv",
+    "mtp.2.markov_head.markov_w1.weight": "model.layers.45.markov_head.markov_w1.weight",
 }
 
 
@@ -55,8 +58,8 @@ def test_by_hand(name):
 
 @pytest.mark.parametrize("release", RELEASES)
 def test_all_names_of_a_release_there_and_back(release):
-    ratios, hashed, experts, predictions = RELEASES[release]
-    names = v4_names(ratios, hashed, experts, predictions)
+    ratios, hashed, experts, *ahead = RELEASES[release]
+    names = v4_names(ratios, hashed, experts, *ahead)
     config = SimpleNamespace(num_hidden_layers=len(ratios), compress_ratios=ratios)
     ours = with_our_names(dict.fromkeys(names), config)
     assert len(ours) == len(names) == len(set(names))
@@ -66,7 +69,7 @@ def test_all_names_of_a_release_there_and_back(release):
     weights = {name for name in ours if QUANTIZED.fullmatch(name)}
     assert {f"{name}_scale_inv" for name in weights} == {name for name in ours if name.endswith("_scale_inv")}
     routed = sum(ROUTED.fullmatch(name) is not None for name in ours)
-    assert routed == (len(ratios) + predictions) * experts * 3
+    assert routed == (len(ratios) + sum(ahead)) * experts * 3
 
 
 def test_counted_by_hand():
@@ -75,6 +78,8 @@ def test_counted_by_hand():
     csa, hca, predicted = 4 + 2 + 1 + 4, 4, 4 + 3 + 3
     total = 6 + 44 * block + 21 * csa + 20 * hca + predicted
     assert len(v4_names(*RELEASES["V4-Flash"])) == total == 69_187
+    drafting = 2 * block + 3 + 1 + 3 + 3  # two stages more; main_proj with its scale and norm, norm, streams, heads
+    assert len(v4_names(*RELEASES["V4-Flash-0731"])) == total - predicted + drafting == 72_317
 
 
 def test_transformers_finds_a_place_for_each_of_these_names():

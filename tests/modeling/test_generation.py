@@ -95,6 +95,15 @@ def test_speculation_without_an_assistant_equals_greedy(causal, arguments):
     assert torch.equal(causal.generate(ids, **GREEDY, **arguments), by_whole_passes(causal, ids))
 
 
+@pytest.mark.parametrize("arguments", [{"prompt_lookup_num_tokens": 3}, {"assistant_early_exit": 1}], ids=str)
+def test_speculation_goes_on_from_a_cache(causal, arguments):
+    """transformers' own classes read the cached tokens once more, and answer something else."""
+    ids = token_ids(1, 4).repeat(1, 4)
+    with torch.no_grad():
+        cache = causal(ids[:, :7], use_cache=True).cache
+    assert torch.equal(causal.generate(ids, cache=cache, **GREEDY, **arguments), by_whole_passes(causal, ids))
+
+
 def test_early_exit_leaves_the_number_of_layers(causal):
     layers = causal.config.num_hidden_layers
     causal.generate(token_ids(1, 6), assistant_early_exit=1, **GREEDY)

@@ -57,9 +57,8 @@ def test_logits_loss_and_gradients_agree_with_the_reference(name, tmp_path):
     fields, ids = model.config.to_dict(), [3, 14, 15, 26, 5, 3]
     labels = [-100, -100, 15, -100, 5, 3]
     expected = logits_ahead(ids, weights, fields, model.config.mtp_after_norm)
-    trunk = model.model(torch.tensor([ids]), output_state_before_norm=True)
-    states = trunk.last_hidden_state if model.config.mtp_after_norm else trunk.state_before_norm
-    ahead = model.model.predict_ahead(states, torch.tensor([ids]))
+    trunk = model.model(torch.tensor([ids]), output_draft_states=True)
+    ahead = model.model.predict_ahead(trunk.draft_states, torch.tensor([ids]))
     assert len(ahead) == model.config.num_nextn_predict_layers
     for depth, (ours, reference) in enumerate(zip(ahead, expected, strict=True), start=1):
         assert_close(model.lm_head(ours)[0, :-depth], reference, f"logits at depth {depth}")

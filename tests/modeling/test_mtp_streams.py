@@ -45,9 +45,9 @@ def layer_weights(model) -> tuple[dict, dict]:
 def test_predicted_logits_and_gradients():
     model, ids = model_of(), token_ids(1, 11, seed=3) % 61
     with torch.no_grad():
-        trunk = model.model(ids, output_state_before_norm=True, use_cache=False)
-    assert trunk.state_before_norm.shape == (1, 11, 4, 32)
-    streams = trunk.state_before_norm.clone().requires_grad_()
+        trunk = model.model(ids, output_draft_states=True, use_cache=False)
+    assert trunk.draft_states.shape == (1, 11, 4, 32)
+    streams = trunk.draft_states.clone().requires_grad_()
     (predicted,) = model.model.predict_ahead(streams, ids)
     weights, leaves = layer_weights(model)
     copy, head = twin(streams), twin(model.lm_head.weight)
@@ -112,7 +112,7 @@ def test_an_incomplete_prediction_layer_is_refused(part, tmp_path):
         DeepSeekForCausalLM.from_pretrained(tmp_path)
 
 
-def test_draft_stages_in_the_place_of_prediction_layers_are_told_and_left_out(tmp_path, caplog, monkeypatch):
+def test_draft_stages_where_the_config_has_none_are_told_and_left_out(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(logging.get_logger("transformers"), "propagate", True)
     model, ids = model_of(mtp_loss_weight=0.0), token_ids(1, 7) % 61
     model.save_pretrained(tmp_path)
@@ -120,7 +120,10 @@ def test_draft_stages_in_the_place_of_prediction_layers_are_told_and_left_out(tm
     stored[f"{LAYER}main_proj.weight"] = stored.pop(f"{LAYER}e_proj.weight")
     save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
     loaded = DeepSeekForCausalLM.from_pretrained(tmp_path)
-    assert "its draft stages (DSpark) are not read" in caplog.messages[0]
+    assert (
+        "its prediction layers are not read: they are other ones than config.json says (dspark_bl"
+        in caplog.messages[0]
+    )
     assert "has no weights of prediction layers; the model is loaded without them" in caplog.messages[1]
     assert loaded.config.num_nextn_predict_layers == 0 and len(loaded.model.layers) == 4
     assert torch.equal(outputs(loaded, ids), outputs(model, ids))

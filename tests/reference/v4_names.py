@@ -32,12 +32,13 @@ def block(prefix: str, ratio: int, is_hash: bool, experts: int, scales: bool) ->
 
 
 def v4_names(
-    ratios: list[int], hash_layers: int, experts: int, predictions: int = 0, scales: bool = True
+    ratios: list[int], hash_layers: int, experts: int, predictions: int = 0, drafts: int = 0, scales: bool = True
 ) -> list[str]:
     """All names of a release.
 
     Args:
         ratios: compress_ratios of the layers, prediction layers left out.
+        drafts: draft stages in the place of prediction layers, as from July 2026 on.
         scales: whether weights are quantized, so that there are scales beside them.
     """
     names = ["embed.weight", "norm.weight", "head.weight", "hc_head_fn", "hc_head_base", "hc_head_scale"]
@@ -48,4 +49,14 @@ def v4_names(
         names += linear(f"mtp.{i}.e_proj", scales) + linear(f"mtp.{i}.h_proj", scales)
         names += [f"mtp.{i}.{name}.weight" for name in ("enorm", "hnorm", "norm")]
         names += [f"mtp.{i}.hc_head_{what}" for what in ("fn", "base", "scale")]
+    for i in range(drafts):
+        names += block(f"mtp.{i}", 0, False, experts, scales)
+        if i == 0:
+            names += [*linear("mtp.0.main_proj", scales), "mtp.0.main_norm.weight"]
+    if drafts:
+        last = f"mtp.{drafts - 1}"
+        names += [f"{last}.{name}" for name in ("norm.weight", "hc_head_fn", "hc_head_base", "hc_head_scale")]
+        names += [f"{last}.markov_head.markov_{w}.weight" for w in ("w1", "w2")] + [
+            f"{last}.confidence_head.proj.weight"
+        ]
     return names
