@@ -24,8 +24,24 @@ QUANTIZED = re.compile(
 ROUTED = re.compile(r".*\.mlp\.experts\.\d+\.(?:gate|up|down)_proj\.weight")
 
 
+ENGRAM_IDS = "engram_ids"  # of the tokens, which releases leave to the tokenizer
+ENGRAM_TABLE = "engram.embed.weight"
+ROW_BLOCK = [1, 32]  # of FP4, and of tables of n-grams
+
+
 class CheckpointError(ValueError, RuntimeError):
     """A checkpoint that doesn't fit the model; a RuntimeError too, because transformers raises that."""
+
+
+def is_quantized_in_releases(name: str, config: Any) -> bool:
+    """Whether releases of this kind of model quantize a weight; V4.1 leaves the projection to index keys as it is."""
+    is_shared_key = config.kv_source_layer_ids is not None and name.endswith("indexer.wk.weight")
+    return QUANTIZED.fullmatch(name) is not None and not is_shared_key
+
+
+def block_of(name: str, block: list[int]) -> list[int]:
+    """The block of a weight's scales, where `block` is that of the others."""
+    return ROW_BLOCK if name.endswith(ENGRAM_TABLE) else block
 
 
 def grid_of(shape: Sequence[int], block: list[int]) -> list[int]:
@@ -267,7 +283,7 @@ def _trunk(config: Any) -> Shapes:
         shapes |= _streams("hc_head", config, config.hc_mult, 1)
     for layer in layers:
         shapes |= layer
-    return shapes
+    return shapes | ({ENGRAM_IDS: (config.vocab_size,)} if any(rows) else {})
 
 
 def _joins_streams(config: Any) -> Shapes:
@@ -459,4 +475,5 @@ def with_release_names(weights: dict[str, Entry], config: Any) -> dict[str, Entr
     """The entries under the names that releases of this kind of model have."""
     if config.compress_ratios is None:
         return weights
+    weights = {name: entry for name, entry in weights.items() if not name.endswith(ENGRAM_IDS)}
     return {to_v4_name(name, config.num_hidden_layers): entry for name, entry in weights.items()}

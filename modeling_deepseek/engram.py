@@ -251,19 +251,23 @@ def with_engram_ids(weights: dict[str, Any], model: nn.Module, load_config: Any)
     config: Any = model.config
     embedding = next((name for name in weights if name.endswith("embed_tokens.weight")), None)
     key = f"{(embedding or '').removesuffix('embed_tokens.weight')}engram_ids"
-    first = first_ids(config)
-    if first is None or key in weights or embedding is None:
+    if first_ids(config) is None or key in weights or embedding is None:
         return weights
-    if (first < 0).any():
-        first = engram_ids(_tokenizer_beside(load_config), config)
-    return {**weights, key: first}
+    asked = getattr(load_config, "download_kwargs", None) or {}
+    return {**weights, key: ids_beside(load_config.pretrained_model_name_or_path, config, **asked)}
 
 
-def _tokenizer_beside(load_config: Any) -> Any:
+def ids_beside(source: str, config: Any, **place: Any) -> torch.Tensor:
+    """The ids that a model of this config needs, by the tokenizer in a folder or repository.
+
+    Raises:
+        CheckpointError: as `with_engram_ids`.
+    """
     from tokenizers import Tokenizer
 
-    source, asked = load_config.pretrained_model_name_or_path, getattr(load_config, "download_kwargs", None)
-    place = dict(asked or {})
+    first = first_ids(config)
+    if first is not None and (first >= 0).all():
+        return first
     known = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
     place = {name: place[name] for name in known if place.get(name) is not None}
     file = cached_file(source, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **place)
@@ -272,4 +276,4 @@ def _tokenizer_beside(load_config: Any) -> Any:
             "its Engram looks n-grams up by ids that come from the tokenizer, and there is no tokenizer.json beside "
             "the weights; copy it there"
         )
-    return Tokenizer.from_file(file)
+    return engram_ids(Tokenizer.from_file(file), config)

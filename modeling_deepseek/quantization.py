@@ -5,21 +5,21 @@ r x c, the last blocks of a row or column being partial: w = q * factor of its b
 two (ue8m0, V3.1 and V4). The block comes from the config: a grid of scales does not tell it.
 
 FP4, V4's routed experts: an int8 weight [R, C / 2] holds two e2m1 numbers in each byte, the even column in its lower
-half, and every 32 columns of a row share a power of two, [R, C / 32].
+half, and every 32 columns of a row share a power of two, [R, C / 32]. Tables of n-grams (V4.1): e4m3, such scales.
 """
 
 from typing import Any
 
 import torch
 
-from .weight_names import SCALE, CheckpointError, grid_of
+from .weight_names import ROW_BLOCK, SCALE, CheckpointError, block_of, grid_of
 
 E4M3_MAX = 448.0
 FP8_WORD = "F8_E4M3"  # as safetensors' headers have it
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by the lower three bits; the fourth is the sign
 E2M1_MAX = E2M1[-1]
 E2M1_TIES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # halfway between two; the code of even number takes it
-FP4_WORD, FP4_BLOCK = "I8", [1, 32]
+FP4_WORD, FP4_BLOCK = "I8", ROW_BLOCK
 
 
 def unpack_fp4(packed: torch.Tensor) -> torch.Tensor:
@@ -169,7 +169,7 @@ def _dequantized(key: str, weights: dict[str, Any], config: Any) -> DequantizedS
             f"weight {key} is quantized in blocks, but config.json has no quantization_config with "
             "weight_block_size; copy it from the release"
         )
-    shape = shape_of(entry)
+    block, shape = block_of(key, block), shape_of(entry)
     found, wanted = list(weights[scale_key].get_shape()), grid_of(shape, block)
     if found != wanted:
         mend = "" if is_fp4 else "mend weight_block_size, or "

@@ -2,9 +2,11 @@
 
 from configuration_deepseek.weight_names import (
     LAYER,
+    ROW_BLOCK,
     SCALE,
     CheckpointError,
     are_other_predictions,
+    block_of,
     grid_of,
     shared_mtp_keys,
     take_mtp_keys,
@@ -13,9 +15,11 @@ from configuration_deepseek.weight_names import (
 
 __all__ = [
     "LAYER",
+    "ROW_BLOCK",
     "SCALE",
     "CheckpointError",
     "are_other_predictions",
+    "block_of",
     "grid_of",
     "shared_mtp_keys",
     "take_mtp_keys",

@@ -14,11 +14,12 @@ from configuration_deepseek.fields import FIELD_NAMES, FILES_BY_CLASS, DeepSeekF
 from configuration_deepseek.official import from_official
 from configuration_deepseek.plain import PlainConfig, Unread, plain_config
 from configuration_deepseek.weight_names import (
+    ENGRAM_IDS,
     LAYER,
-    QUANTIZED,
     CheckpointError,
     Shapes,
     are_other_predictions,
+    is_quantized_in_releases,
     shared_mtp_keys,
     take_mtp_keys,
 )
@@ -101,11 +102,26 @@ def plain_config_of(saved: Saved) -> "DeepSeekConfig":
 
 
 def dequantize_at(folder: Path, tensors: Tensors, config: DeepSeekFields) -> Tensors:
-    """`dequantize`, with errors that name the folder."""
+    """`dequantize`, with errors that name the folder, and the ids of n-grams that releases leave to the tokenizer."""
     try:
-        return dequantize(tensors, config)
+        return with_engram_ids(folder, dequantize(tensors, config), config)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
+
+
+def with_engram_ids(folder: Path, tensors: Tensors, config: DeepSeekFields) -> Tensors:
+    """The weights, and beside them the ids of tokens for tables of n-grams if they have none; made when read."""
+    embedding = next((name for name in tensors if name.endswith("embed_tokens.weight")), "")
+    name = embedding.removesuffix("embed_tokens.weight") + ENGRAM_IDS
+    if name in tensors or not any(map(config.engram_rows, range(config.num_hidden_layers))):
+        return tensors
+
+    def read() -> Any:
+        from modeling_deepseek.engram import ids_beside  # its package takes seconds
+
+        return ids_beside(str(folder), config)
+
+    return {**tensors, name: LazyTensor((config.vocab_size,), "I64", read)}
 
 
 def head_of(source: str | os.PathLike, config: "DeepSeekConfig") -> str:
@@ -139,6 +155,11 @@ def drop_absent_predictions(checkpoint: Checkpoint) -> None:
         config.without_predictions()
 
 
+def is_of_vision(name: str, config: DeepSeekFields) -> bool:
+    """Whether a weight is of V4.1's vision tower, which no model here has: it is handed on as it is."""
+    return config.vision_config is not None and name.startswith(("vision.", "aligner.", "image_"))
+
+
 def check_weights(checkpoint: Checkpoint, trained: Tensors) -> Tensors:
     """The checkpoint's weights that are the model's; `trained` are those that an adapter brings.
 
@@ -156,7 +177,7 @@ def check_weights(checkpoint: Checkpoint, trained: Tensors) -> Tensors:
         layer = LAYER.match(name)
         is_ahead = layer is not None and int(layer[1]) >= config.num_hidden_layers
         is_unused_head = name == "lm_head.weight" and (config.tie_word_embeddings or checkpoint.head != "ForCausalLM")
-        if name in expected:
+        if name in expected or is_of_vision(name, config):
             found[name] = tensor
         elif not (is_ahead or is_unused_head or name.endswith("rotary_emb.inv_freq")):
             raise CheckpointError(
@@ -186,10 +207,12 @@ def in_type(checkpoint: Checkpoint, dtype: str | None) -> Checkpoint:
         release, config.source_quantization_config = config.source_quantization_config or {}, None
     if dtype == "fp8":
         one_byte_scales = {"scale_fmt": "ue8m0"} if config.expert_dtype == "fp4" else {}
-        config.source_quantization_config = {**FP8_BLOCKS, **release, **one_byte_scales}
+        small = {} if config.kv_source_layer_ids is None else {"weight_block_size": [32, 32]}
+        config.source_quantization_config = {**FP8_BLOCKS, **small, **release, **one_byte_scales}
         exact = cast(checkpoint.tensors, "F32")
         tensors = quantize(
-            {name: exact[name] if QUANTIZED.fullmatch(name) else tensors[name] for name in tensors}, config
+            {name: exact[name] if is_quantized_in_releases(name, config) else tensors[name] for name in tensors},
+            config,
         )
     tensors = {
         name: tensor.to("F32") if name.endswith(FLOAT32_WEIGHTS) and tensor.word != "F32" else tensor

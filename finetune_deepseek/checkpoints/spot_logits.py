@@ -23,6 +23,7 @@ from modeling_deepseek import (
     DeepSeekForRecommendation,
     DeepSeekForSequenceClassification,
 )
+from modeling_deepseek.engram import EngramHash
 from modeling_deepseek.moe import DeepSeekExperts
 from modeling_deepseek.rope import DeepSeekRotaryEmbedding
 
@@ -58,6 +59,8 @@ def spot_logits(whole: PreTrainedModel | PeftModel, tensors: Tensors, adapter: A
     for name, module in whole.named_modules():
         if isinstance(module, DeepSeekRotaryEmbedding):
             module._buffers.update(DeepSeekRotaryEmbedding(module.config)._buffers)  # computed, not stored
+        elif isinstance(module, EngramHash):
+            module._buffers.update({name: torch.tensor(values) for name, values in module.numbers.items()})
         elif isinstance(module, DeepSeekExperts):
             module.one_expert = partial(  # type: ignore[method-assign]
                 _one_expert, find=find, name=plain_name(name), gate=module._apply_gate, additions=additions

@@ -17,11 +17,12 @@ from safetensors import SafetensorError, safe_open
 
 from configuration_deepseek.fields import DeepSeekFields
 from configuration_deepseek.weight_names import (
-    QUANTIZED,
     ROUTED,
     SCALE,
     CheckpointError,
+    block_of,
     grid_of,
+    is_quantized_in_releases,
     with_our_names,
 )
 
@@ -303,13 +304,13 @@ def quantize(tensors: Tensors, config: DeepSeekFields) -> Tensors:
     scale_word = "F8_E8M0" if has_fp4 else "F32"
     quantized: Tensors = {}
     for name, tensor in tensors.items():
-        if not QUANTIZED.fullmatch(name):
+        if not is_quantized_in_releases(name, config):
             quantized[name] = tensor
         elif has_fp4 and ROUTED.fullmatch(name):
             quantized |= _both(name, tensor, _Quantized(tensor, _in_fp4), FP4, [1, 32], scale_word)
         else:
             release: Any = config.source_quantization_config
-            block, scale_fmt = release["weight_block_size"], release.get("scale_fmt")
+            block, scale_fmt = block_of(name, release["weight_block_size"]), release.get("scale_fmt")
             change = partial(_in_fp8, block=block, scale_fmt=scale_fmt)
             quantized |= _both(name, tensor, _Quantized(tensor, change), FP8, block, scale_word)
     return quantized
