@@ -19,10 +19,12 @@ from .row_tokens import RowTokens
 
 SPARE = 8  # so many last tokens can be taken back at any time
 NEVER = 2**62  # the rank of the last token of an entry that isn't there yet
+GROWTH = 16  # a full tensor grows by one part in so many: an entry is copied as often, and little lies empty
+SLACK = 10  # and what is kept of a longer tensor is copied out of it, if that is longer by more than such a part
 
 
 class Entries:
-    """Compressed rows [B, E, W] in a tensor that doubles when full."""
+    """Compressed rows [B, E, W] in a tensor that grows a little when full."""
 
     def __init__(self) -> None:
         self.data: torch.Tensor | None = None
@@ -33,7 +35,7 @@ class Entries:
         have = 0 if data is None else data.shape[1]
         frozen = data is not None and data.is_inference() and not torch.is_inference_mode_enabled()
         if data is None or have < count or frozen or torch.is_grad_enabled():
-            room = max(count, 2 * have) if have < count else have
+            room = max(count, have + have // GROWTH) if have < count else have
             grown = like.new_zeros(like.shape[0], room - have, like.shape[2])
             self.data = grown if data is None else torch.cat((data, grown), dim=1)
         return self.data  # type: ignore[return-value]
@@ -87,7 +89,8 @@ class WindowLayer(DynamicLayer):
         self.kept_for[name] = keep
         kept = joined if self.record_past else joined[:, max(joined.shape[1] - keep - SPARE, 0) :]
         # a slice of a long prompt would hold all of it
-        self.rolls[name] = kept if 2 * kept.shape[1] > joined.shape[1] else kept.clone()
+        is_most = SLACK * (joined.shape[1] - kept.shape[1]) <= kept.shape[1]
+        self.rolls[name] = kept if is_most else kept.clone()
         return joined[:, max(before.shape[1] - keep, 0) :]
 
     def emit(self, name: str, rows: torch.Tensor, places: torch.Tensor | None, tokens: RowTokens) -> torch.Tensor:

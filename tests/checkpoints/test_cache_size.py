@@ -28,6 +28,20 @@ def test_formulas_give_what_a_cache_holds():
     assert kept == cache_bytes(config, tokens)
 
 
+@pytest.mark.parametrize("pieces", [[1024] + [1] * 40, [700, 324] + [1] * 8, [48] * 12], ids=["decode", "two", "pieces"])
+@torch.no_grad()
+def test_memory_is_hardly_more(pieces):
+    """Of whole tensors, those that slices are of among them."""
+    config = DeepSeekConfig(**V4 | {"num_hidden_layers": 3})
+    model, cache = DeepSeekForCausalLM(config).bfloat16().eval(), DynamicCache(config=config)
+    for part in (torch.arange(sum(pieces)).view(1, -1) % 61).split(pieces, dim=1):
+        model(part, cache=cache, use_cache=True, logits_to_keep=1)
+    tensors = [rows for layer in cache.layers for rows in layer.rolls.values()]
+    tensors += [entries.data for layer in cache.layers for entries in layer.entries.values()]
+    storages = {rows.untyped_storage().data_ptr(): rows.untyped_storage().nbytes() for rows in tensors}
+    assert sum(storages.values()) <= 1.1 * cache_bytes(config, sum(pieces))
+
+
 def test_of_v4_flash_by_hand():
     """Per token: 21 layers of (512 + 128) / 4 numbers, 20 of 512 / 128, in two bytes."""
     sizes = {"num_hidden_layers": 43, "compress_ratios": [0, 0, *[4, 128] * 20, 4, 0], "head_dim": 512}
