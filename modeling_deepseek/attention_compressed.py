@@ -22,6 +22,7 @@ Letters: B batch, H heads, S queries, K kept keys, E entries, W head width, D hi
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -54,6 +55,21 @@ class GroupedLinear(nn.Module):
         """[B, S, G, in] -> [B, S, G * out]."""
         by_group = x.flatten(0, 1).transpose(0, 1) @ self.weight.unflatten(0, (self.groups, -1)).mT  # [G, B S, out]
         return by_group.transpose(0, 1).flatten(1).unflatten(0, x.shape[:2])
+
+
+def attend_alone(
+    query: torch.Tensor, rows: torch.Tensor, mask: torch.Tensor | None, sink: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one query [B, H, 1, W] to rows [B, T, W] and sinks [H]: [B, 1, H, W] and weights [B, H, 1, T].
+
+    Heads are the rows of its products, so that each key is read once, and scores are float32.
+    """
+    scores = query.squeeze(2).float() @ rows.float().mT * scaling  # [B, H, T]
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    sinks = sink.float().view(1, -1, 1).expand(len(scores), -1, -1)
+    weights = torch.cat((scores, sinks), dim=-1).softmax(-1)[..., :-1].to(rows.dtype)
+    return (weights @ rows).unsqueeze(1), weights.unsqueeze(2)
 
 
 class DeepSeekWindowAttention(nn.Module):
@@ -92,7 +108,7 @@ class DeepSeekWindowAttention(nn.Module):
             position_ids: [B or 1, S], rotary positions.
             kwargs: what the implementation takes.
         """
-        cos, sin = self.rotation(hidden_states, position_ids, position_embeddings)
+        cos, sin = self.rotation(hidden_states, position_ids, position_embeddings, attention_mask)
         query_latent = self.q_norm(self.wq_a(hidden_states))
         query, keys = self.queries(query_latent, cos, sin), self.keys(hidden_states, cos, sin)
 
@@ -118,7 +134,11 @@ class DeepSeekWindowAttention(nn.Module):
         return self.wo_b(self.wo_a(mixed.flatten(2).unflatten(-1, (self.groups, -1))))
 
     def rotation(
-        self, hidden_states: torch.Tensor, position_ids: torch.Tensor, main: tuple[torch.Tensor, torch.Tensor]
+        self,
+        hidden_states: torch.Tensor,
+        position_ids: torch.Tensor,
+        main: tuple[torch.Tensor, torch.Tensor],
+        tokens: RowTokens,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of this layer."""
         return main
@@ -142,7 +162,11 @@ class DeepSeekWindowAttention(nn.Module):
                 near = slice(max(kept + chunk.start - self.window + 1, 0), kept + chunk.stop)
             mask = None
             if length > 1 or not tokens.are_columns:
-                mask = tokens.sees_keys(chunk, near, kept, self.window)  # [B or 1, s, k]
+                asked = chunk, near, kept, self.window  # [B or 1, s, k]
+                if is_whole:
+                    mask = tokens.once(("keys", kept, self.window), partial(tokens.sees_keys, *asked))
+                else:
+                    mask = tokens.sees_keys(*asked)
             rows, mask = entries.beside(keys[:, near], mask, chunk, tokens)
             output, weights = self.attend_with_sink(query[:, :, chunk], rows, mask, **kwargs)
             outputs.append(output)
@@ -157,6 +181,8 @@ class DeepSeekWindowAttention(nn.Module):
         rounding took of it. So every implementation computes it as any other key.
         """
         batch, heads, length, width = query.shape
+        if length == 1 and self.is_plain_attention():
+            return attend_alone(query, rows, mask, self.attn_sink, self.scaling)
         score = self.attn_sink.float() / self.scaling
         high = score.to(query.dtype)
         low = (score - high.float()).to(query.dtype)
@@ -167,14 +193,13 @@ class DeepSeekWindowAttention(nn.Module):
         if mask is not None:
             mask = self.in_form(F.pad(mask, (0, 1), value=True).unsqueeze(1), query.dtype)
         kwargs["is_causal"] = False
-        if length == 1:  # heads as queries: each key is read once
-            mixed, weights = attend(self, query.transpose(1, 2), rows, rows, mask, self.scaling, **kwargs)
-            mixed = mixed.transpose(1, 2)
-            weights = None if weights is None else weights.transpose(1, 2)
-        else:
-            rows = rows.expand(-1, heads, -1, -1)
-            mixed, weights = attend(self, query, rows, rows, mask, self.scaling, **kwargs)
+        rows = rows.expand(-1, heads, -1, -1)
+        mixed, weights = attend(self, query, rows, rows, mask, self.scaling, **kwargs)
         return mixed[..., :width], None if weights is None else weights[..., :-1]
+
+    def is_plain_attention(self) -> bool:
+        """Whether the implementation asked for computes what `attend_alone` does, and nothing random."""
+        return self.config._attn_implementation in ("eager", "sdpa") and not (self.training and self.attention_dropout)
 
     def in_form(self, mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """A boolean mask as the implementation takes it: the eager one adds it to the scores."""
@@ -233,20 +258,23 @@ class ChosenEntries(AllEntries):
             return super().beside(keys, mask, chunk, tokens)
         with torch.no_grad():
             scores = self.scores_of(chunk, count)  # [B, s, E]
-            seen = tokens.sees_entries(chunk, self.ends[:, :count]).expand_as(scores)
-            chosen = select_keys(scores.masked_fill(~seen, float("-inf")), self.topk)
+        if mask is None and self.gathers:  # one query at the end, which could see all
+            return torch.cat((keys, self.rows_at(select_keys(scores, self.topk), keys.dtype)), dim=1), None
+        seen = tokens.sees_entries(chunk, self.ends[:, :count]).expand_as(scores)
+        chosen = select_keys(scores.masked_fill(~seen, float("-inf")), self.topk)
         if self.gathers and chosen.shape[1] == 1:
-            index = chosen.squeeze(1).unsqueeze(-1).expand(-1, -1, keys.shape[-1])
-            entries, seen = self.rows.to(keys.dtype).gather(1, index), seen.gather(-1, chosen)
+            entries, seen = self.rows_at(chosen, keys.dtype), seen.gather(-1, chosen)
         else:
             entries = self.rows[:, :count].to(keys.dtype)
             seen = seen & torch.zeros_like(scores).scatter(-1, chosen, 1.0).bool()
         rows = torch.cat((keys, entries), dim=1)
-        if mask is None and entries.shape[1] == self.topk:
-            return rows, None  # one query at the end, which sees all that it chose from
         if mask is None:
             mask = seen.new_ones(1, 1, keys.shape[1])
         return rows, torch.cat((mask.expand(seen.shape[0], -1, -1), seen), dim=-1)
+
+    def rows_at(self, chosen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """[B, 1, K] places -> [B, K, W]."""
+        return self.rows.gather(1, chosen.mT.expand(-1, -1, self.rows.shape[-1])).to(dtype)
 
 
 class DeepSeekHeavilyCompressedAttention(DeepSeekWindowAttention):
@@ -260,9 +288,10 @@ class DeepSeekHeavilyCompressedAttention(DeepSeekWindowAttention):
         self.compressor = DeepSeekCompressor(config, config.head_dim, self.ratio, self.overlaps)
         self.rotary_emb = DeepSeekRotaryEmbedding(with_entries(config))
 
-    def rotation(self, hidden_states, position_ids, main):
+    def rotation(self, hidden_states, position_ids, main, tokens):
         """As above, of layers that compress."""
-        return self.rotary_emb(hidden_states, position_ids)
+        key = "rotation", hidden_states.dtype, hidden_states.device
+        return tokens.once(key, lambda: self.rotary_emb(hidden_states, position_ids))
 
     def entries(
         self,
@@ -293,12 +322,16 @@ class DeepSeekHeavilyCompressedAttention(DeepSeekWindowAttention):
         rows = layer.roll(name, compressor.rows(hidden_states), compressor.keep, tokens)
         kept = rows.shape[1] - tokens.length
         asked = (tokens, position_ids, self.ratio, compressor.span, kept)
-        if tokens.are_columns:
-            blocks: Blocks = blocks_of(*asked)
+
+        def find() -> tuple[Blocks, torch.Tensor]:
+            if not tokens.are_columns:
+                return blocks_of_differing_rows(*asked, layer.known_ends(tokens))
             count = (tokens.seen + tokens.length) // self.ratio
-            ends = (torch.arange(count, device=rows.device) * self.ratio + self.ratio - 1).unsqueeze(0)
-        else:
-            blocks, ends = blocks_of_differing_rows(*asked, layer.known_ends(tokens))
+            return blocks_of(*asked), (torch.arange(count, device=rows.device) * self.ratio + self.ratio - 1)[None]
+
+        blocks, ends = tokens.once(("blocks", *asked[2:], rows.device), find)
+        if not blocks.rows.shape[1]:
+            return layer.emit(name, hidden_states[:, :0, : compressor.width], None, tokens), ends
         new = compressor(rows, blocks, self.rotary_emb).to(hidden_states.dtype)
         return layer.emit(name, new, blocks.places, tokens), ends
 

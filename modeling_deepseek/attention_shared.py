@@ -29,7 +29,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .attention_compressed import CHUNK, AllEntries, DeepSeekWindowAttention, Entered
+from .attention_compressed import (
+    CHUNK,
+    AllEntries,
+    DeepSeekHeavilyCompressedAttention,
+    DeepSeekWindowAttention,
+    Entered,
+)
 from .cache_compressed import WindowLayer
 from .compressor import Blocks, blocks_of, blocks_of_differing_rows
 from .indexer import DeepSeekEntryIndexer, Float32Linear, select_keys
@@ -129,9 +135,7 @@ class DeepSeekReusingAttention(DeepSeekWindowAttention):
         self.ratio = config.compress_ratios[layer_idx]
         self.rotary_emb = DeepSeekRotaryEmbedding(with_entries(config))
 
-    def rotation(self, hidden_states, position_ids, main):
-        """As above, of layers that compress."""
-        return self.rotary_emb(hidden_states, position_ids)
+    rotation = DeepSeekHeavilyCompressedAttention.rotation
 
     def entries(
         self,

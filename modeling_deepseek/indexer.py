@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .layers import without_autocast
 from .rope import apply_rotary, rotate_tail
 
 
@@ -24,7 +25,7 @@ class Float32Linear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out] in float32."""
-        with torch.autocast(device_type=x.device.type, enabled=False):
+        with without_autocast(x):
             return F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
 
 
@@ -68,7 +69,7 @@ class DeepSeekIndexer(nn.Module):
         query = self.wq_b(query_latent.detach()).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         query = self.rotated(query, position_embeddings)  # [B, J, S, W]
         weights = self.weights_proj(hidden_states.detach()) * (self.num_heads * self.head_dim) ** -0.5  # [B, S, J]
-        with torch.autocast(device_type=query.device.type, enabled=False):
+        with without_autocast(query):
             # One product for all heads, queries outermost, so that the sum over heads is a product too.
             products = query.transpose(1, 2).flatten(1, 2).float() @ keys.squeeze(1).float().transpose(1, 2)
             products = products.relu().unflatten(1, (-1, self.num_heads))  # [B, S, J, T]

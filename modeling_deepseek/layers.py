@@ -1,5 +1,6 @@
 """The small parts of a block: RMSNorm, the SwiGLU feed-forward, buffers that stay float32."""
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import cast
 
 import torch
@@ -20,6 +21,12 @@ def is_traced() -> bool:
     """Whether this call makes a graph that is to run without Python: by torch.export, or torch.jit.trace."""
     is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # torch 2.6 hasn't the first
     return torch.jit.is_tracing() or is_exporting()
+
+
+def without_autocast(x: torch.Tensor) -> AbstractContextManager:
+    """What keeps autocast from changing types on the device of x: nothing where it is off, for entering takes time."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -90,9 +97,14 @@ def norm_of(config) -> DeepSeekRMSNorm:
     return kind(config.hidden_size, config.rms_norm_eps)
 
 
+def inverse_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last dimension, which stays, in float32."""
+    return torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+
+
 def unit_rms(x: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x^2) + eps) over the last dimension, the factor in float32."""
-    return x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps).to(x.dtype)
+    return x * inverse_rms(x, eps).to(x.dtype)
 
 
 class Float32Buffers(nn.Module):

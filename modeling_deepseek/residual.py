@@ -35,6 +35,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .layers import inverse_rms, without_autocast
+
 
 def sinkhorn(logits: torch.Tensor, iterations: int, eps: float) -> torch.Tensor:
     """[..., N, N] -> about doubly stochastic: softmax over rows, + eps, then columns and rows divided in turn.
@@ -56,7 +58,7 @@ def sinkhorn(logits: torch.Tensor, iterations: int, eps: float) -> torch.Tensor:
 def project(streams: torch.Tensor, weight: torch.Tensor, norm_eps: float) -> torch.Tensor:
     """[B, S, N, D] and [M, N D] -> float32 [B, S, M], divided by the root mean square of a token's streams."""
     flat = streams.flatten(-2).float()
-    return F.linear(flat, weight.float()) * torch.rsqrt(flat.pow(2).mean(-1, keepdim=True) + norm_eps)
+    return F.linear(flat, weight.float()) * inverse_rms(flat, norm_eps)
 
 
 def weighted_sum(weights: torch.Tensor, streams: torch.Tensor) -> torch.Tensor:
@@ -89,7 +91,7 @@ class HyperConnection(nn.Module):
 
     def forward(self, streams: torch.Tensor, sublayer: Callable[..., torch.Tensor], **kwargs) -> torch.Tensor:
         """[B, S, N, D] -> [B, S, N, D]; the sub-layer, [B, S, D] -> [B, S, D], gets kwargs."""
-        with torch.autocast(device_type=streams.device.type, enabled=False):
+        with without_autocast(streams):
             pre, post, comb = self.coefficients(streams)
             collapsed = weighted_sum(pre, streams)
         return self.joined(streams, sublayer(collapsed, **kwargs), post, comb)
@@ -98,7 +100,7 @@ class HyperConnection(nn.Module):
         self, streams: torch.Tensor, output: torch.Tensor, post: torch.Tensor, comb: torch.Tensor
     ) -> torch.Tensor:
         """The streams mixed, and the sub-layer's output [B, S, D] added: [B, S, N, D]."""
-        with torch.autocast(device_type=streams.device.type, enabled=False):
+        with without_autocast(streams):
             mixed = torch.matmul(comb.mT, streams.float())  # sums over the first axis of comb, which is not symmetric
             return torch.addcmul(mixed, post.unsqueeze(-1), output.unsqueeze(-2).float()).to(streams.dtype)
 
@@ -121,7 +123,7 @@ class ShiftedHyperConnection(HyperConnection):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Streams [B, S, N, D] and float32 weights [B, S, N] -> the same; the sub-layer gets kwargs."""
         streams, before = state
-        with torch.autocast(device_type=streams.device.type, enabled=False):
+        with without_autocast(streams):
             pre, post, comb = self.coefficients(streams)
             collapsed = weighted_sum(before, streams)
         return self.joined(streams, sublayer(collapsed, **kwargs), post, comb), pre
@@ -159,7 +161,7 @@ class HyperStreams(nn.Module):
 
     def forward(self, streams: torch.Tensor) -> torch.Tensor:
         """[B, S, N, D] -> [B, S, D], weighed by what the streams hold."""
-        with torch.autocast(device_type=streams.device.type, enabled=False):
+        with without_autocast(streams):
             logits = self.base.float() + self.scale.float() * project(streams, self.fn, self.norm_eps)
             return weighted_sum(torch.sigmoid(logits) + self.eps, streams)
 
@@ -179,7 +181,7 @@ class ShiftedStreams:
     def __call__(self, state: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Streams, weights and whatever else is handed on -> [B, S, D]."""
         streams, pre = state[:2]
-        with torch.autocast(device_type=streams.device.type, enabled=False):
+        with without_autocast(streams):
             return weighted_sum(pre, streams)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 
 from .fused import RotatedTail, is_trained
-from .layers import Float32Buffers
+from .layers import Float32Buffers, without_autocast
 
 
 def yarn_softmax_factor(rope_parameters: dict) -> float:
@@ -125,7 +125,7 @@ class DeepSeekRotaryEmbedding(Float32Buffers):
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions [B or 1, S], or on A axes [B or 1, S, A] -> cos, sin [B or 1, S, W / 2] in the type of x (whose
         values are not read). Of several axes, pair i is turned by axis i % A."""
-        with torch.autocast(device_type=x.device.type, enabled=False):  # angles need float32
+        with without_autocast(x):  # angles need float32
             angles = of_pairs(position_ids, len(self.inv_freq)).float() * self.inv_freq.to(x.device).float()
             cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return cos.to(x.dtype), sin.to(x.dtype)

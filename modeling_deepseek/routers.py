@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .layers import Float32Buffers
+from .layers import Float32Buffers, without_autocast
 from .weight_names import CheckpointError
 
 
@@ -122,7 +122,7 @@ class DeepSeekTopKRouter(Float32Buffers):
         Args:
             input_ids: N token ids in any shape; read where tokens of images, or of one id, have a choice of their own.
         """
-        with torch.autocast(device_type=hidden_states.device.type, enabled=False):
+        with without_autocast(hidden_states):
             # float32: rounded scores flip the choice of experts
             logits = F.linear(hidden_states.float(), self.weight.float())
             scores = self.score(logits)

@@ -14,8 +14,9 @@ right, so that the last of them is the row's last token, whatever padding came b
 Letters: B batch, S tokens of this call, K kept ones before them.
 """
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional as F
@@ -41,6 +42,7 @@ class RowTokens:
     ranks: [B, S], -1 at padding; starts: [B, S].
     totals: [B], tokens before this call; last_starts: [B], where their last document begins.
     has_padding: whether this call brings any.
+    known: what layers have asked for by `once`.
     """
 
     length: int
@@ -51,6 +53,7 @@ class RowTokens:
     ranks: torch.Tensor = field(default=None)  # type: ignore[assignment]  # made below
     starts: torch.Tensor = field(default=None)  # type: ignore[assignment]
     has_padding: bool = False
+    known: dict[Hashable, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.totals is None:
@@ -61,6 +64,12 @@ class RowTokens:
     def are_columns(self) -> bool:
         """Whether ranks are columns."""
         return self.totals is None
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made for the first layer that asks under this key; the others of a call need the same."""
+        if key not in self.known:
+            self.known[key] = make()
+        return self.known[key]
 
     def totals_after(self) -> torch.Tensor | None:
         """[B], tokens after this call."""

@@ -28,7 +28,9 @@ def test_formulas_give_what_a_cache_holds():
     assert kept == cache_bytes(config, tokens)
 
 
-@pytest.mark.parametrize("pieces", [[1024] + [1] * 40, [700, 324] + [1] * 8, [48] * 12], ids=["decode", "two", "pieces"])
+@pytest.mark.parametrize(
+    "pieces", [[1024] + [1] * 40, [700, 324] + [1] * 8, [48] * 12], ids=["decode", "two", "pieces"]
+)
 @torch.no_grad()
 def test_memory_is_hardly_more(pieces):
     """Of whole tensors, those that slices are of among them."""

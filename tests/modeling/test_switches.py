@@ -140,9 +140,9 @@ def test_foreign_kernels_get_expanded_heads_of_one_width(name, foreign):
     assert len(foreign) == 4 * layers
     heads, kv_heads = model.config.num_attention_heads, model.config.num_key_value_heads
     width = model.config.qk_head_dim if model.config.kv_lora_rank else model.config.head_dim
-    if model.config.compress_ratios is not None:  # a sink beside the keys makes rows wider, and one query is of heads
+    if model.config.compress_ratios is not None:  # a sink beside the keys makes rows wider
         assert {row[-1] for shapes in foreign for row in shapes} == {width + SINK_WIDTH}
-        assert [shapes[0][2] for shapes in foreign] == [7] * layers + [heads] * 3 * layers
+        assert [shapes[0][2] for shapes in foreign] == [7] * layers + [1] * 3 * layers
         return
     for call, (query, key, value) in enumerate(foreign):
         step = call // layers
