@@ -136,6 +136,8 @@ class DraftStage(nn.Module):
     The first reads the trunk, the last makes one state of the streams and has the heads.
     """
 
+    predicts_ahead = True
+
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
         stage = layer_idx - config.num_hidden_layers

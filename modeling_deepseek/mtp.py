@@ -36,6 +36,8 @@ class SharedHead(nn.Module):
 class MultiTokenPrediction(nn.Module):
     """What a prediction layer has beside the decoder layer that it is; comes before it among the base classes."""
 
+    predicts_ahead = True
+
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
         self.enorm, self.hnorm = norm_of(config), norm_of(config)

@@ -113,8 +113,9 @@ class LoraArguments:
     lora_target: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Groups of weights: attention dense shared experts router indexer mtp embeddings head all. "
-            "Without it the first four, where the model has them; peft alone is PEFT's own choice for a native model.",
+            "help": "Groups of weights: attention output dense shared experts router indexer engram mtp embeddings "
+            "head all. Without it the first five, where the model has them; peft alone is PEFT's own choice for a "
+            "native model.",
             "metavar": "GROUP",
         },
     )

@@ -65,6 +65,14 @@ def test_merged_logits_are_the_adapter_s(adapted, tmp_path, group):
     assert header(tmp_path / "out") == header(base) and changed
 
 
+def test_adapters_on_groups_of_heads_are_merged(adapted, tmp_path):
+    model, base, adapter = adapted("tiny_v4", lora_target=["output", "attention", "indexer"])
+    export_bundle(base, tmp_path / "out", adapter=adapter)
+    merged = DeepSeekForCausalLM.from_pretrained(tmp_path / "out")
+    assert_close(logits_of(merged), logits_of(model), "logits")
+    assert (logits_of(merged) - logits_of(DeepSeekForCausalLM.from_pretrained(base))).abs().max() > 0.01
+
+
 @pytest.mark.parametrize("group", ["indexer", "all"])
 def test_adapters_on_the_indexer_are_merged(adapted, tmp_path, group):
     model, base, adapter = adapted("tiny_v32", lora_target=[group])

@@ -21,13 +21,14 @@ class Group:
 # Prediction layers (modeling_deepseek/mtp.py) have weights of all kinds, and are a group by themselves.
 GROUPS = {
     "attention": Group(r".*\.self_attn\.(?:\w*proj\w*|wq_[ab]|wkv|wo_b|compressor\.(?:wkv|wgate))"),
+    "output": Group(parameters=("self_attn.wo_a.weight",)),  # V4's heads in groups: each has a delta of its own
     "dense": Group(r".*\.mlp\.(?:gate|up|down)_proj"),
     "shared": Group(r".*\.shared_experts\.(?:gate|up|down)_proj"),
     "experts": Group(parameters=("experts.gate_up_proj", "experts.down_proj")),
     "router": Group(parameters=("mlp.gate.weight",)),
     "indexer": Group(r".*\.indexer\.(?:wq_b|wk|weights_proj|compressor\.(?:wkv|wgate))"),
     "engram": Group(r".*\.engram\.(?:embed|wkv)"),
-    "mtp": Group(r".*\.(?:eh|e|h)_proj"),
+    "mtp": Group(r".*\.(?:eh|e|h|main)_proj|.*\.(?:markov_w[12]|confidence_head\.proj)"),
     "stem": Group(r"(?:.*\.)?stem\..*"),
     "embeddings": Group(r"(?:.*\.)?embed_tokens"),
     "head": Group(r"lm_head"),

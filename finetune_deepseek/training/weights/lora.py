@@ -23,14 +23,14 @@ from .groups import GROUPS, OTHER, group_of, is_bare, plain_name
 
 # Letters: E experts, K experts used per token.
 
-DEFAULT_GROUPS = ("attention", "dense", "shared", "experts")  # used where the model has them
+DEFAULT_GROUPS = ("attention", "output", "dense", "shared", "experts")  # used where the model has them
 OWN_TARGETS = "peft"  # in place of groups: what PEFT's table has for a native model_type
 
 
 def prediction_layers(model: nn.Module) -> tuple[str, ...]:
     """Where the prediction layers of a model are, wrapped or not: the beginnings of plain names, `model.layers.61.`"""
     return tuple(
-        plain_name(name).removesuffix("enorm") for name, _ in model.named_modules() if name.endswith(".enorm")
+        f"{plain_name(name)}." for name, module in model.named_modules() if getattr(module, "predicts_ahead", False)
     )
 
 
@@ -117,7 +117,7 @@ def lora_config(
         layers = "|".join(re.escape(prefix) for prefix in ahead)
         patterns = [rf"(?!{layers}){pattern}" for pattern in patterns]
         if "mtp" in groups:
-            patterns.append(rf"(?:{layers}).*(?:_proj\w*|\.wq_b|\.wk)")
+            patterns.append(rf"(?:{layers}).*(?:_proj\w*|\.proj|\.wq_[ab]|\.wkv?|\.wo_b|\.markov_w[12])")
         parameters = [name for word in bare for name in targets[word] if is_bare(name)]
     return LoraConfig(
         task_type=task_type,

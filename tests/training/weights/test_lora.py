@@ -18,6 +18,7 @@ from finetune_deepseek.training.weights.lora import (
     census_table,
     choose_groups,
 )
+from tests.modeling.test_dspark import DRAFTS
 from tests.reference.shared_model import ENGRAM
 
 # Adapted weights per group. tiny_v3 has 3 layers, the first dense: 5 projections with q_lora_rank, 2 expert tensors.
@@ -30,6 +31,11 @@ ATTACHED = {
         **{"attention": 15, "dense": 3, "shared": 6, "experts": 4, "router": 2, "indexer": 9},
         **{"embeddings": 1, "head": 1},
     },
+}
+# 4 projections of each layer, and of two layers 2 of the compressor; the indexer's own of one layer.
+ATTACHED["tiny_v4"] = {
+    **{"attention": 3 * 4 + 2 * 2, "output": 3, "shared": 9, "experts": 6, "router": 3, "indexer": 4},
+    **{"embeddings": 1, "head": 1},
 }
 # Its two prediction layers have 5 projections, eh_proj, 3 of the shared expert, 2 expert tensors and a router each.
 ATTACHED["tiny_v3_mtp"] = ATTACHED["tiny_v3"] | {"mtp": 24}
@@ -70,9 +76,41 @@ def test_all_means_every_group_that_the_model_has(name):
 
 @pytest.mark.parametrize("group", [word for word in GROUPS if word not in ("stem", "engram")])  # none is adapted
 def test_a_group_attaches_to_its_weights_only(group):
-    name = "tiny_v3.2" if group == "indexer" else "tiny_v3_mtp"
+    name = {"indexer": "tiny_v3.2", "output": "tiny_v4"}.get(group, "tiny_v3_mtp")
     model = apply_lora(make_model(name), lora(lora_target=[group]))
     assert counts(model) == {group: ATTACHED[name][group]}
+
+
+@pytest.mark.parametrize(
+    ("ahead", "count"),
+    [
+        # of each layer: 4 projections, the grouped one, 3 of the shared expert, 2 expert tensors, a router
+        ({"num_nextn_predict_layers": 1}, 11 + 2),
+        ({**DRAFTS, "dspark_target_layer_ids": [0, 2], "num_nextn_predict_layers": 2}, 2 * 11 + 1 + 3),
+    ],
+    ids=["prediction layer", "draft stages"],
+)
+def test_what_predicts_ahead_on_v4_is_a_group_by_itself(ahead, count):
+    model = apply_lora(make_model("tiny_v4", **{**ahead, "mtp_loss_weight": 0.0}), lora(lora_target=["all"]))
+    assert counts(model) == ATTACHED["tiny_v4"] | {"mtp": count}
+    alone = apply_lora(make_model("tiny_v4", **{**ahead, "mtp_loss_weight": 0.3}), lora(lora_target=["mtp"]))
+    assert counts(alone) == {"mtp": count}
+    ids = torch.arange(3, 67).view(4, 16)
+    randomize(alone).train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert all(p.grad is not None for n, p in alone.named_parameters() if ".lora_" in n)
+
+
+def test_each_group_of_heads_has_a_delta_of_its_own():
+    """W_g + s B_g A: what a group of heads gives changes by its own rows of B alone."""
+    model = randomize(apply_lora(make_model("tiny_v4"), lora(lora_target=["output"])))
+    wrapped = model.base_model.model.model.layers[0].self_attn.wo_a
+    plain, x = wrapped.get_base_layer(), torch.randn(1, 3, 2, 32)
+    a, b = wrapped.lora_A["default"].weight, wrapped.lora_B["default"].weight.view(2, 12, 4)
+    with torch.no_grad():
+        for group in range(2):
+            delta = wrapped.scaling["default"] * b[group] @ a
+            expected = x[:, :, group] @ (plain.weight.view(2, 12, 32)[group] + delta).T
+            torch.testing.assert_close(wrapped(x).view(1, 3, 2, 12)[:, :, group], expected)
 
 
 def test_groups_of_shared_entries_and_n_grams():
@@ -88,7 +126,7 @@ def test_default_is_attention_and_feed_forward():
 
 @pytest.mark.parametrize("group", [*(word for word in GROUPS if word not in ("engram", "mtp", "stem")), "all"])
 def test_adapter_reloads_merges_and_switches_off(group, tmp_path):
-    name = "tiny_v3.2" if group == "indexer" else "tiny_v3"
+    name = {"indexer": "tiny_v3.2", "output": "tiny_v4"}.get(group, "tiny_v3")
     base = logits(make_model(name))
     model = randomize(apply_lora(make_model(name), lora(lora_target=[group])))
     adapted = logits(model)
