@@ -39,6 +39,12 @@ def nearest(drawn: np.ndarray, real: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return apart[:, 0], places[:, 0]
 
 
+def psnr(images: np.ndarray, others: np.ndarray) -> float | None:
+    """Peak signal-to-noise ratio in dB, by the mean squared error over all pixels of bytes; None if they are equal."""
+    error = np.square(images.astype(np.float32) - others).mean(dtype=np.float64)
+    return float(10 * np.log10(255**2 / error)) if error else None
+
+
 def spread(images: Images, most: int = SPREAD_OF) -> float | None:
     """The mean distance of two images of a class, mean over the classes; None if none has two."""
     found = []
@@ -63,7 +69,6 @@ def measured(drawn: Images, train: Images, test: Images) -> tuple[dict[str, Any]
     wanted = set(drawn.classes)
     asked = [place for place, name in enumerate(train.classes) if name in wanted]
     numbers = {
-        "drawn": len(drawn.pixels),
         "copies": int((apart < EQUAL).sum()),
         "nearest_distance": float(apart.mean()),
         "real_nearest_distance": float(nearest(test.pixels, train.pixels)[0].mean()),

@@ -32,7 +32,7 @@ from .arguments import ImageGenerationArguments
 from .captions import FAULTS, check_captioned, held_out, read_captioned, scaled, tell
 from .codes import trained_codes
 from .image_tokens import ImageTokens, add_image_tokens, first_id
-from .measures import Images, measured
+from .measures import Images, measured, psnr
 from .palette import trained_palette
 from .prompts import CaptionCollator, drawing_config, encode_captions, training_rows
 from .sheet import packed, sheet
@@ -233,23 +233,25 @@ class ImageGeneration(Task):
 
     def report(self, predictions: list[Any], rows: list[dict[str, Any]], train: Rows | None) -> Scores:
         """The drawn images beside the nearest training images, as numbers and as a sheet."""
-        drawn = self.tokens.decode(np.array(predictions))
-        lines, numbers = [drawn[:SHOWN]], {"drawn": len(drawn)}
+        drawn, test = self.tokens.decode(np.array(predictions)), self._images("test")
+        real = self.tokens.decode(self.tokens.encode(test))
+        lines, numbers = [drawn[:SHOWN]], {"drawn": len(drawn), "psnr": psnr(test, real)}
         if train is not None:
-            known, real = (self.tokens.decode(self.tokens.encode(self._images(split))) for split in ("train", "test"))
+            known = self.tokens.decode(self.tokens.encode(self._images("train")))
             asked = [row["target"] for row in rows]
-            numbers, places = measured(
+            found, places = measured(
                 Images.of(drawn, asked, self.arguments.pixel_max),
                 Images.of(known, list(train["target"]), self.arguments.pixel_max),
                 Images.of(real, list(self.splits["test"]["target"]), self.arguments.pixel_max),
             )
+            numbers |= found
             lines.append(known[places[:SHOWN]])
         captions = {str(number): row["source"] for number, row in enumerate(rows[:SHOWN], start=1)}
         files: dict[str, str | bytes] = {
             "drawn.png": packed(sheet(_in_rows(lines))),
             "drawn.json": json_text(captions),
         }
-        return Scores({f"test_{name}": value for name, value in numbers.items()}, files=files)
+        return Scores({f"test_{name}": value for name, value in numbers.items() if value is not None}, files=files)
 
     def card_data(self) -> dict[str, Any]:
         arguments, (height, width) = self.arguments, self.tokens.size

@@ -14,7 +14,7 @@ from finetune_deepseek.commands.parsing.runs import parse_command
 from finetune_deepseek.drawing import Drawer, image_tokens
 from finetune_deepseek.drawing.arguments import ImageGenerationArguments
 from finetune_deepseek.drawing.captions import check_captioned, read_captioned
-from finetune_deepseek.drawing.measures import Images, measured, spread
+from finetune_deepseek.drawing.measures import Images, measured, psnr, spread
 from finetune_deepseek.drawing.prompts import CaptionCollator
 from finetune_deepseek.drawing.sheet import sheet
 from finetune_deepseek.drawing.task import ImageGeneration
@@ -293,6 +293,8 @@ def test_measures_by_hand():
     assert spread(Images(np.zeros((1, 2)), ["a"])) is None
     pixels = Images.of(np.full((1, 2, 2, 3), 255, dtype=np.uint8), ["a"], 16).pixels
     assert np.linalg.norm(pixels) == pytest.approx(32)  # four pixels of 16
+    black = np.zeros((1, 1, 1, 3), dtype=np.uint8)
+    assert psnr(black, black + 255) == pytest.approx(0) and psnr(black, black) is None
 
 
 def test_a_sheet_has_every_image_at_its_place():
