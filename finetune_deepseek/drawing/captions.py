@@ -25,6 +25,7 @@ FAULTS = {
     "broken_images": "no image, or one that can't be opened (left out)",
     "one_pixel_images": "of one pixel (left out)",
     "without_caption": "no caption (left out)",
+    "long_captions": "more tokens than --max_caption_length (cut)",
     "converted_images": "channels that RGB doesn't hold",
     "duplicate_images": "same pixels as an earlier image",
     "images_in_train": "same pixels as a training image",

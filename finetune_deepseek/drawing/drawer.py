@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from ..language.serving.language_model import device_of
 from ..training.arguments import ModelArguments
 from ..training.loading import fitted, pretrained_model, pretrained_tokenizer
-from ..training.saved import Saved, download
+from ..training.saved import Saved, download, note
 from ..training.task import CausalCollator
 from . import image_tokens
 from .arguments import DrawArguments, ImageGenerationArguments
@@ -83,7 +83,11 @@ class Drawer:
         empty = [place for place, caption in enumerate(captions, start=1) if not caption.strip()]
         if empty:
             raise ValueError(f"caption {empty[0]}: it is empty; say what is to be drawn.")
-        prompts = encode_captions(self.tokenizer, captions, self.most, self.first - 1)
+        encoded = encode_captions(self.tokenizer, captions)
+        long = [place for place, ids in enumerate(encoded, start=1) if len(ids) > self.most]
+        if long:
+            note(f"caption {long[0]} has more than {self.most} tokens; as in training, what is beyond is not read.")
+        prompts = [[*ids[: self.most], self.first - 1] for ids in encoded]
         ids = range(self.first, self.first + self.tokens.number)
         options = {name: value for name, value in options.items() if value is not None}
         length = prod(self.tokens.grid)

@@ -20,15 +20,18 @@ from ..training.optimization import IGNORED_LABEL
 from ..training.task import ONLY_IDS, CausalCollator
 
 
-def encode_captions(
-    tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], most: int, begin: int
-) -> list[list[int]]:
-    """Prompts of captions, each of `most` tokens at most and then the id that begins an image."""
+def encode_captions(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str]) -> list[list[int]]:
+    """The tokens of captions, with what the tokenizer puts in front of a text."""
     if not captions:
         return []
     found = encode_text(tokenizer, [" ".join(caption.split()) for caption in captions])["input_ids"]
     end = tokenizer.eos_token_id  # some tokenizers end every text
-    return [[*(ids[:-1] if ids and ids[-1] == end else ids)[:most], begin] for ids in found]
+    return [ids[:-1] if ids and ids[-1] == end else ids for ids in found]
+
+
+def prompts_of(tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], most: int, begin: int) -> list[list[int]]:
+    """Prompts of captions, each of `most` tokens at most and then the id that begins an image."""
+    return [[*ids[:most], begin] for ids in encode_captions(tokenizer, captions)]
 
 
 def drawing_config(

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from configuration_deepseek import DeepSeekConfig
 
-from ..data.fault_report import Report
+from ..data.fault_report import Report, finding
 from ..data.files import json_text
 from ..data.sources import Rows
 from ..images.pixels import most_frequent_size
@@ -26,7 +26,7 @@ from ..training.loading import pretrained_tokenizer
 from ..training.optimization import IGNORED_LABEL, target_losses
 from ..training.saved import Saved, download
 from ..training.scoring.eval_loss import Predicted
-from ..training.task import Scores, Task
+from ..training.task import Scores, Task, lower
 from . import image_tokens
 from .arguments import ImageGenerationArguments
 from .captions import FAULTS, check_captioned, held_out, read_captioned, scaled, tell
@@ -34,7 +34,7 @@ from .codes import trained_codes
 from .image_tokens import ImageTokens, add_image_tokens, first_id
 from .measures import Images, measured, psnr
 from .palette import trained_palette
-from .prompts import CaptionCollator, drawing_config, encode_captions, training_rows
+from .prompts import CaptionCollator, drawing_config, encode_captions, prompts_of, training_rows
 from .sheet import packed, sheet
 
 LARGEST = {"palette": 16, "codes": 64}  # pixels along a side, where nobody asked for a size
@@ -84,7 +84,12 @@ class ImageGeneration(Task):
             yield from captions
 
     def check_splits(self, splits: dict[str, Rows], tokenizer: PreTrainedTokenizerBase) -> Report:
-        return check_captioned(splits, self.pictures)
+        report, most = check_captioned(splits, self.pictures), self.arguments.max_caption_length
+        for split, rows in splits.items():
+            captions = list(dict.fromkeys(text for own in rows["captions"] for text in own))
+            encoded = zip(captions, encode_captions(tokenizer, captions), strict=True)
+            report[split]["long_captions"] = finding([text for text, ids in encoded if len(ids) > most])
+        return report
 
     def _images(self, split: str) -> np.ndarray:
         """[N, H, W, 3] bytes of a split's rows, at the tokens' size."""
@@ -178,7 +183,7 @@ class ImageGeneration(Task):
                 f"An image is {prod(self.tokens.grid)} tokens, the model has {positions} positions; lower "
                 "--image_size, or raise max_position_embeddings by --config_overrides."
             )
-        self.arguments.max_caption_length = min(self.arguments.max_caption_length, room)
+        lower(self.arguments, positions, max_caption_length=room)
 
     # -- features --
 
@@ -191,7 +196,7 @@ class ImageGeneration(Task):
         return training_rows(prompts, self.tokens.encode(self._images(split)) + self.first)
 
     def _prompts(self, captions: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-        return encode_captions(tokenizer, captions, self.arguments.max_caption_length, self.first - 1)
+        return prompts_of(tokenizer, captions, self.arguments.max_caption_length, self.first - 1)
 
     def prompts(self, rows: Rows, tokenizer: PreTrainedTokenizerBase) -> Dataset | None:
         """Captions of some test rows, evenly spread, which are drawn."""

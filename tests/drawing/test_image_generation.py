@@ -89,7 +89,7 @@ def test_the_verb_draws_what_each_caption_says_in_both_languages(learned, tmp_pa
     assert picture[6:8, 2:5].ravel().tolist() == ROWS[1]["image"]
 
 
-def test_batches_guidance_and_seeds(learned):
+def test_batches_guidance_and_seeds(learned, capsys):
     drawer = Drawer.open(str(learned[0]))
     captions = ["a bar", "a floor", "a roof and much more than was ever asked for"]
     several, alone = drawer.images(captions, temperature=0), drawer.images(captions[1:2], temperature=0)
@@ -100,6 +100,10 @@ def test_batches_guidance_and_seeds(learned):
     assert (drawn[0] == drawn[1]).all() and (drawn[0] != drawn[2]).any()
     with pytest.raises(ValueError, match="caption 2: it is empty"):
         drawer.images(["a bar", " "])
+    drawer.most = len(drawer.tokenizer("a bar")["input_ids"])
+    found = [drawer.images([text], temperature=0) for text in ("a bar of chocolate", "a bar")]
+    said = capsys.readouterr().err
+    assert (found[0] == found[1]).all() and said.count(f"caption 1 has more than {drawer.most} tokens") == 1
 
 
 def test_guidance_is_what_its_formula_says(learned):
@@ -128,9 +132,17 @@ def test_scores_are_the_same_by_batches_of_one_and_in_another_run(learned, data,
     output, results = learned
     again = run(
         model_name_or_path=output, test_file=data / "test.jsonl", output_dir=tmp_path, use_cpu=True, num_drawn=0,
-        per_device_eval_batch_size=1, do_predict=True, caption_column=["caption", "chinese"],
+        per_device_eval_batch_size=1, do_predict=True, caption_column=["caption", "chinese"], max_caption_length=64,
     )  # fmt: skip
     assert again["test_loss"] == pytest.approx(results["test_loss"], rel=1e-4)
+    predicted = run(
+        model_name_or_path=output,
+        test_file=data / "test.jsonl",
+        output_dir=tmp_path / "drawn",
+        use_cpu=True,
+        num_drawn=2,
+    )
+    assert predicted["test_drawn"] == 2 and (tmp_path / "drawn/drawn.png").is_file()  # no training images beside
 
 
 def test_a_language_model_gets_image_tokens_and_training_goes_on(data, tmp_path):
@@ -195,6 +207,12 @@ def test_captions_of_folders_and_what_is_left_out(tmp_path):
     counts = {check: found["count"] for check, found in report["test"].items() if check != "rows"}
     assert counts == {"converted_images": 1, "duplicate_images": 0, "images_in_train": 1}
     assert report["train"]["duplicate_images"]["count"] == 1
+
+
+def test_captions_that_are_cut_are_counted(data, tmp_path):
+    run(**SETTINGS | {"max_steps": 1, "num_drawn": 0}, data_dir=data, output_dir=tmp_path, max_caption_length=3)
+    report = json.loads((tmp_path / "data_report.json").read_text())
+    assert report["train"]["long_captions"]["count"] >= 2  # BOS, letters
 
 
 def test_captions_of_a_file_stand_for_values(tmp_path):
