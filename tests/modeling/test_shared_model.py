@@ -3,14 +3,17 @@
 import pytest
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from configuration_deepseek import preset
 from modeling_deepseek import DeepSeekForCausalLM, attention_shared
+from modeling_deepseek.row_tokens import row_tokens
+from tests.modeling.conftest import token_ids
 from tests.reference.compare import TOLERANCE, assert_close, twin
 from tests.reference.shared_model import ENGRAM, shared_model
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 16.0, "original_max_position_embeddings": 8}
-IDS = torch.tensor([[5, 40, 7, 40, 96, 96, 61, 40, 7, 5, 90]])
+IDS = torch.tensor([[5, 40, 7, 96, 96, 40, 7, 5, 90]])
 SLOW = {
     "as the preset": {},
     "no blocks, no source of its own for ratio 1": {
@@ -69,3 +72,93 @@ def test_outputs_and_gradients_are_those_of_the_formulas(name):
             assert parameter.grad is None and twins[key].grad is None, key
         else:
             assert_close(parameter.grad, twins[key].grad, key, tolerance=2 * TOLERANCE)
+
+
+# What must not change the outcome ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Few blocks and few entries of many, so that most of what a query could see is left out."""
+    return model_of(**ENGRAM)
+
+
+@torch.no_grad()
+def logits(model, ids, **kwargs):
+    return model(ids, **kwargs).logits
+
+
+def test_queries_a_few_at_a_time_equal_all_at_once(model, monkeypatch):
+    ids = token_ids(2, 23)
+    few = logits(model, ids)
+    monkeypatch.setattr(attention_shared, "CHUNK", 256)
+    assert_close(few, logits(model, ids))
+
+
+@pytest.mark.parametrize("chunks", [(20, 1, 1, 1), (1,) * 23, (7, 9, 7)], ids=str)
+def test_cached_calls_equal_one(model, chunks):
+    ids, cache = token_ids(2, 23), DynamicCache()
+    got = torch.cat([logits(model, part, cache=cache) for part in ids.split(chunks, dim=1)], dim=1)
+    assert_close(got, logits(model, ids))
+
+
+def test_blocks_are_counted_from_the_begin_of_a_document(model):
+    """Documents of odd lengths: in the row, a block of entries would hold those of two."""
+    lengths, ids = (9, 1, 13), token_ids(2, 23, seed=3)
+    positions = torch.cat([torch.arange(n) for n in lengths]).expand(2, -1)
+    separate = torch.cat([logits(model, part) for part in ids.split(lengths, dim=1)], dim=1)
+    assert_close(logits(model, ids, position_ids=positions), separate)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_choice(model, side):
+    ids = token_ids(2, 17)
+    pad = torch.full((2, 3), 2)
+    tokens = torch.cat((pad, ids) if side == "left" else (ids, pad), dim=1)
+    mask = (tokens != 2).long()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    got = logits(model, tokens, attention_mask=mask, position_ids=positions)
+    assert_close(got[:, 3:] if side == "left" else got[:, :17], logits(model, ids))
+
+
+def test_later_tokens_change_nothing_before_them(model):
+    ids = token_ids(2, 23)
+    other = torch.cat((ids[:, :15], token_ids(2, 8, seed=5)), dim=1)
+    assert_close(logits(model, other)[:, :15], logits(model, ids)[:, :15])
+
+
+def test_experts_may_stand_in_any_order():
+    model, ids = model_of(), torch.cat((token_ids(2, 9), torch.full((2, 3), 96)), dim=1)
+    expected, order = logits(model, ids), torch.randperm(8, generator=torch.Generator().manual_seed(1))
+    for layer in model.model.layers:
+        experts, gate = layer.mlp.experts, layer.mlp.gate
+        for tensor in (experts.gate_up_proj, experts.down_proj, gate.weight, *gate.buffers()):
+            tensor.data = tensor.data[order]
+    assert_close(logits(model, ids), expected)
+
+
+def test_guesses_that_are_taken_back_change_no_token(model):
+    prompt = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8, 5, 6]])
+    arguments = {"max_new_tokens": 12, "do_sample": False}
+    expected = model.generate(prompt, **arguments)
+    assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=3, **arguments), expected)
+    beams = model.generate(prompt.repeat(2, 1), num_beams=3, **arguments)
+    assert torch.equal(beams[0], beams[1])
+
+
+def test_scores_of_indexers_can_be_learnt_from(model):
+    scores = model.model(token_ids(1, 9), output_index_scores=True, use_cache=False).index_scores
+    assert [tuple(of_layer.shape) for of_layer in scores] == [(1, 9, 4), (1, 9, 9), (1, 9, 9)]
+    sum(of_layer.square().sum() for of_layer in scores).backward()
+    reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert reached == {name for name, _ in model.named_parameters() if ".indexer." in name}
+    model.zero_grad()
+
+
+def test_layers_that_read_before_any_was_made_are_refused(model):
+    states = model.model.hc_head.enter(torch.randn(1, 4, 32))
+    tokens, positions = row_tokens(None, None, (1, 4), torch.device("cpu"), None), torch.arange(4)[None]
+    rotation = model.model.rotary_emb(states[0], positions)
+    given = {"attention_mask": tokens, "position_ids": positions, "position_embeddings": rotation}
+    with pytest.raises(ValueError, match="layer 4 reads entries that no layer made; run the layers in order"):
+        model.model.layers[4](states, input_ids=torch.arange(4)[None], **given)
