@@ -47,6 +47,27 @@ def test_busy_experts_go_down_by_hand():
     assert balance.max_violation.item() == pytest.approx(sum(loads) / len(loads))
 
 
+def test_images_move_a_bias_of_their_own():
+    model = tiny("tiny_v4.1").train()
+    balance, image = BalanceExperts(model, 0.01), model.config.image_token_id
+    router = model.model.layers[0].mlp.gate
+    before = {name: buffer.clone() for name, buffer in router.named_buffers()}
+    ids = torch.cat([token_ids(2, 7) % 90 + 3, torch.full((2, 3), image), torch.full((2, 2), 2)], dim=1)
+    chosen = []
+    router.register_forward_hook(lambda module, args, outputs: chosen.append(outputs[2]))
+    model(ids)
+    balance.on_step_end(STEP, None, None)
+    for name, tokens in ((BIAS, slice(0, 7)), (f"{BIAS}_vl", slice(7, 10))):
+        counts = torch.bincount(chosen[0].view(2, 12, 3)[:, tokens].flatten(), minlength=8).float()
+        moved = before[name] + 0.01 * torch.sign(counts.mean() - counts)
+        torch.testing.assert_close(router.get_buffer(name), moved)
+    texts = {name: buffer.clone() for name, buffer in router.named_buffers()}
+    model(inputs_embeds=torch.randn(2, 5, 32))  # no ids: all of it is text
+    balance.on_step_end(STEP, None, None)
+    assert torch.equal(router.get_buffer(f"{BIAS}_vl"), texts[f"{BIAS}_vl"])
+    assert not torch.equal(router.get_buffer(BIAS), texts[BIAS])
+
+
 def test_micro_batches_count_as_one_step():
     found = []
     for sizes in ((4,), (1, 3)):
