@@ -113,6 +113,8 @@ class DeepSeekFields(DraftFields, SharingFields):
             factor applies only where the scores are not normalised (the rule of V2's released code).
         num_hash_layers: so many first layers choose experts by the token's id, out of a table (V4).
         swiglu_limit: SwiGLU takes gates from above, and the other half on both sides, to this limit (V4); `None`: not.
+        fused_experts: routed experts are held as one tensor per projection; `False`: as linear layers, which can be
+            quantized one by one. Files have the same names.
         expert_dtype: how the published experts are quantized, "fp4" or "fp8".
         output_router_logits: return the router logits of every MoE layer.
 
@@ -234,6 +236,7 @@ class DeepSeekFields(DraftFields, SharingFields):
     routed_scaling_factor: float = 1.0
     num_hash_layers: int = 0
     swiglu_limit: float | None = None
+    fused_experts: bool = True
     expert_dtype: str | None = None
     output_router_logits: bool = False
 

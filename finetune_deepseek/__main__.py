@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from .commands.help import OWN_HELP, USAGE, VERBS, versions
+from .commands.help import HOMES, OWN_HELP, USAGE, VERBS, versions
 from .data.hub import home_advice
 from .data.words import nearest_match
 
@@ -28,7 +28,8 @@ def guarded(argv: Sequence[str], verb: str = "finetune") -> int:
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
     try:
         # Imported by name, since torch and transformers take seconds and --help of the command needs neither.
-        getattr(importlib.import_module(f"{__package__}.commands.{verb}"), verb)(argv)
+        home = importlib.import_module(f"{__package__}.commands.{HOMES.get(verb, verb)}")
+        getattr(home, verb)(argv)
     except BrokenPipeError:  # who reads standard output, as `head` does, has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -35,6 +35,26 @@ def register_conversions() -> None:
     register_checkpoint_conversion_mapping("deepseek", expert_converters(), overwrite=True)
 
 
+def without_fusing(conversions: list[Any]) -> list[Any]:
+    """The conversions of a load that don't fuse routed experts."""
+    fused = {target for converter in expert_converters() for target in converter.target_patterns}
+    return [conversion for conversion in conversions if not fused & {*conversion.target_patterns}]
+
+
+def reversible(conversions: list[Any] | None) -> list[Any] | None:
+    """The conversions of a load that a save can reverse: all but the reading of torchao's parts, which transformers
+    writes as they are."""
+
+    def can_be_reversed(conversion: Any) -> bool:
+        try:
+            conversion.reverse_transform()
+        except NotImplementedError:
+            return False
+        return True
+
+    return conversions and list(filter(can_be_reversed, conversions))
+
+
 def differing_copies(weights: dict[str, Any], config: Any, rows: int = 4096) -> list[str]:
     """Keys of prediction layers that are stored as copies of a shared weight, but with other values.
 

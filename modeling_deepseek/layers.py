@@ -129,12 +129,12 @@ def gated(act_fn, gate: torch.Tensor, up: torch.Tensor, limit: float | None) -> 
 class DeepSeekMLP(nn.Module):
     """SwiGLU feed-forward (arXiv 2002.05202): down(act(gate(x)) * up(x)). Dense layers and shared experts."""
 
-    def __init__(self, config, intermediate_size: int | None = None):
+    def __init__(self, config, intermediate_size: int | None = None, may_have_bias: bool = True):
         super().__init__()
-        width = intermediate_size or config.intermediate_size
-        self.gate_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
-        self.up_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(width, config.hidden_size, bias=config.mlp_bias)
+        width, bias = intermediate_size or config.intermediate_size, config.mlp_bias and may_have_bias
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=bias)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=bias)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=bias)
         self.act_fn, self.limit = ACT2FN[config.hidden_act], config.swiglu_limit
 
     def forward(self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None = None) -> torch.Tensor:

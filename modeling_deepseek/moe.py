@@ -103,13 +103,39 @@ class DeepSeekExperts(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
+class DeepSeekLinearExperts(nn.ModuleList):
+    """The same as a SwiGLU of linear layers for each expert, `3.gate_proj` and so on: what changes linear layers, as
+    quantization does, finds them."""
+
+    def __init__(self, config):
+        width, experts = config.moe_intermediate_size, range(config.n_routed_experts)
+        super().__init__(DeepSeekMLP(config, width, may_have_bias=False) for _ in experts)
+        self.num_experts = config.n_routed_experts
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """As `DeepSeekExperts.forward`; in a graph that is to leave Python every token goes through every expert."""
+        if is_traced():
+            weights = top_k_weights.new_zeros(hidden_states.shape[0], self.num_experts + 1)
+            weights = weights.scatter_add(1, top_k_index, top_k_weights)
+            parts = [expert(hidden_states) * weights[:, e, None] for e, expert in enumerate(self)]
+            return torch.stack(parts).sum(0).to(hidden_states.dtype)
+        order, counts = sorted_pairs(top_k_index, self.num_experts)
+        tokens, weights = order // top_k_index.shape[-1], top_k_weights.flatten()[order].unsqueeze(-1)
+        chunks = hidden_states[tokens].split(counts)
+        chosen = [expert(rows) for rows, expert in zip(chunks, self, strict=True) if len(rows)]
+        weighed = (torch.cat(chosen) * weights).to(hidden_states.dtype)
+        return torch.zeros_like(hidden_states).index_add(0, tokens, weighed)
+
+
 class DeepSeekMoE(nn.Module):
     """Routed experts by the gate's choice, plus the shared experts (one SwiGLU of their joint width)."""
 
     def __init__(self, config):
         super().__init__()
         self.gate = self.router_class(config)(config)
-        self.experts = DeepSeekExperts(config)
+        self.experts = (DeepSeekExperts if config.fused_experts else DeepSeekLinearExperts)(config)
         self.shared_experts = None
         if config.n_shared_experts:
             self.shared_experts = DeepSeekMLP(config, config.shared_expert_width)

@@ -1,5 +1,6 @@
 """What all our models share towards transformers: loading, saving, initialising, switching implementations."""
 
+import dataclasses
 import os
 import tempfile
 from typing import Any
@@ -13,12 +14,12 @@ from transformers.modeling_utils import PreTrainedModel
 from .adapters import PLACE, tell_what_differs, with_changes
 from .attention_compressed import DeepSeekWindowAttention, GroupedLinear
 from .checkpoint_files import in_turn, naming_the_broken_file, open_slices, unlisted
-from .checkpoint_keys import register_conversions
+from .checkpoint_keys import register_conversions, reversible, without_fusing
 from .compressor import DeepSeekCompressor
 from .configuration_deepseek import DeepSeekConfig
 from .engram import DeepSeekEngram, EngramHash, engram_ids, first_ids, with_engram_ids
 from .moe import DeepSeekExperts
-from .quantization import DequantizedSlice, dequantized
+from .quantization import DequantizedSlice, dequantized, unpacked, write_packed
 from .residual import HyperConnection, HyperStreams
 from .routers import DeepSeekTopKRouter, refuse_bad_tables
 from .tested_versions import tell_if_untested
@@ -144,6 +145,9 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
                 raise CheckpointError(f"{load_config.pretrained_model_name_or_path}: {error}") from None
             if is_deepspeed_zero3_enabled():  # reads the files itself, on one process for all
                 state_dict = None
+        if not model.config.fused_experts:
+            kept = without_fusing(load_config.weight_mapping or [])
+            load_config = dataclasses.replace(load_config, weight_mapping=kept)
         with in_turn():
             return PreTrainedModel._load_pretrained_model(
                 model, state_dict, checkpoint_files, load_config, expected_keys
@@ -151,7 +155,7 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
 
     def official_slices(self, weights: dict[str, Any], load_config) -> dict[str, Any]:
         """What of a checkpoint's entries, still in their files, is to be loaded into this model."""
-        weights = dequantized(with_our_names(weights, self.config), self.config)
+        weights = dequantized(with_our_names(unpacked(weights), self.config), self.config)
         reads_elsewhere = is_deepspeed_zero3_enabled() or "disk" in (load_config.device_map or {}).values()
         if reads_elsewhere and any(isinstance(entry, DequantizedSlice) for entry in weights.values()):
             raise CheckpointError(
@@ -168,15 +172,22 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
     def save_pretrained(self, save_directory, is_main_process=True, state_dict=None, push_to_hub=False, **kwargs):
         """As transformers', but a save that fails or is killed leaves the folder as it was or as it is to be."""
         tell_if_untested()
+        self._weight_conversions = reversible(getattr(self, "_weight_conversions", None))
         if kwargs.get("distributed_checkpoint"):  # all processes write to one folder, and need its true name
             return super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, **kwargs)
         with writing_beside(save_directory) as beside:
             weights = None if state_dict is None else dict(state_dict)  # transformers empties what it is given
             super().save_pretrained(beside, is_main_process, weights, **kwargs)
+            self._pack(beside)
         if push_to_hub:  # apart, so that a failed upload doesn't undo the save
             kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
             with tempfile.TemporaryDirectory() as upload:
                 super().save_pretrained(upload, is_main_process, state_dict, push_to_hub, **kwargs)
+
+    def _pack(self, folder: str) -> None:
+        """Store 4-bit numbers of torchao's two to a byte."""
+        if getattr(self, "hf_quantizer", None) is not None:
+            write_packed(folder)
 
     @staticmethod
     def _finalize_model_loading(model, load_config, loading_info):

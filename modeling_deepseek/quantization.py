@@ -4,13 +4,19 @@ FP8: a weight [R, C] is e4m3; beside it lies `weight_scale_inv` [ceil(R / r), ce
 r x c, the last blocks of a row or column being partial: w = q * factor of its block. Factors are float32 or powers of
 two (ue8m0, V3.1 and V4). The block comes from the config: a grid of scales does not tell it.
 
+Whole numbers of 4 bits, which torchao computes with one to a byte, are stored two to a byte: `NAME_packed` [R, C / 2].
+
 FP4, V4's routed experts: an int8 weight [R, C / 2] holds two e2m1 numbers in each byte, the even column in its lower
 half, and every 32 columns of a row share a power of two, [R, C / 32]. Tables of n-grams (V4.1): e4m3, such scales.
 """
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from .weight_names import ROW_BLOCK, SCALE, CheckpointError, block_of, grid_of
 
@@ -20,6 +26,7 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # by the lower three bits; the 
 E2M1_MAX = E2M1[-1]
 E2M1_TIES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # halfway between two; the code of even number takes it
 FP4_WORD, FP4_BLOCK = "I8", ROW_BLOCK
+PACKED = "_packed"  # behind the name of a tensor of torchao's, where two numbers are in a byte
 
 
 def unpack_fp4(packed: torch.Tensor) -> torch.Tensor:
@@ -106,6 +113,83 @@ class DequantizedSlice:
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         return dequantize_blocks(self.weight[...], self.scale[...], self.block)[index]
+
+
+def pack_int4(values: torch.Tensor) -> torch.Tensor:
+    """int8 from -8 to 7 [R, C], C even -> uint8 [R, C / 2], the even column in the lower half of a byte."""
+    even, odd = (values.view(torch.uint8) & 15).unflatten(-1, (-1, 2)).unbind(-1)
+    return even + 16 * odd
+
+
+def unpack_int4(packed: torch.Tensor) -> torch.Tensor:
+    """The other way."""
+    codes = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2).view(torch.int8)
+    return torch.where(codes > 7, codes - 16, codes)
+
+
+class UnpackedSlice:
+    """Numbers of 4 bits in a file that become one to a byte when they are read; like safetensors' slices."""
+
+    def __init__(self, packed: Any):
+        self.packed = packed
+
+    def get_shape(self) -> list[int]:
+        """Shape of the numbers."""
+        *rows, columns = self.packed.get_shape()
+        return [*rows, 2 * columns]
+
+    def get_dtype(self) -> str:
+        """safetensors' word for the type of what is read."""
+        return "I8"
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return unpack_int4(self.packed[...])[index]
+
+
+def unpacked(weights: dict[str, Any]) -> dict[str, Any]:
+    """The entries of a checkpoint, numbers of 4 bits one to a byte and under torchao's names."""
+    packed = {key for key in weights if key.endswith(PACKED)}
+    plain = {key: entry for key, entry in weights.items() if key not in packed}
+    return plain | {key.removesuffix(PACKED): UnpackedSlice(weights[key]) for key in packed}
+
+
+def write_packed(folder: str) -> None:
+    """Pack torchao's numbers of 4 bits in the weight files that `save_pretrained` has written into a folder."""
+    for path in sorted(Path(folder).glob("model*.safetensors")):
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            names = {f"{_of_torchao(name)}_qdata" for name, word in metadata.items() if _has_4_bits(word)}
+            tensors = {name: file.get_tensor(name) for name in file.keys()} if names else {}  # noqa: SIM118
+        if names:
+            packed = {f"{name}{PACKED}": pack_int4(tensors.pop(name)) for name in names}
+            save_file(tensors | packed, path, metadata)
+            _rename_in_index(Path(folder), names)
+
+
+def _of_torchao(name: str) -> str:
+    """`a.b.weight` -> `a.b._weight`, with which the names of its parts begin."""
+    module, _, parameter = name.rpartition(".")
+    return f"{module}._{parameter}"
+
+
+def _has_4_bits(word: str) -> bool:
+    """Whether torchao's description of a tensor, in JSON, is of 4 bits that are held one to a byte."""
+    try:
+        described = json.loads(word)
+    except ValueError:
+        return False
+    data = described.get("_data") if isinstance(described, dict) else None
+    is_unpacked = isinstance(data, dict) and described.get("_type") == "IntxUnpackedToInt8Tensor"
+    return is_unpacked and "int4" in str(data.get("target_dtype"))
+
+
+def _rename_in_index(folder: Path, names: set[str]) -> None:
+    path = folder / "model.safetensors.index.json"
+    if path.is_file():
+        index = json.loads(path.read_text(encoding="utf-8"))
+        found = index["weight_map"].items()
+        index["weight_map"] = {f"{name}{PACKED}" if name in names else name: file for name, file in found}
+        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def shape_of(entry: Any) -> list[int]:

@@ -10,8 +10,8 @@ from setuptools import find_packages
 from test_readme import ROOT
 
 from finetune_deepseek import TASKS
-from finetune_deepseek.__main__ import VERBS
 from finetune_deepseek.commands.finetune import task_class
+from finetune_deepseek.commands.help import HOMES, VERBS
 
 PACKAGE = ROOT / "finetune_deepseek"
 APPLICATIONS = ("translation", "classification", "images", "drawing", "question_answering", "recommendation")
@@ -60,7 +60,8 @@ def test_the_module_that_sentence_transformers_folders_name_is_that_of_the_room(
 
 def test_every_task_and_verb_has_its_file():
     assert {task_class(name).name for name in TASKS} == set(TASKS)
-    assert {path.stem for path in (PACKAGE / "commands").glob("*.py")} == {*VERBS, "__init__"}
+    homes = {HOMES.get(verb, verb) for verb in VERBS}
+    assert {path.stem for path in (PACKAGE / "commands").glob("*.py")} == {*homes, "__init__"}
     assert all(find_spec(f"finetune_deepseek.{room}.task") for room in (*APPLICATIONS, "retrieval", "language"))
 
 

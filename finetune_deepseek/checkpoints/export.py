@@ -45,7 +45,7 @@ NATIVE_HEADS = {
 }
 # Fields that releases don't have, and that change nothing in evaluation.
 NOT_IN_RELEASES = {"source_model_type", "source_quantization_config", "hidden_dropout", "output_router_logits"}
-NOT_IN_RELEASES |= {"mtp_loss_weight", "mtp_after_norm", "deepseek_format"}
+NOT_IN_RELEASES |= {"mtp_loss_weight", "mtp_after_norm", "deepseek_format", "fused_experts"}
 LABEL_FIELDS = ("id2label", "label2id", "problem_type")
 # How far logits may be from the source's, against their size, by the type of the weights.
 TOLERANCES = {torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.2, torch.float8_e4m3fn: 0.7}

@@ -19,6 +19,7 @@ USAGE = f"""usage: deepseek-hf finetune TASK [config.yaml] [--flag value ...]
        deepseek-hf answer [MODEL] --knowledge PATH [--flag value ...] "QUESTION" ...
        deepseek-hf recommend MODEL --history FILE [--output FILE] [--flag value ...]
        deepseek-hf export SRC DST --to native|bundle|gguf [--merge-adapter DIR] [--flag value ...]
+       deepseek-hf compress SRC DST --prune-experts SHARE|--prune-layers N|--sparsity 2:4|--int8|--int4 [...]
        deepseek-hf inspect SRC
        deepseek-hf presets
        deepseek-hf help TASK|VERB
@@ -37,6 +38,7 @@ tasks: {", ".join(TASKS)}
   answer      answer questions from a folder or file of texts
   recommend   the best next items for the histories in a file
   export      write a checkpoint in the form that others read; deepseek-hf export --help
+  compress    make a model smaller, scored before and after; deepseek-hf compress --help
   inspect     say what a checkpoint is, from its headers alone
   presets     the named sizes that --preset takes
   help        the flags that people use first of a task, or those of a verb
@@ -49,7 +51,11 @@ tasks: {", ".join(TASKS)}
 
 RUNS = ("finetune", "evaluate", "predict")  # verbs of a task
 # They say themselves what they take.
-OWN_HELP = ("pretrain", "chat", "generate", "draw", "translate", "answer", "recommend", "export", "inspect", "presets")
+OWN_HELP = (
+    *("pretrain", "chat", "generate", "draw", "translate", "answer", "recommend"),
+    *("export", "compress", "inspect", "presets"),
+)
+HOMES = {"predict": "evaluate"}  # verbs that share the file of another
 VERBS = (*RUNS, *OWN_HELP, "help")
 
 

@@ -181,7 +181,8 @@ def write(
             `data_checks` (Markdown), `baseline` (its name), and for a task without
             generation `head` (as in AutoModelFor...), `usage` (the Python lines after `inputs`) and `prediction` (how
             its outputs become predictions). `code` takes the place of all lines for use, {name} being the
-            model, {imports} and {opening} what opens it.
+            model, {imports} and {opening} what opens it. `summary` and `scores` (Markdown) take the places of what
+            else follows from the run.
         results: the run's results so far.
         splits: the text rows by split.
     """
@@ -215,9 +216,10 @@ def write(
         card.text,
         {
             "title": Path(name).name,
-            "summary": f"{kind} for {task_card['title']}, trained from {origin} with deepseek-hf.",
+            "summary": task_card.get("summary")
+            or f"{kind} for {task_card['title']}, trained from {origin} with deepseek-hf.",
             "usage": usage(model, name, task_card, opened and (opened.base or opened)),
-            "results": results_table(task_card, results) or "No split was scored.",
+            "results": task_card.get("scores") or results_table(task_card, results) or "No split was scored.",
             "data": "\n\n".join(
                 filter(None, [task_card["data"].strip() or task_card["dataset_name"], task_card.get("data_checks")])
             ),

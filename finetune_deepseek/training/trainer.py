@@ -9,7 +9,8 @@ import copy
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -44,6 +45,28 @@ from .weights.balance import BalanceExperts
 from .weights.muon import Muon, muon_groups
 
 
+@contextmanager
+def scored_as_it_is(model: Any, args: TrainingArguments) -> Iterator[None]:
+    """Let Trainer take a model of few bits, which it refuses to train, where it is only scored.
+
+    Raises:
+        ValueError: where it is to be trained, or an adapter on it.
+    """
+    is_small = bool(getattr(model, "is_quantized", False))
+    if is_small and args.do_train:
+        raise ValueError(
+            "--model_name_or_path: neither weights of so few bits are trained nor adapters on them; train the model "
+            "that they were made from, and compress the result."
+        )
+    if is_small:
+        model.is_quantized = False
+    try:
+        yield
+    finally:
+        if is_small:
+            model.is_quantized = True
+
+
 class FinetuneTrainer(Seq2SeqTrainer):
     """Seq2SeqTrainer for decoder-only models, with whole-or-nothing saving and this package's model card.
 
@@ -62,7 +85,8 @@ class FinetuneTrainer(Seq2SeqTrainer):
         task: Task,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        with scored_as_it_is(kwargs["model"], kwargs["args"]):
+            super().__init__(**kwargs)
         self.task = task
         self.drawn_from: str | None = None  # the checkpoint whose random numbers come next
         self.is_finite: torch.Tensor | None = None  # whether this step's losses are; looked at once in a step

@@ -6,16 +6,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Group:
-    """Where a group's weights are: a pattern for whole names of modules, or endings of names of parameters."""
+    """Where a group's weights are: a pattern for whole names of modules, and endings of names of bare parameters."""
 
     modules: str = ""
     parameters: tuple[str, ...] = ()
 
+    def owns_bare(self, name: str) -> bool:
+        """Whether `name` is of a parameter of a module that PEFT cannot wrap."""
+        return any(name.endswith(f".{ending}") for ending in self.parameters)
+
     def owns(self, name: str) -> bool:
         """Whether `name`, of a module or of one of its parameters, belongs to the group."""
-        if self.parameters:
-            return any(name.endswith(f".{ending}") for ending in self.parameters)
-        return re.fullmatch(rf"(?:{self.modules})(?:\.(?:weight|bias))?", name) is not None
+        return self.owns_bare(name) or re.fullmatch(rf"(?:{self.modules})(?:\.(?:weight|bias))?", name) is not None
 
 
 # Prediction layers (modeling_deepseek/mtp.py) have weights of all kinds, and are a group by themselves.
@@ -24,7 +26,7 @@ GROUPS = {
     "output": Group(parameters=("self_attn.wo_a.weight",)),  # V4's heads in groups: each has a delta of its own
     "dense": Group(r".*\.mlp\.(?:gate|up|down)_proj"),
     "shared": Group(r".*\.shared_experts\.(?:gate|up|down)_proj"),
-    "experts": Group(parameters=("experts.gate_up_proj", "experts.down_proj")),
+    "experts": Group(r".*\.experts\.\d+\.(?:gate|up|down)_proj", ("experts.gate_up_proj", "experts.down_proj")),
     "router": Group(parameters=("mlp.gate.weight",)),
     "indexer": Group(r".*\.indexer\.(?:wq_b|wk|weights_proj|compressor\.(?:wkv|wgate))"),
     "engram": Group(r".*\.engram\.(?:embed|wkv)"),
@@ -50,4 +52,4 @@ def group_of(name: str, ahead: tuple[str, ...] = ()) -> str:
 
 def is_bare(name: str) -> bool:
     """Whether a target is a parameter of a module that PEFT cannot wrap."""
-    return any(group.parameters and group.owns(name) for group in GROUPS.values())
+    return any(group.owns_bare(name) for group in GROUPS.values())

@@ -212,7 +212,8 @@ def census(model: nn.Module) -> dict[str, GroupCensus]:
             continue
         group = groups[group_of(plain_name(name), ahead)]
         group.total += parameter.numel()
-        share = top_k / parameter.shape[0] if top_k and ".experts." in name and parameter.ndim == 3 else 1
+        experts = parameter.shape[0] if parameter.ndim == 3 else getattr(config, "n_routed_experts", None)
+        share = top_k / experts if top_k and experts and ".experts." in name else 1
         group.active += round(parameter.numel() * share)
         group.trainable += parameter.numel() if parameter.requires_grad else 0
     for word, layers in attached_layers(model).items():

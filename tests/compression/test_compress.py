@@ -1,0 +1,178 @@
+"""`deepseek-hf compress` as a run: scored, made smaller, written whole, opened by every verb; and what it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from finetune_deepseek.__main__ import guarded
+from finetune_deepseek.commands.compress import compress
+from finetune_deepseek.commands.finetune import finetune
+from finetune_deepseek.commands.translate import translate
+from finetune_deepseek.compression import numbers
+from finetune_deepseek.compression.sparsity import has_pattern
+from tests.small_runs import PAIRS, TINY, flags, write_jsonl
+
+OVERRIDES = "n_group=1,topk_group=1,num_hidden_layers=3"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A translator that knows three rows by heart, and the flags that name these."""
+    folder = tmp_path_factory.mktemp("compress")
+    path = str(write_jsonl(folder / "rows.jsonl", PAIRS))
+    data = {
+        "train_file": path,
+        "validation_file": path,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "max_target_length": 24,
+    }
+    settings = TINY | data | {"output_dir": folder / "model", "num_train_epochs": 6, "do_train": True}
+    finetune(["translation", *flags(settings | {"config_overrides": OVERRIDES, "save_strategy": "no"})])
+    return str(folder / "model"), [*flags(data), "--target_lang=de"]
+
+
+def report_of(folder: Path) -> dict:
+    return json.loads((folder / "compression.json").read_text())
+
+
+def refused(capsys, *argv: str) -> str:
+    assert guarded([*argv], "compress") == 2
+    return capsys.readouterr().err
+
+
+def test_a_pruned_and_recovered_model_opens_as_any_other(trained, tmp_path):
+    model, data = trained
+    (tmp_path / "empty").mkdir()
+    ways = ["--prune-experts", "0.5", "--prune-layers", "1", "--sparsity", "2:4", "--recover-steps", "3"]
+    compress([model, str(tmp_path / "empty"), *ways, "--learning_rate", "1e-3", *data])
+    report, folder = report_of(tmp_path / "empty"), tmp_path / "empty"
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["n_routed_experts"], config["num_hidden_layers"]) == (4, 2)
+    assert report["bytes_after"] == (folder / "model.safetensors").stat().st_size < report["bytes_before"]
+    assert len(report["layers_left_out"]) == 1 and 0 < report["zeros_by_pattern"] < 0.5
+    assert report["after"]["parameters_total"] < report["before"]["parameters_total"]
+    opened = AutoModelForCausalLM.from_pretrained(folder)
+    assert all(
+        map(
+            has_pattern, (opened.model.layers[0].self_attn.o_proj.weight, opened.model.layers[1].mlp.experts.down_proj)
+        )
+    )
+    card = (folder / "README.md").read_text()
+    assert "deepseek-hf compress --prune-experts 0.5 --prune-layers 1 --sparsity 2:4 --recover-steps 3" in card
+    assert "| eval_loss |" in card and "# empty" in card and str(tmp_path) not in card
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+    assert json.loads((folder / "deepseek_hf.json").read_text())["task"] == "translation"
+
+
+@pytest.mark.slow
+def test_scores_are_those_of_evaluate(trained, tmp_path):
+    model, data = trained
+    compress([model, str(tmp_path / "small"), "--prune-layers", "1", *data])
+    from finetune_deepseek.commands.evaluate import evaluate
+
+    for folder, when in ((model, "before"), (str(tmp_path / "small"), "after")):
+        evaluate(["translation", folder, *data, f"--output_dir={tmp_path / when}"])
+        found = json.loads((tmp_path / when / "all_results.json").read_text())
+        known = report_of(tmp_path / "small")[when]
+        assert known["eval_loss"] == pytest.approx(found["eval_loss"], rel=1e-6)
+        assert known["eval_chrf2"] == found["eval_chrf2"]
+
+
+def error_bounds(weight: torch.Tensor, bits: int) -> torch.Tensor:
+    """[R, C] -> [R, 1], how far a number of so many bits may be off: the largest step between two of them."""
+    return weight.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
+
+
+@pytest.mark.parametrize("way", ["--int8", pytest.param("--int4", marks=pytest.mark.slow)])
+def test_numbers_of_fewer_bits_give_nearly_the_same(trained, tmp_path, way):
+    pytest.importorskip("torchao")
+    model, data = trained
+    compress([model, str(tmp_path / "small"), way, *data])
+    report = report_of(tmp_path / "small")
+    assert report["after"]["eval_loss"] == pytest.approx(report["before"]["eval_loss"], rel=0.1, abs=0.05)
+    assert report["bytes_after"] < 0.6 * report["bytes_before"]
+    whole = AutoModelForCausalLM.from_pretrained(model, fused_experts=False)
+    small = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    weights, quantized = whole.state_dict(), 0
+    for name, weight in small.named_parameters():
+        if hasattr(weight, "dequantize") and type(weight) is not torch.nn.Parameter:
+            bounds = error_bounds(weights[name], 4 if "Intx" in type(weight).__name__ and "layers" in name else 8)
+            assert ((weight.dequantize() - weights[name]).abs() <= 1.01 * bounds).all(), name
+            quantized += 1
+    assert quantized == sum(name.endswith(("_proj.weight", "_mqa.weight", "tokens.weight", "head.weight"))
+                            for name in weights)  # fmt: skip
+    ids = torch.tensor([[5, 9, 30, 12]])
+    with torch.no_grad():
+        found = small(ids).logits
+    small.save_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "again")(ids).logits, found)
+    assert (tmp_path / "again" / "model.safetensors").stat().st_size == report["bytes_after"]
+    (tmp_path / "lines").write_text("one\nthree\n")
+    translate([str(tmp_path / "small"), "--input", str(tmp_path / "lines"), "--output", str(tmp_path / "out")])
+    assert len((tmp_path / "out").read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_small_numbers_are_neither_compressed_nor_trained_again(trained, tmp_path, capsys):
+    pytest.importorskip("torchao")
+    model, data = trained
+    small = str(tmp_path / "small")
+    compress([model, small, "--int8", *data])
+    assert "its numbers are small already" in refused(capsys, small, str(tmp_path / "b"), "--int4", *data)
+    argv = ["translation", f"--model_name_or_path={small}", f"--output_dir={tmp_path / 'c'}", *data]
+    for more in ([], ["--use_peft"]):
+        assert guarded([*argv, "--do_train=true", "--max_steps=1", *more], "finetune") == 2
+        assert "train the model that they were made from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "ways, message",
+    [
+        (["--prune-experts", "0"], "a share of the experts lies between 0 and 1"),
+        (["--prune-experts", "1"], "a share of the experts lies between 0 and 1"),
+        (["--prune-experts", "nan"], "a share of the experts lies between 0 and 1"),
+        (["--prune-layers", "0"], "at least one layer goes"),
+        (["--prune-layers", "3"], "of which 2 can go"),
+        ([], "nothing to do"),
+        (["--int8", "--recover-steps", "3"], "trains what pruning has left"),
+        (["--int8", "--int4"], "keep one of them"),
+        (["--prune-layer", "1"], "did you mean"),
+        (["--prune-layers", "1", "--sparsity", "1:4"], "invalid choice"),
+    ],
+)
+def test_ways_that_are_none(trained, tmp_path, capsys, ways, message):
+    model, data = trained
+    assert message in refused(capsys, model, str(tmp_path / "small"), *ways, *data)
+    assert not any(tmp_path.iterdir())
+
+
+def test_data_and_places_that_do_not_fit(trained, tmp_path, capsys):
+    model, data = trained
+    validation = [word for word in data if not word.startswith("--train_file")]
+    train = [word for word in data if not word.startswith("--validation_file")]
+    small = str(tmp_path / "small")
+    assert "no training rows to calibrate by" in refused(capsys, model, small, "--prune-layers", "1", *validation)
+    assert "no rows to score by" in refused(capsys, model, small, "--prune-layers", "1", *train)
+    assert "exists" in refused(capsys, model, model, "--prune-layers", "1", *data)
+    assert "made for translation" in refused(capsys, model, small, "--int8", "--task", "embedding")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_an_adapter_is_merged_first(trained, tmp_path, capsys):
+    model, data = trained
+    argv = [f"--model_name_or_path={model}", f"--output_dir={tmp_path / 'adapter'}", "--use_peft", "--max_steps=1"]
+    finetune(["translation", *argv, "--do_train=true", *data])
+    line = refused(capsys, str(tmp_path / "adapter"), str(tmp_path / "small"), "--prune-layers", "1", *data)
+    assert "merge it into its base first" in line and not (tmp_path / "small").exists()
+
+
+def test_without_torchao(trained, tmp_path, capsys, monkeypatch):
+    model, data = trained
+    monkeypatch.setattr(numbers, "is_torchao_available", lambda: False)
+    assert 'pip install "deepseek-hf[compress]"' in refused(capsys, model, str(tmp_path / "small"), "--int8", *data)
