@@ -31,6 +31,11 @@ def derive_drafts(config: Any) -> None:
 
 def validate_drafts(config: Any) -> None:
     """Of draft stages: their sizes, and the trunk that they need."""
+    require(
+        not config.mtp_loss_weight or config.prediction_word != "mhc_shifted",
+        f"mtp_loss_weight={config.mtp_loss_weight} clashes with kv_source_layer_ids: what V4.1 predicts ahead by is "
+        "not held; set 0",
+    )
     if config.dspark_block_size is None:
         return
     size = f"dspark_block_size={config.dspark_block_size}"

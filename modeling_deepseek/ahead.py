@@ -95,7 +95,7 @@ class PredictsAhead:
         Raises:
             ValueError: if there are none.
         """
-        if not self.config.num_nextn_predict_layers:
+        if len(self.model.layers) == self.config.num_hidden_layers:
             raise ValueError("use_mtp: this model has no prediction layers to guess by; leave use_mtp out")
         return DRAFTERS[self.config.prediction_word](self, generation_config, logits_processor)
 

@@ -169,6 +169,10 @@ def test_the_distribution_of_samples_stays(name):
 def test_what_cannot_be_is_refused_in_one_line():
     with pytest.raises(ValueError, match="use_mtp: this model has no prediction layers to guess by; leave"):
         tiny("tiny_v3").generate(token_ids(1, 4), **GREEDY)
+    with pytest.raises(ValueError, match="use_mtp: this model has no prediction layers to guess by; leave"):
+        tiny("tiny_v4.1", num_nextn_predict_layers=1).generate(token_ids(1, 4), **GREEDY)
+    with pytest.raises(ValueError, match="mtp_loss_weight=0.1 clashes with kv_source_layer_ids"):
+        tiny("tiny_v4.1", num_nextn_predict_layers=1, mtp_loss_weight=0.1)
     model = speculating("V3")
     with pytest.raises(ValueError, match="use_mtp: prediction layers read token ids; give input_ids"):
         model.generate(inputs_embeds=model.get_input_embeddings()(token_ids(1, 4)), **GREEDY)

@@ -199,6 +199,26 @@ def test_one_prompt_cache_serves_several_continuations(causal):
         assert torch.equal(got, by_whole_passes(causal, ids))
 
 
+def test_rows_of_a_cache_are_repeated_and_chosen(causal):
+    ids = token_ids(2, 12)
+    with torch.no_grad():
+        cache = causal(ids[:, :9], use_cache=True).cache
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([3, 0]))
+        assert_close(causal(ids[[1, 0], 9:], cache=cache).logits, outputs(causal, ids[[1, 0]], use_cache=False)[:, 9:])
+
+
+def test_more_tokens_than_a_window_holds_are_taken_back(causal):
+    ids, others = token_ids(1, 14), token_ids(1, 30, seed=4)
+    with torch.no_grad():
+        cache = causal(ids[:, :11], use_cache=True).cache
+        cache.activate_past_recording()
+        causal(others, cache=cache)
+        cache.crop(-30)
+        assert cache.get_seq_length() == 11
+        assert_close(causal(ids[:, 11:], cache=cache).logits, outputs(causal, ids, use_cache=False)[:, 11:])
+
+
 def test_a_cache_without_a_config_works_too(causal):
     ids = token_ids(2, 6)
     got = causal.generate(ids, cache=DynamicCache(), **GREEDY)
