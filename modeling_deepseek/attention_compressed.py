@@ -35,7 +35,7 @@ from .cache import takes_cache
 from .cache_compressed import WindowLayer, layer_of
 from .compressor import Blocks, DeepSeekCompressor, blocks_of, blocks_of_differing_rows
 from .indexer import DeepSeekEntryIndexer, select_keys
-from .layers import DeepSeekFloat32RMSNorm, is_traced, unit_rms
+from .layers import DeepSeekFloat32RMSNorm, is_traced, project, unit_rms
 from .rope import DeepSeekRotaryEmbedding, rotate_tail, with_entries
 from .row_tokens import RowTokens
 
@@ -109,7 +109,7 @@ class DeepSeekWindowAttention(nn.Module):
             kwargs: what the implementation takes.
         """
         cos, sin = self.rotation(hidden_states, position_ids, position_embeddings, attention_mask)
-        query_latent = self.q_norm(self.wq_a(hidden_states))
+        query_latent = self.q_norm(project(self.wq_a, hidden_states))
         query, keys = self.queries(query_latent, cos, sin), self.keys(hidden_states, cos, sin)
 
         layer = WindowLayer() if cache is None else layer_of(cache, self.layer_idx)
@@ -121,17 +121,17 @@ class DeepSeekWindowAttention(nn.Module):
 
     def queries(self, query_latent: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """[B, S, query latent width] -> [B, H, S, W], rotated."""
-        query = self.wq_b(query_latent).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        query = project(self.wq_b, query_latent).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         return rotate_tail(unit_rms(query, self.eps) if self.normalizes_heads else query, cos, sin)
 
     def keys(self, hidden_states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """[B, S, D] -> [B, S, W], rotated."""
-        return rotate_tail(self.kv_norm(self.wkv(hidden_states)).unsqueeze(1), cos, sin).squeeze(1)
+        return rotate_tail(self.kv_norm(project(self.wkv, hidden_states)).unsqueeze(1), cos, sin).squeeze(1)
 
     def projected(self, mixed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         """Mixed keys [B, S, H, W] -> [B, S, D], turned back by the query's position."""
         mixed = rotate_tail(mixed.transpose(1, 2), cos, -sin).transpose(1, 2)
-        return self.wo_b(self.wo_a(mixed.flatten(2).unflatten(-1, (self.groups, -1))))
+        return project(self.wo_b, self.wo_a(mixed.flatten(2).unflatten(-1, (self.groups, -1))))
 
     def rotation(
         self,

@@ -176,18 +176,31 @@ class Linear(Function):
         return product(grad, weight.T) if needs_x else None, outer_product(grad, x) if needs_weight else None
 
 
-def through_silu(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, silu: torch.Tensor) -> Pairs:
-    """The gradients of gate and up from that of silu(gate) * up, which is overwritten."""
-    return torch.ops.aten.silu_backward(grad * up, gate), grad.mul_(silu)
+def clamped(gate: torch.Tensor, up: torch.Tensor, limit: float | None) -> Pairs:
+    """gate at most L, and up within -L and L, as `layers.gated` has it."""
+    return (gate, up) if limit is None else (gate.clamp(max=limit), up.clamp(-limit, limit))
+
+
+def through_silu(
+    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, silu: torch.Tensor, limit: float | None
+) -> Pairs:
+    """The gradients of gate and up from that of silu(gate) * up, clamped, which is overwritten."""
+    inner_gate, inner_up = clamped(gate, up, limit)
+    grad_gate, grad_up = torch.ops.aten.silu_backward(grad * inner_up, inner_gate), grad.mul_(silu)
+    if limit is not None:
+        grad_gate, grad_up = grad_gate.masked_fill_(gate > limit, 0.0), grad_up.masked_fill_(up.abs() > limit, 0.0)
+    return grad_gate, grad_up
 
 
 class SwiGLU(Function):
     """`DeepSeekMLP` with SiLU and without biases; only the products with gate and up are kept."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, gate_proj: torch.Tensor, up_proj: torch.Tensor, down_proj: torch.Tensor):
+    def forward(ctx, x: torch.Tensor, gate_proj, up_proj, down_proj, limit: float | None = None) -> torch.Tensor:
         gate, up = product(x, gate_proj), product(x, up_proj)
         ctx.save_for_backward(x, gate, up, gate_proj, up_proj, down_proj)
+        ctx.limit = limit
+        gate, up = clamped(gate, up, limit)
         return product(nn.functional.silu(gate).mul_(up), down_proj)
 
     @staticmethod
@@ -195,18 +208,20 @@ class SwiGLU(Function):
     @torch.autocast("cpu", enabled=False)
     def backward(ctx, grad: torch.Tensor):  # type: ignore[override]  # once_differentiable has no types
         x, gate, up, gate_proj, up_proj, down_proj = ctx.saved_tensors
-        needs_x, needs_gate, needs_up, needs_down = ctx.needs_input_grad
-        silu = nn.functional.silu(gate)
-        grad_down = outer_product(grad, silu * up) if needs_down else None
-        grad_gate, grad_up = through_silu(product(grad, down_proj.T), gate, up, silu)
+        needs_x, needs_gate, needs_up, needs_down, *_ = ctx.needs_input_grad
+        inner_gate, inner_up = clamped(gate, up, ctx.limit)
+        silu = nn.functional.silu(inner_gate)
+        grad_down = outer_product(grad, silu * inner_up) if needs_down else None
+        grad_gate, grad_up = through_silu(product(grad, down_proj.T), gate, up, silu, ctx.limit)
         grad_x = product(grad_gate, gate_proj.T).add_(product(grad_up, up_proj.T)) if needs_x else None
         grad_gate_proj = outer_product(grad_gate, x) if needs_gate else None
-        return grad_x, grad_gate_proj, outer_product(grad_up, x) if needs_up else None, grad_down
+        return grad_x, grad_gate_proj, outer_product(grad_up, x) if needs_up else None, grad_down, None
 
 
 def products(rows: torch.Tensor, weights: torch.Tensor, counts: list[int]) -> torch.Tensor:
     """Each expert's rows, so many of [P, in], times its matrix in [E, out, in] -> [P, out]."""
-    return torch.cat([product(own, weight) for own, weight in zip(rows.split(counts), weights.unbind(), strict=True)])
+    pairs = [pair for pair in zip(rows.split(counts), weights.unbind(), strict=True) if len(pair[0])]
+    return torch.cat([product(*pair) for pair in pairs]) if pairs else rows.new_empty(0, weights.shape[1])
 
 
 def outer_products(grad: torch.Tensor, rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
@@ -222,7 +237,7 @@ class SortedExperts(Function):
     """
 
     @staticmethod
-    def forward(ctx, x, top_k_weights, gate_up_proj, down_proj, order, counts) -> torch.Tensor:
+    def forward(ctx, x, top_k_weights, gate_up_proj, down_proj, order, counts, limit=None) -> torch.Tensor:
         """[N, D], [N, K], weights of the experts, [P] pairs (token * K + choice), numbers of each expert -> [N, D]."""
         if goes_by_onednn(x[: len(order) // len(counts)], gate_up_proj[0]):
             order, counts = padded(order, counts, top_k_weights.numel())
@@ -230,9 +245,10 @@ class SortedExperts(Function):
         weights = nn.functional.pad(top_k_weights.flatten(), (0, 1)).index_select(0, order).unsqueeze(-1)
         joined = products(x.index_select(0, tokens), gate_up_proj, counts)  # [P, 2 I]
         gate, up = joined.chunk(2, dim=-1)
+        gate, up = clamped(gate, up, limit)
         inner = nn.functional.silu(gate).mul_(up).mul_(weights)
         ctx.save_for_backward(x, weights, gate_up_proj, down_proj, order, tokens, joined)
-        ctx.counts, ctx.choices = counts, top_k_weights.shape
+        ctx.counts, ctx.choices, ctx.limit = counts, top_k_weights.shape, limit
         return sum_by_token(products(inner, down_proj, counts), tokens, x)
 
     @staticmethod
@@ -242,8 +258,9 @@ class SortedExperts(Function):
         x, weights, gate_up_proj, down_proj, order, tokens, joined = ctx.saved_tensors
         needs_x, needs_choice, needs_gate_up, needs_down, *_ = ctx.needs_input_grad
         gate, up = joined.chunk(2, dim=-1)
-        silu = nn.functional.silu(gate)
-        inner, grad_outputs = silu * up, grad.index_select(0, tokens)
+        inner_gate, inner_up = clamped(gate, up, ctx.limit)
+        silu = nn.functional.silu(inner_gate)
+        inner, grad_outputs = silu * inner_up, grad.index_select(0, tokens)
         grad_inner = products(grad_outputs, down_proj.mT, ctx.counts)
         grad_weights = grad_x = grad_gate_up = grad_down = None
         if needs_choice:
@@ -253,12 +270,12 @@ class SortedExperts(Function):
         if needs_down:
             grad_down = outer_products(grad_outputs, inner.mul_(weights), ctx.counts)
         if needs_x or needs_gate_up:
-            grad_joined = torch.cat(through_silu(grad_inner.mul_(weights), gate, up, silu), dim=-1)
+            grad_joined = torch.cat(through_silu(grad_inner.mul_(weights), gate, up, silu, ctx.limit), dim=-1)
         if needs_gate_up:
             grad_gate_up = outer_products(grad_joined, x.index_select(0, tokens), ctx.counts)
         if needs_x:
             grad_x = sum_by_token(products(grad_joined, gate_up_proj.mT, ctx.counts), tokens, x)
-        return grad_x, grad_weights, grad_gate_up, grad_down, None, None
+        return grad_x, grad_weights, grad_gate_up, grad_down, None, None, None
 
 
 def sum_by_token(outputs: torch.Tensor, tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

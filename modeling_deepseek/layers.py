@@ -140,8 +140,8 @@ class DeepSeekMLP(nn.Module):
     def forward(self, hidden_states: torch.Tensor, input_ids: torch.Tensor | None = None) -> torch.Tensor:
         """[..., D] -> [..., D]; input_ids are for hash layers alone."""
         parts = self.gate_proj, self.up_proj, self.down_proj
-        is_plain = self.limit is None and is_plain_silu(self.act_fn) and all(map(is_plain_linear, parts))
+        is_plain = is_plain_silu(self.act_fn) and all(map(is_plain_linear, parts))
         if is_plain and is_trained_as_it_is(self, hidden_states):
-            return SwiGLU.apply(hidden_states, *(part.weight for part in parts))
+            return SwiGLU.apply(hidden_states, *(part.weight for part in parts), self.limit)
         gate, up = self.gate_proj(hidden_states), self.up_proj(hidden_states)
         return self.down_proj(gated(self.act_fn, gate, up, self.limit))

@@ -30,11 +30,11 @@ def grouped_mm(
 ) -> torch.Tensor:
     """transformers' implementation of that word; training on a CPU goes by `SortedExperts`, which is faster there."""
     weights = experts.gate_up_proj, experts.down_proj
-    is_plain = experts.limit is None and is_plain_silu(experts.act_fn)
-    if is_plain and is_trained_as_it_is(experts, hidden_states, top_k_weights, *weights):
+    if is_plain_silu(experts.act_fn) and is_trained_as_it_is(experts, hidden_states, top_k_weights, *weights):
         order, counts = sorted_pairs(top_k_index, experts.num_experts)
         rows = hidden_states.to(weights[0].dtype)
-        return SortedExperts.apply(rows, top_k_weights, *weights, order, counts).to(hidden_states.dtype)
+        output = SortedExperts.apply(rows, top_k_weights, *weights, order, counts, experts.limit)
+        return output.to(hidden_states.dtype)
     return ALL_EXPERTS_FUNCTIONS["grouped_mm"](experts, hidden_states, top_k_index, top_k_weights)
 
 

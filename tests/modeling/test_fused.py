@@ -1,5 +1,7 @@
 """Hand-written backward passes against autograd's of the plain formulas, and where they step aside."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -49,24 +51,29 @@ def attention(query, key, value):
     return (scores.softmax(-1) @ value).transpose(1, 2)
 
 
-def experts(x, weights, gate_up, down, chosen=EXPERT):
+def limited(gate, up, limit):
+    return (gate, up) if limit is None else (gate.clamp(max=limit), up.clamp(-limit, limit))
+
+
+def experts(x, weights, gate_up, down, chosen=EXPERT, limit=None):
     rows = []
     for token, own, indices in zip(x, weights, chosen, strict=True):
         row = torch.zeros_like(token)
         for weight, e in zip(own, indices, strict=True):
             if e < len(gate_up):
-                gate, up = (gate_up[e] @ token).chunk(2)
+                gate, up = limited(*(gate_up[e] @ token).chunk(2), limit)
                 row = row + (weight * (down[e] @ (F.silu(gate) * up))).to(row.dtype)
         rows.append(row)
     return torch.stack(rows)
 
 
-def feed_forward(x, gate, up, down):
-    return (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
+def feed_forward(x, gate, up, down, limit=None):
+    inner, outer = limited(x @ gate.T, x @ up.T, limit)
+    return (F.silu(inner) * outer) @ down.T
 
 
-def fused_experts(x, weights, gate_up, down, chosen=EXPERT):
-    return SortedExperts.apply(x, weights, gate_up, down, *sorted_pairs(chosen, len(gate_up)))
+def fused_experts(x, weights, gate_up, down, chosen=EXPERT, limit=None):
+    return SortedExperts.apply(x, weights, gate_up, down, *sorted_pairs(chosen, len(gate_up)), limit)
 
 
 def angles(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,6 +100,16 @@ CASES = {
     "product": (Linear.apply, lambda x, w: x @ w.T, [(3, 5, 7), (4, 7)]),
     "feed-forward": (SwiGLU.apply, feed_forward, [(3, 5, 7), (6, 7), (6, 7), (7, 6)]),
     "experts": (fused_experts, experts, [(5, 6), (5, 2), (4, 8, 6), (4, 6, 4)]),
+    "clamped feed-forward": (
+        lambda *given: SwiGLU.apply(*given, 0.5),
+        partial(feed_forward, limit=0.5),
+        [(3, 5, 7), (6, 7), (6, 7), (7, 6)],
+    ),
+    "clamped experts": (
+        partial(fused_experts, limit=0.5),
+        partial(experts, limit=0.5),
+        [(5, 6), (5, 2), (4, 8, 6), (4, 6, 4)],
+    ),
     "loss": (
         lambda x, w: LinearCrossEntropy.apply(x, w, LABELS),
         lambda x, w: F.cross_entropy(x @ w.T, LABELS, reduction="sum"),
@@ -283,6 +300,13 @@ def test_step(name, padding, library, plainly, monkeypatch):
     assert {"RMSNorm", "RotatedTail", "SwiGLU"} <= set(ran) and ("Linear" in ran) == (library == "oneDNN")
     assert ("CausalAttention" in ran) != (padding or name == "tiny_v32")
     assert ("SortedExperts" in ran) == (name != "tiny_llm")
+
+
+def test_step_of_clamped_experts(library, plainly, monkeypatch):
+    model = trained("tiny_v4", swiglu_limit=0.5, initializer_range=0.2)
+    expected, ran = plainly(model), counted(monkeypatch)
+    assert_same_step(step(model), expected, tolerance=1e-4)  # a scale's gradient is one sum, which cancels
+    assert {"SwiGLU", "SortedExperts"} <= set(ran) and ("Linear" in ran) == (library == "oneDNN")
 
 
 @pytest.mark.parametrize("name", ["tiny_v2", "tiny_v3"])
