@@ -67,13 +67,12 @@ class DeepSeekConfig(DeepSeekFields, PreTrainedConfig):
     def auto_map(self) -> dict[str, str]:
         """Where a process without this package finds the classes in the files beside config.json.
 
-        A saved class brings the files that it needs: a text head those of all text heads, an image head those of all
-        image heads, others none of these.
+        A saved class brings the files that it needs: a text head those of all text heads, others none of these.
         """
         saved = next((name for name in self.architectures or [] if name in FILES_BY_CLASS), None)
         trunk = saved if saved in HEADS_BY_OWN_AUTO_CLASS.values() else "DeepSeekModel"
-        is_image = saved in IMAGE_HEADS_BY_AUTO_CLASS.values()
-        heads = {} if saved == trunk else IMAGE_HEADS_BY_AUTO_CLASS if is_image else HEADS_BY_AUTO_CLASS
+        of_images = {auto: name for auto, name in IMAGE_HEADS_BY_AUTO_CLASS.items() if name == saved}
+        heads = {} if saved == trunk else of_images or HEADS_BY_AUTO_CLASS
         classes = {"AutoModel": trunk, **heads}
         return {
             "AutoConfig": "configuration_deepseek.DeepSeekConfig",

@@ -38,11 +38,15 @@ HEADS_BY_OWN_AUTO_CLASS = {
     "AutoModelForEmbedding": "DeepSeekForEmbedding",
     "AutoModelForRecommendation": "DeepSeekForRecommendation",
 }
-IMAGE_HEADS_BY_AUTO_CLASS = {"AutoModelForImageClassification": "DeepSeekForImageClassification"}
+IMAGE_HEADS_BY_AUTO_CLASS = {
+    "AutoModelForImageClassification": "DeepSeekForImageClassification",
+    "AutoModelForObjectDetection": "DeepSeekForObjectDetection",
+}
 FILES_BY_CLASS = {
     "DeepSeekModel": "modeling_deepseek",
     **dict.fromkeys(HEADS_BY_AUTO_CLASS.values(), "language_heads"),
-    **dict.fromkeys(IMAGE_HEADS_BY_AUTO_CLASS.values(), "image_heads"),
+    "DeepSeekForImageClassification": "image_heads",
+    "DeepSeekForObjectDetection": "detection_head",
     "DeepSeekForEmbedding": "embedding_head",
     "DeepSeekForRecommendation": "recommendation_head",
 }
@@ -158,12 +162,16 @@ class DeepSeekFields(DraftFields, SharingFields):
             trains the whole ones alone.
         contrastive_temperature: divides the products of queries and passages in the loss.
         query_prefix, passage_prefix: what stands before each text of that kind.
-    Images (DeepSeekForImageClassification; its `pooling` is as for embeddings)
+    Images (DeepSeekForImageClassification, whose `pooling` is as for embeddings, and DeepSeekForObjectDetection)
         image_stem: how pixels become tokens: "patch", a linear map of squares (arXiv 2010.11929); "conv", convolutions
             and max pooling; or "conv_lstm", the same and an LSTM over the tokens in both directions. `None`: no image.
         num_channels: channels of an image, 1 for grey, 3 for colour.
         patch_size: side of a square of "patch", in pixels.
         conv_channels, conv_pooling: channels of each convolution, and the side of the pooling behind it (1: none).
+        box_prediction: "grid", a box for each token of the image, of which overlapping ones are suppressed; or "set",
+            a box for each of `num_detection_tokens` learned ones behind them (arXiv 2106.00666), trained by bipartite
+            matching.
+        nms_threshold: overlap from which on the grid's worse box of two is suppressed; 1: none is.
 
     Layers
         layer_specs: `None` to derive them, or one (attention, feed_forward) pair of words per layer; a third word, of
@@ -280,6 +288,9 @@ class DeepSeekFields(DraftFields, SharingFields):
     patch_size: int = 4
     conv_channels: list[int] = field(default_factory=lambda: [32, 64])
     conv_pooling: list[int] = field(default_factory=lambda: [1, 2])
+    box_prediction: str = "grid"
+    num_detection_tokens: int = 100
+    nms_threshold: float = 0.6
 
     # layers
     layer_specs: list | None = None
@@ -327,6 +338,11 @@ class DeepSeekFields(DraftFields, SharingFields):
     @specs.setter
     def specs(self, value: list) -> None:
         self._take_derived("specs", [self._whole_spec(spec) for spec in value], "layer_specs")
+
+    @property
+    def residual_word(self) -> str:
+        """What all layers hand on; a model of images may have none."""
+        return self.specs[0].residual if self.specs else "add"
 
     @property
     def prediction_spec(self) -> LayerSpec:

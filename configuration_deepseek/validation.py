@@ -17,6 +17,7 @@ ITEM_LOSSES = ("softmax", "sampled_softmax", "gbce")
 ITEM_TEXT_ENCODER_WORDS = ("trunk", "bag_of_words")
 TOPK_METHODS = ("greedy", "group_limited_greedy", "noaux_tc")
 IMAGE_STEMS = ("patch", "conv", "conv_lstm")
+BOX_PREDICTIONS = ("grid", "set")
 ATTENTION_DIRECTIONS = ("causal", "prefix", "bidirectional")
 
 
@@ -41,7 +42,7 @@ def validate(config: Any) -> None:
         validate_compressed(config)
     if any(spec.feed_forward in ("moe", "hash_moe") for spec in words):
         validate_moe(config)
-    residuals = sorted({spec.residual for spec in words})
+    residuals = sorted({config.residual_word, *(spec.residual for spec in words)})
     require(len(residuals) == 1, f"layer_specs has residuals {residuals}; layers hand on one kind of state, say one")
     require(
         ("mhc_shifted" in residuals) == (config.kv_source_layer_ids is not None),
@@ -58,8 +59,13 @@ def validate(config: Any) -> None:
 
 
 def validate_sizes(config: Any) -> None:
-    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+    for name in ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size"):
         require(getattr(config, name) > 0, f"{name}={getattr(config, name)} must be positive")
+    layers = config.num_hidden_layers
+    require(
+        layers > 0 or layers == 0 and config.image_stem is not None,
+        f"num_hidden_layers={layers} must be positive; a model of images (image_stem) may have none",
+    )
     for name in ("attention_dropout", "hidden_dropout"):
         value = getattr(config, name)
         require(0 <= value < 1, f"{name}={value} must be at least 0 and below 1")
@@ -367,3 +373,6 @@ def validate_images(config: Any) -> None:
         f"hidden_size={config.hidden_size} is odd, but the LSTM of image_stem='conv_lstm' gives half of it in each "
         "direction; make it even",
     )
+    require_word("box_prediction", config.box_prediction, BOX_PREDICTIONS)
+    require(config.num_detection_tokens > 0, f"num_detection_tokens={config.num_detection_tokens} must be positive")
+    require(0 < config.nms_threshold <= 1, f"nms_threshold={config.nms_threshold} must be above 0 and at most 1")

@@ -279,7 +279,7 @@ def _trunk(config: Any) -> Shapes:
     kinds = {kind: _layer(config, *kind) for kind in words}
     layers = [_under(f"layers.{i}.", kinds[kind]) for i, kind in enumerate(words)]
     shapes = {"embed_tokens.weight": (config.vocab_size, config.hidden_size)} | _norm("norm", config.hidden_size)
-    if config.specs[0].residual == "mhc":
+    if config.residual_word == "mhc":
         shapes |= _streams("hc_head", config, config.hc_mult, 1)
     for layer in layers:
         shapes |= layer
@@ -362,6 +362,7 @@ HEADS: dict[str, Callable[[Any], Shapes | None]] = {
     "ForEmbedding": _pooled,
     "ForRecommendation": _items,
     "ForImageClassification": lambda config: None,
+    "ForObjectDetection": lambda config: None,
 }
 
 

@@ -24,6 +24,7 @@ TASKS = {
     "classification": _entry("classification", "Classification", "ClassificationArguments"),
     "image_classification": _entry("images", "ImageClassification", "ImageArguments"),
     "image_generation": _entry("drawing", "ImageGeneration", "ImageGenerationArguments"),
+    "object_detection": _entry("images.detection", "ObjectDetection", "DetectionArguments"),
     "question_answering": _entry("question_answering", "QuestionAnswering", "QuestionAnsweringArguments"),
     "embedding": _entry("retrieval", "Embedding", "EmbeddingArguments"),
     "recommendation": _entry("recommendation", "Recommendation", "RecommendationArguments"),

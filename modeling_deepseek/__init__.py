@@ -2,6 +2,7 @@
 
 from configuration_deepseek import DeepSeekConfig
 
+from .detection_head import DeepSeekForObjectDetection
 from .embedding_head import DeepSeekForEmbedding
 from .image_heads import DeepSeekForImageClassification
 from .language_heads import (
@@ -24,6 +25,7 @@ __all__ = [
     "DeepSeekForCausalLM",
     "DeepSeekForEmbedding",
     "DeepSeekForImageClassification",
+    "DeepSeekForObjectDetection",
     "DeepSeekForQuestionAnswering",
     "DeepSeekForRecommendation",
     "DeepSeekForSequenceClassification",

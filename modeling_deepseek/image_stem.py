@@ -7,6 +7,7 @@ tokens depend neither on the others of its batch nor on how far it is padded to 
 Letters: B images, C channels, H x W pixels, h x w places of the token grid, S = h * w tokens, D hidden width.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,13 @@ def own_tokens_first(tokens: ImageTokens) -> ImageTokens:
 
 
 class ImageStem(nn.Module):
-    """What the stems share: a grid of features out of pixels, laid out as tokens with their places."""
+    """What the stems share: a grid of features out of pixels, laid out as tokens with their places.
+
+    Attributes:
+        stride: pixels from one token to the next, across and down.
+    """
+
+    stride: int
 
     def grid(self, pixels: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """[B, C, H, W], [B, 1, H, W] ones and zeros -> [B, D, h, w], [B, 1, h, w]."""
@@ -73,7 +80,7 @@ class PatchStem(ImageStem):
 
     def __init__(self, config):
         super().__init__()
-        self.patch_size = config.patch_size
+        self.patch_size = self.stride = config.patch_size
         self.projection = nn.Conv2d(config.num_channels, config.hidden_size, self.patch_size, self.patch_size)
 
     def grid(self, pixels: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -129,6 +136,7 @@ class ConvStem(ImageStem):
     def __init__(self, config):
         super().__init__()
         before = [config.num_channels, *config.conv_channels]
+        self.stride = math.prod(config.conv_pooling)
         self.blocks = nn.ModuleList(
             ConvBlock(*sizes, config.rms_norm_eps)
             for sizes in zip(before, config.conv_channels, config.conv_pooling, strict=False)

@@ -156,10 +156,10 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
             config.use_cache = False  # a config that was made otherwise and set to this has it still
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        layer_class = LAYERS[config.specs[0].residual]
+        layer_class = LAYERS[config.residual_word]
         self.layers = nn.ModuleList(layer_class(config, i) for i in range(config.num_hidden_layers))
         self.norm = norm_of(config)
-        self.hc_head = STREAMS[config.specs[0].residual](config)
+        self.hc_head = STREAMS[config.residual_word](config)
         self.rotary_emb = DeepSeekRotaryEmbedding(without_entries(config))
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.register_buffer("engram_ids", first_ids(config))

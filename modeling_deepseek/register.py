@@ -9,6 +9,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForObjectDetection,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -22,6 +23,7 @@ from configuration_deepseek.configuration_deepseek import HEADS_BY_OWN_AUTO_CLAS
 from configuration_deepseek.official import SOURCES
 from tokenization_deepseek import DeepSeekTokenizer
 
+from .detection_head import DeepSeekForObjectDetection
 from .embedding_head import DeepSeekForEmbedding
 from .image_heads import DeepSeekForImageClassification
 from .language_heads import (
@@ -51,6 +53,7 @@ MODELS_BY_AUTO_CLASS = {
     AutoModelForCausalLM: DeepSeekForCausalLM,
     AutoModelForEmbedding: DeepSeekForEmbedding,
     AutoModelForImageClassification: DeepSeekForImageClassification,
+    AutoModelForObjectDetection: DeepSeekForObjectDetection,
     AutoModelForQuestionAnswering: DeepSeekForQuestionAnswering,
     AutoModelForRecommendation: DeepSeekForRecommendation,
     AutoModelForSequenceClassification: DeepSeekForSequenceClassification,

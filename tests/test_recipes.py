@@ -76,6 +76,13 @@ def folder(tmp_path_factory):
     for place in (f"{pets}/{label}" for label in ("cat", "dog") for pets in PETS):
         (folder / "data" / place).mkdir(parents=True)
         Image.effect_noise((20, 16), 50).save(folder / "data" / place / "1.png")
+    for split in ("train", "valid", "test"):
+        place = folder / "data" / "cells" / split
+        place.mkdir(parents=True)
+        Image.effect_noise((32, 24), 50).save(place / "1.png")
+        objects = {"images": [{"id": 1, "file_name": "1.png"}], "categories": [{"id": 1, "name": "cell"}],
+                   "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [3, 4, 9, 8]}]}  # fmt: skip
+        (place / "annotations.json").write_text(json.dumps(objects))
     ratings = [f"{user},{(user + step) % 5},{step},Sa" for user in range(8) for step in range(4)]
     (folder / "data" / "ratings.csv").write_text("\n".join(["userId,movieId,timestamp,weekday", *ratings]))
     users = [f"{user},{'FM'[user % 2]},artist" for user in range(8)]

@@ -80,6 +80,7 @@ def test_recipes_lie_where_their_tasks_look():
         "classification",
         "image_classification",
         "image_generation",
+        "object_detection",
         "embedding",
         "news_recommendation",
     ]

@@ -18,12 +18,9 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from modeling_deepseek import (
-    DeepSeekForImageClassification,
-    DeepSeekForRecommendation,
-    DeepSeekForSequenceClassification,
-)
+from modeling_deepseek import DeepSeekForRecommendation, DeepSeekForSequenceClassification
 from modeling_deepseek.engram import EngramHash
+from modeling_deepseek.image_model import DeepSeekImageModel
 from modeling_deepseek.moe import DeepSeekExperts
 from modeling_deepseek.rope import DeepSeekRotaryEmbedding
 
@@ -75,9 +72,10 @@ def spot_logits(whole: PreTrainedModel | PeftModel, tensors: Tensors, adapter: A
             if name.endswith(LATENTS):  # pooling reads them in the same way
                 borrower = whole.get_submodule(name.rpartition(".")[0])
             _Loan(name, module, find).hook(borrower)
-    if isinstance(model, DeepSeekForImageClassification):
+    if isinstance(model, DeepSeekImageModel):
+        model.config.nms_threshold = 1.0  # which of two like boxes is suppressed, rounding decides
         waves = torch.arange(4 * model.config.num_channels * 64).float().sin()  # four images of 8 x 8 pixels
-        return model(pixel_values=waves.view(4, -1, 8, 8)).logits.float()
+        return model(pixel_values=waves.view(4, -1, 8, 8)).logits.float().flatten(0, -2)
     special = {model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id}
     vocabulary = model.config.vocab_size
     if isinstance(model, DeepSeekForRecommendation) and model.config.num_items is not None:

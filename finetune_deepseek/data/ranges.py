@@ -44,7 +44,8 @@ RULES: tuple[tuple[str, Callable[[float], bool], tuple[str, ...]], ...] = (
             *("neftune_noise_alpha", "eval_steps", "eval_delay", "save_steps", "save_total_limit"),
             *("dataloader_num_workers", "doc_stride", "fusion_weights", "examples_shown", "temperature", "top_k"),
             "guidance_scale",
-            *("max_continuations", "num_drawn", "max_replies", "shift", "rotation", "zoom", "noise", "mixup"),
+            *("max_continuations", "num_drawn", "max_replies", "shift", "rotation", "zoom", "colour", "noise"),
+            "mixup",
         ),
     ),
     (

@@ -6,7 +6,8 @@ Letters: B images, H x W pixels, N labels.
 import math
 import random
 from collections import Counter
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, ViTImageProcessorPil
 
 from ..training.batches import RowDraws
+from .arguments import VARIATIONS
 from .reading import NoImage, Pictures
 
 KEPT_BYTES = 512 * 2**20  # of scaled images that stay in memory; more are opened at each use
@@ -65,7 +67,7 @@ class Pixels:
         return pixels
 
 
-def new_processor(pixels: Pixels, numbers: list[int]) -> Any:
+def new_processor(pixels: Pixels, numbers: list[int], processor_class: Any = ViTImageProcessorPil) -> Any:
     """An image processor with the mean and the deviation of each channel over some images."""
     count, total, squares = 0, torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
     for number in numbers:
@@ -76,7 +78,7 @@ def new_processor(pixels: Pixels, numbers: list[int]) -> Any:
     mean = total / count
     deviation = (squares / count - mean.square()).clamp(min=0).sqrt().clamp(min=LEAST_DEVIATION)
     width, height = pixels.size
-    return ViTImageProcessorPil(
+    return processor_class(
         size={"height": height, "width": width},
         image_mean=mean.tolist(),
         image_std=deviation.tolist(),
@@ -93,7 +95,7 @@ def border_colour(pixels: Pixels, numbers: list[int]) -> torch.Tensor:
     return torch.cat(edges, dim=1).float().median(1).values / 255
 
 
-def placed(pixels: torch.Tensor, places: list[tuple[float, float, float, float]], fill: torch.Tensor) -> torch.Tensor:
+def placed(pixels: torch.Tensor, places: Sequence[tuple[float, ...]], fill: torch.Tensor) -> torch.Tensor:
     """[B, 3, H, W] images, each turned by degrees to the left, enlarged by a factor and moved by pixels to the right
     and down; in between, pixels are interpolated, and beyond the edges there is `fill` [3]."""
     height, width = pixels.shape[-2:]
@@ -109,19 +111,70 @@ def placed(pixels: torch.Tensor, places: list[tuple[float, float, float, float]]
     return F.grid_sample(pixels - fill, grid, align_corners=False) + fill
 
 
+class Place(NamedTuple):
+    """Where an image goes: turned by degrees to the left, enlarged by a factor and moved by pixels to the right and
+    down, all about its middle; then mirrored."""
+
+    angle: float = 0.0
+    factor: float = 1.0
+    right: float = 0.0
+    down: float = 0.0
+    is_mirrored: bool = False
+    is_upside_down: bool = False
+
+
+class Variation:
+    """How images of training are varied, each by random numbers of its own.
+
+    Args:
+        amounts: of the flags' names, without what is off; see arguments.py.
+        fill: [3], see `placed`.
+    """
+
+    def __init__(self, amounts: dict[str, float], fill: torch.Tensor) -> None:
+        self.amounts = dict.fromkeys(VARIATIONS, 0.0) | amounts
+        self.fill = fill
+
+    def places(self, draws: list[random.Random]) -> list[Place]:
+        return [self._place(draw) for draw in draws]
+
+    def _place(self, draw: random.Random) -> Place:
+        amounts = self.amounts
+        angle, zoom, right, down = (draw.uniform(-1, 1) for _ in range(4))
+        mirrored = [bool(amounts[name]) and draw.random() < 0.5 for name in ("flip", "flip_vertical")]
+        factor = (1 + amounts["zoom"]) ** zoom
+        return Place(angle * amounts["rotation"], factor, right * amounts["shift"], down * amounts["shift"], *mirrored)
+
+    def of(self, pixels: torch.Tensor, places: list[Place], draws: list[random.Random]) -> torch.Tensor:
+        """[B, 3, H, W], from 0 to 1, varied."""
+        amounts = self.amounts
+        if any(amounts[name] for name in ("shift", "rotation", "zoom")):
+            pixels = placed(pixels, [place[:4] for place in places], self.fill)
+        for axis, name in ((-1, "is_mirrored"), (-2, "is_upside_down")):
+            is_flipped = torch.tensor([getattr(place, name) for place in places])[:, None, None, None]
+            pixels = torch.where(is_flipped, pixels.flip(axis), pixels) if is_flipped.any() else pixels
+        if amounts["colour"]:
+            drawn = torch.tensor([[draw.gauss(0, amounts["colour"]) for _ in range(4)] for draw in draws])
+            factors, light = drawn[:, :3, None, None] + 1, drawn[:, 3:, None, None]
+            pixels = (pixels * factors + light).clamp(0, 1)
+        if amounts["noise"]:
+            generators = [torch.Generator().manual_seed(draw.getrandbits(63)) for draw in draws]
+            noise = torch.stack([torch.randn(pixels.shape[1:], generator=generator) for generator in generators])
+            pixels = (pixels + amounts["noise"] * noise).clamp(0, 1)
+        return pixels
+
+
 class ImageCollator:
     """Batches of images; those of training, which have no `row`, are varied.
 
     Args:
-        amounts: what they are varied by, of the flags' names; see arguments.py.
-        fill: [3], see `placed`.
-        num_labels: N, for the blended labels of mixup.
+        amounts, fill: see `Variation`.
     """
 
     def __init__(
-        self, pixels: Pixels, processor: Any, amounts: dict[str, float], fill: torch.Tensor, num_labels: int, seed: int
+        self, pixels: Pixels, processor: Any, amounts: dict[str, float], fill: torch.Tensor, seed: int
     ) -> None:
-        self.pixels, self.amounts, self.fill, self.num_labels = pixels, amounts, fill, num_labels
+        self.pixels, self.amounts, self.variation = pixels, amounts, Variation(amounts, fill)
         self.mean, self.deviation = (
             torch.tensor(numbers, dtype=torch.float32)[:, None, None]
             for numbers in (processor.image_mean, processor.image_std)
@@ -131,46 +184,46 @@ class ImageCollator:
     def set_epoch(self, epoch: int) -> None:
         self.draws.set_epoch(epoch)
 
-    def __call__(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         pixels = torch.stack([self.pixels[feature["image"]] for feature in features]).float() / 255
-        labels = torch.tensor([feature["labels"] for feature in features])
+        labels = self.labels(features)
         is_scored = "row" in features[0]
         if self.amounts and not is_scored:
-            pixels, labels = self._varied(pixels, labels, [self.draws.of(feature["number"]) for feature in features])
+            draws = [self.draws.of(feature["number"]) for feature in features]
+            places = self.variation.places(draws)
+            pixels = self.variation.of(pixels, places, draws)
+            pixels, labels = self.varied(pixels, labels, places, draws)
         batch = {"pixel_values": (pixels - self.mean) / self.deviation, "labels": labels}
-        if is_scored:
-            batch["row"] = torch.tensor([feature["row"] for feature in features])
-        return batch
+        return batch | ({"row": torch.tensor([feature["row"] for feature in features])} if is_scored else {})
 
-    def _varied(
-        self, pixels: torch.Tensor, labels: torch.Tensor, draws: list[random.Random]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        amounts = {
-            name: self.amounts.get(name, 0.0) for name in ("shift", "rotation", "zoom", "flip", "noise", "mixup")
-        }
-        places = [self._place(draw, amounts) for draw in draws]
-        if any(amounts[name] for name in ("shift", "rotation", "zoom")):
-            pixels = placed(pixels, places, self.fill)
-        if amounts["flip"]:
-            mirrored = torch.tensor([draw.random() < 0.5 for draw in draws])[:, None, None, None]
-            pixels = torch.where(mirrored, pixels.flip(-1), pixels)
-        if amounts["noise"]:
-            generators = [torch.Generator().manual_seed(draw.getrandbits(63)) for draw in draws]
-            noise = torch.stack([torch.randn(pixels.shape[1:], generator=generator) for generator in generators])
-            pixels = (pixels + amounts["noise"] * noise).clamp(0, 1)
-        if amounts["mixup"]:
-            return self._blended(pixels, labels, draws, amounts["mixup"])
+    def labels(self, features: list[dict[str, Any]]) -> Any:
+        """What is to be predicted for some images."""
+        raise NotImplementedError
+
+    def varied(
+        self, pixels: torch.Tensor, labels: Any, places: list[Place], draws: list[random.Random]
+    ) -> tuple[torch.Tensor, Any]:
+        """Varied images with the labels that they have then."""
         return pixels, labels
 
-    def _place(self, draw: random.Random, amounts: dict[str, float]) -> tuple[float, float, float, float]:
-        angle, zoom, right, down = (draw.uniform(-1, 1) for _ in range(4))
-        factor = (1 + amounts["zoom"]) ** zoom
-        return angle * amounts["rotation"], factor, right * amounts["shift"], down * amounts["shift"]
 
-    def _blended(
-        self, pixels: torch.Tensor, labels: torch.Tensor, draws: list[random.Random], alpha: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Each image with the one before it in the batch, and [B, N] shares of labels (mixup, arXiv 1710.09412)."""
+class ClassCollator(ImageCollator):
+    """Images with a class each, or with mixup [B, N] shares of classes."""
+
+    def __init__(self, *args: Any, num_labels: int) -> None:
+        super().__init__(*args)
+        self.num_labels = num_labels
+
+    def labels(self, features: list[dict[str, Any]]) -> torch.Tensor:
+        return torch.tensor([feature["labels"] for feature in features])
+
+    def varied(
+        self, pixels: torch.Tensor, labels: Any, places: list[Place], draws: list[random.Random]
+    ) -> tuple[torch.Tensor, Any]:
+        """Each image blended with the one before it in the batch, and their labels (mixup, arXiv 1710.09412)."""
+        alpha = self.amounts.get("mixup")
+        if not alpha:
+            return pixels, labels
         shares = torch.tensor([draw.betavariate(alpha, alpha) for draw in draws])
         own = F.one_hot(labels, self.num_labels).float()
         images, weights = shares[:, None, None, None], shares[:, None]

@@ -8,10 +8,10 @@ before training begins; colour is RGB.
 import hashlib
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from datasets import Dataset
@@ -20,8 +20,8 @@ from PIL import Image, UnidentifiedImageError
 from ..data.arguments import SPLITS, DataArguments
 from ..data.cells import Column, absent, one
 from ..data.fault_report import finding
-from ..data.sources import read_splits
-from .arguments import ImageArguments
+from ..data.sources import Part, read_splits
+from .arguments import ImageArguments, PictureArguments
 
 FOLDERS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"), "test": ("test",)}
 LOSSLESS = ("RGB", "L", "1", "P")  # modes that lose nothing as RGB
@@ -39,13 +39,15 @@ class Pictures:
         cells: paths, packed bytes or arrays [H, W] or [H, W, 3] of 0 to 255, by number.
         sizes: height and width of each.
         faults: what was found while they were read, for the data report: {check: names}.
-        empty: labels that have a folder and no image.
+        empty: labels that have a folder and no image, or no object.
+        category_ids: the numbers that annotations give to categories.
     """
 
     cells: list[Any] = field(default_factory=list)
     sizes: list[tuple[int, int]] = field(default_factory=list)
     faults: dict[str, list[str]] = field(default_factory=dict)
     empty: list[str] = field(default_factory=list)
+    category_ids: dict[str, int] = field(default_factory=dict)
 
     def note(self, check: str, name: str) -> None:
         self.faults.setdefault(check, []).append(name)
@@ -111,57 +113,71 @@ def packed(cell: Any, beside: Path, pixel_max: float) -> Any:
     raise NoImage("no image")
 
 
+Named: TypeAlias = Iterator[tuple[str, Any, Any]]  # a name, a cell or what is wrong with it, and a label or None
+Columns: TypeAlias = dict[str, Any]
+
+
 def read_images(arguments: ImageArguments) -> dict[str, tuple[Dataset, Pictures]]:
     """Rows of `source`, `target`, `image` (its number) and `pixels` (a hash of them), and the pictures, by split.
 
     Raises:
         ValueError: with one line, for whatever can't be opened, and for a split without an image.
     """
-    found = {}
-    for split, parts in _named_cells(arguments).items():
-        pictures = Pictures()
-        rows: dict[str, list[Any]] = {name: [] for name in ("source", "target", "image", "pixels")}
-        for name, cell, label in parts:
-            if label is None:
-                pictures.note("without_label", name)
-                continue
-            _add(rows, pictures, name, cell, label, arguments)
-        if not rows["source"]:
-            faults = {check: names for check, names in pictures.faults.items() if names}
-            first = next(iter(faults.values()), ["there is none"])[0]
-            raise ValueError(f"{split}: no row has an image and a label ({first}).")
-        found[split] = Dataset.from_dict(rows), pictures
+    found = {
+        split: gathered(split, parts, lambda label, name, size, pictures: {"target": label})
+        for split, parts in _named_cells(arguments).items()
+    }
     for split, empty in _empty_folders(arguments).items():
         found[split][1].empty = empty
     return found
 
 
-def _add(
-    rows: dict[str, list[Any]], pictures: Pictures, name: str, cell: Any, label: str, arguments: ImageArguments
-) -> None:
+def gathered(
+    split: str, parts: Named, target_of: Callable[[Any, str, tuple[int, int], Pictures], Columns]
+) -> tuple[Dataset, Pictures]:
+    """A split's rows and pictures; every image is opened once.
+
+    Args:
+        target_of: the columns that a row has of its label, name, height and width; may note faults.
+
+    Raises:
+        ValueError: for a split without an image.
+    """
+    pictures = Pictures()
+    rows: list[Columns] = []
+    for name, cell, label in parts:
+        if label is None:
+            pictures.note("without_label", name)
+        elif (image := _added(pictures, name, cell)) is not None:
+            own = target_of(label, name, (image.height, image.width), pictures)
+            digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:16]
+            rows.append({"source": name, **own, "image": len(rows), "pixels": digest})
+    if not rows:
+        first = next((names[0] for names in pictures.faults.values() if names), "there is none")
+        raise ValueError(f"{split}: no row has an image and a label ({first}).")
+    return Dataset.from_dict({column: [row[column] for row in rows] for column in rows[0]}), pictures
+
+
+def _added(pictures: Pictures, name: str, cell: Any) -> Image.Image | None:
+    """An image that pictures have now; None, and a note, for what is none."""
     try:
         if isinstance(cell, NoImage):
             raise cell
         image, mode = opened(cell)
     except NoImage as error:
         pictures.note("broken_images", f"{name}: {error}")
-        return
+        return None
     if image.size == (1, 1):
         pictures.note("one_pixel_images", name)
-        return
+        return None
     if mode not in LOSSLESS:
         pictures.note("converted_images", f"{name}: {mode}")
-    rows["source"].append(name)
-    rows["target"].append(label)
-    rows["image"].append(len(pictures.cells))
-    rows["pixels"].append(hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()[:16])
     pictures.cells.append(cell)
     pictures.sizes.append((image.height, image.width))
+    return image
 
 
-# Where they come from: a name, a cell or what is wrong with it, and a label or None
-
-Named = Iterator[tuple[str, Any, str | None]]
+# Where they come from ------------------------------------------------------------------------------------------------
 
 
 def _named_cells(arguments: ImageArguments) -> dict[str, Named]:
@@ -212,26 +228,35 @@ def _of_folder(paths: Sequence[Path], limit: int | None) -> Named:
 
 def _of_tables(parts: Sequence[Any], arguments: ImageArguments) -> Named:
     for part in parts:
-        column = Column(arguments.image_column, "value", "image_column")
-        if column.name not in part.rows:
-            raise ValueError(f"{part.where}: {absent(column, part.rows)}")
         labels = one(part.rows, Column(arguments.label_column, "label", "label_column"), part.where)
-        beside, short = Path(part.where).parent, Path(part.where).name
-        for number, (cell, label) in enumerate(zip(part.rows[column.name], labels, strict=True), start=1):
-            name = f"{short}, row {number}"
-            try:
-                yield name, packed(cell, beside, arguments.pixel_max), label
-            except NoImage as error:
-                yield name, error, label
+        yield from table_cells(part, labels, arguments)
 
 
-def held_out(rows: Dataset, share: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Training rows and validation rows: a share of each class, at least one of a class of two or more.
+def table_cells(part: Part, labels: Sequence[Any], arguments: PictureArguments, beside: Path | None = None) -> Named:
+    """The images of a table, with their labels; paths are from its folder, or from `beside`.
+
+    Raises:
+        ValueError: without a column of images.
+    """
+    column = Column(arguments.image_column, "value", "image_column")
+    if column.name not in part.rows:
+        raise ValueError(f"{part.where}: {absent(column, part.rows)}")
+    short = Path(part.where).name
+    for number, (cell, label) in enumerate(zip(part.rows[column.name], labels, strict=True), start=1):
+        name = f"{short}, row {number}"
+        try:
+            yield name, packed(cell, beside or Path(part.where).parent, arguments.pixel_max), label
+        except NoImage as error:
+            yield name, error, label
+
+
+def held_out(rows: Dataset, classes: Sequence[str], share: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Training rows and validation rows: a share of each of the rows' classes, at least one of a class of two or more.
 
     Raises:
         ValueError: if no class has two rows.
     """
-    targets, draws = np.array(rows["target"]), np.random.default_rng(seed)
+    targets, draws = np.array(classes), np.random.default_rng(seed)
     held: list[int] = []
     for label in sorted(set(targets.tolist())):
         numbers = np.flatnonzero(targets == label)

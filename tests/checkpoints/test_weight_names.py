@@ -10,6 +10,7 @@ from finetune_deepseek.checkpoints.checkpoint import official_weights
 from modeling_deepseek.register import MODELS_BY_AUTO_CLASS
 
 CLASSES = {model_class.__name__.removeprefix("DeepSeek"): model_class for model_class in MODELS_BY_AUTO_CLASS.values()}
+OF_IMAGES = ("ForImageClassification", "ForObjectDetection")
 TINY = [name for name in PRESETS if name.startswith("tiny_")]
 OTHERS = {
     "biases": ("tiny_llm", {"attention_bias": True, "mlp_bias": True}),
@@ -40,7 +41,7 @@ def test_every_preset_under_every_head(name, head):
     if head != "ForCausalLM":
         config.num_nextn_predict_layers = 0
     if config.weight_shapes(head) is None:  # of images: has a part that no preset names
-        assert head == "ForImageClassification"
+        assert head in OF_IMAGES
         return
     assert config.weight_shapes(head) == of_model(config, head)
 
@@ -56,7 +57,7 @@ def test_other_mechanisms(what):
     preset, changes = OTHERS[what]
     for head in HEADS:
         config = DeepSeekConfig(**PRESETS[preset] | changes)
-        if head != "ForImageClassification":
+        if head not in OF_IMAGES:
             assert config.weight_shapes(head) == of_model(config, head), head
 
 

@@ -1,4 +1,4 @@
-"""A saved image classifier in a process without our packages: by its Auto class with trust_remote_code, and by
+"""Saved models of images in a process without our packages: by its Auto class with trust_remote_code, and by
 transformers' pipeline; and what its folder holds."""
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ import json
 import pytest
 
 STEMS = ["patch", "conv", "conv_lstm"]
+WAYS = ["grid", "set"]
 
 
 def save(folder, stems):
@@ -90,4 +91,86 @@ def test_its_folder_names_the_image_heads_alone(saved, folder):
         "AutoModelForImageClassification": "image_heads.DeepSeekForImageClassification",
     }
     names = {file.stem for file in (folder / "conv").glob("*.py")}
-    assert {"image_heads", "image_stem", "modeling_deepseek"} <= names and "language_heads" not in names
+    assert {"image_heads", "image_stem", "modeling_deepseek"} <= names
+    assert not names & {"language_heads", "detection_head", "grid_boxes"}
+
+
+def save_detectors(folder, ways):
+    """Save a detector for each way of prediction, with an image processor; chances and boxes of a picture."""
+    import torch
+    from PIL import Image
+    from transformers import AutoImageProcessor, DetrImageProcessorPil
+
+    from configuration_deepseek import preset
+    from modeling_deepseek import DeepSeekForObjectDetection
+
+    Image.frombytes("RGB", (24, 16), bytes(7 * i % 256 for i in range(24 * 16 * 3))).save(f"{folder}/colour.png")
+    facts = {}
+    for way in ways:
+        torch.manual_seed(0)
+        fields = {"attention_direction": "bidirectional", "id2label": {0: "round", 1: "flat"}, "vocab_size": 1}
+        fields |= {"pad_token_id": None, "box_prediction": way, "num_detection_tokens": 6, "initializer_range": 0.2}
+        model = DeepSeekForObjectDetection(preset("tiny_v3", image_stem="conv", **fields)).eval()
+        model.save_pretrained(f"{folder}/{way}")
+        DetrImageProcessorPil(size={"height": 8, "width": 12}, do_pad=False).save_pretrained(f"{folder}/{way}")
+        pixels = AutoImageProcessor.from_pretrained(f"{folder}/{way}")(
+            Image.open(f"{folder}/colour.png"), return_tensors="pt"
+        )
+        with torch.no_grad():
+            found = model(**pixels)
+        facts[way] = [found.logits.softmax(-1)[0].tolist(), found.pred_boxes[0].tolist()]
+    return facts
+
+
+def load_detectors(folder, ways, trust_remote_code):
+    """Class, chances, boxes and the pipeline's answers by way."""
+    import torch
+    import transformers
+    from PIL import Image
+
+    trust = {"trust_remote_code": True} if trust_remote_code else {}
+    if not trust_remote_code:
+        import modeling_deepseek  # noqa: F401 - this alone registers everything
+    facts = {}
+    for way in ways:
+        model = transformers.AutoModelForObjectDetection.from_pretrained(f"{folder}/{way}", **trust)
+        processor = transformers.AutoImageProcessor.from_pretrained(f"{folder}/{way}")
+        with torch.no_grad():
+            found = model(**processor(Image.open(f"{folder}/colour.png"), return_tensors="pt"))
+        detect = transformers.pipeline("object-detection", model=f"{folder}/{way}", **trust)
+        boxes = detect(f"{folder}/colour.png", threshold=0.005)
+        kind = type(model).__module__.split(".")[0]
+        facts[way] = [kind, found.logits.softmax(-1)[0].tolist(), found.pred_boxes[0].tolist(), boxes]
+    return facts
+
+
+@pytest.fixture(scope="module")
+def detectors(tmp_path_factory, run_client):
+    folder = tmp_path_factory.mktemp("detectors")
+    return folder, run_client(save_detectors, str(folder), WAYS)
+
+
+@pytest.mark.parametrize("is_stranger", [False, True])
+def test_detectors_are_opened_by_their_auto_class_and_the_pipeline(detectors, run_client, run_stranger, is_stranger):
+    folder, saved = detectors
+    facts = (run_stranger if is_stranger else run_client)(load_detectors, str(folder), WAYS, is_stranger)
+    for way, (package, chances, boxes, found) in facts.items():
+        assert package == ("transformers_modules" if is_stranger else "modeling_deepseek")
+        for one, other in zip(chances + boxes, saved[way][0] + saved[way][1], strict=True):
+            assert one == pytest.approx(other, rel=1e-4, abs=1e-6)
+        best = [max(row[:2]) for row in chances]
+        assert [one["score"] for one in found] == pytest.approx([score for score in best if score > 0.005])
+        assert found and {one["label"] for one in found} <= {"round", "flat"}
+
+
+def test_a_detectors_folder_names_its_head_alone(detectors):
+    folder, _ = detectors
+    config = json.loads((folder / "grid" / "config.json").read_text())
+    assert config["auto_map"] == {
+        "AutoConfig": "configuration_deepseek.DeepSeekConfig",
+        "AutoModel": "modeling_deepseek.DeepSeekModel",
+        "AutoModelForObjectDetection": "detection_head.DeepSeekForObjectDetection",
+    }
+    names = {file.stem for file in (folder / "grid").glob("*.py")}
+    assert {"detection_head", "grid_boxes", "boxes", "image_model"} <= names
+    assert not names & {"language_heads", "image_heads", "embedding_head"}

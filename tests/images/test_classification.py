@@ -14,7 +14,7 @@ from configuration_deepseek import preset
 from finetune_deepseek.commands.export import export
 from finetune_deepseek.commands.parsing.runs import parse_command
 from finetune_deepseek.images.arguments import ImageArguments
-from finetune_deepseek.images.pixels import ImageCollator, Pixels, border_colour, most_frequent_size, placed
+from finetune_deepseek.images.pixels import ClassCollator, Pixels, border_colour, most_frequent_size, placed
 from finetune_deepseek.images.reading import read_images
 from finetune_deepseek.images.task import ImageClassification
 from finetune_deepseek.training.run import run_stages
@@ -81,7 +81,7 @@ def test_the_processor_has_the_training_images_mean_and_what_training_read(learn
     assert processor.image_std == pytest.approx(train.std((0, 1, 2)).tolist())
     found = read_images(ImageArguments(data_dir=str(folder)))
     pixels = Pixels({split: pictures for split, (_, pictures) in found.items()}, 5, 7)
-    collator = ImageCollator(pixels, processor, {"shift": 3.0}, torch.zeros(3), 3, seed=0)
+    collator = ClassCollator(pixels, processor, {"shift": 3.0}, torch.zeros(3), 0, num_labels=3)
     batch = collator([{"image": pixels.begins["test"], "labels": 0, "row": 0}])
     first = Image.open(folder / "test" / "blue" / "0.png")
     expected = processor(first, size={"height": 5, "width": 7}, return_tensors="pt")["pixel_values"]
@@ -174,7 +174,7 @@ def test_variation_is_drawn_anew_in_each_epoch_and_the_same_when_resumed(folder)
 
     def batch(epoch):
         processor = type("Processor", (), {"image_mean": [0.0] * 3, "image_std": [1.0] * 3})
-        collator = ImageCollator(pixels, processor, amounts, border_colour(pixels, [0, 1]), 3, seed=5)
+        collator = ClassCollator(pixels, processor, amounts, border_colour(pixels, [0, 1]), 5, num_labels=3)
         collator.set_epoch(epoch)
         return collator(features)
 

@@ -174,8 +174,9 @@ def test_small_images_are_not_hashed(tmp_path):
 def test_validation_takes_its_share_of_each_label(tmp_path):
     rows = [{"image": [[n % 256, 0]], "label": label} for n, label in enumerate("a" * 20 + "b" * 5 + "c")]
     found, _ = read_images(ImageArguments(train_file=write_rows(tmp_path / "r.jsonl", rows)))["train"]
-    train, validation = held_out(found, 0.2, seed=0)
+    train, validation = held_out(found, found["target"], 0.2, seed=0)
     assert sorted(validation["target"]) == [*"aaaab"] and len(train) == 21
     assert not set(train["source"]) & set(validation["source"])
+    few = found.select([0, 20, 25])
     with pytest.raises(ValueError, match="no class has two images"):
-        held_out(found.select([0, 20, 25]), 0.2, seed=0)
+        held_out(few, few["target"], 0.2, seed=0)

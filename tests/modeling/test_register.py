@@ -24,6 +24,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForObjectDetection,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -118,9 +119,8 @@ def test_importing_us_leaves_what_transformers_has():
 
 def test_every_native_type_has_a_checkpoint_here():
     assert set(PRESETS) <= set(NATIVE_TYPES)
-    assert set(MODELS_BY_AUTO_CLASS) - set(AUTO_CLASSES) == {
-        AutoModelForImageClassification
-    }  # of no text's checkpoint
+    of_images = {AutoModelForImageClassification, AutoModelForObjectDetection}  # of no text's checkpoint
+    assert set(MODELS_BY_AUTO_CLASS) - set(AUTO_CLASSES) == of_images
 
 
 @pytest.mark.parametrize("model_type", PRESETS)
