@@ -220,7 +220,7 @@ def test_the_flags_of_the_benchmark_are_known(tmp_path, monkeypatch):
     for settings in compare.systems_of(compare.read_table(BENCHMARKS / "optdigits.yaml")).values():
         argv = compare.flags(settings | {"output_dir": tmp_path, "use_cpu": True}, {"data": "data", "here": "here"})
         (stage,) = parse_command("image_classification", ImageArguments, argv)
-        assert stage.data.pixel_max == 16 and stage.training.max_steps == 1600
+        assert stage.data.pixel_max == 16 and stage.training.max_steps == 4000
 
 
 @pytest.mark.parametrize("stem", ["conv", "conv_lstm"])
