@@ -160,7 +160,8 @@ class Taps:
     """Collects what some layers hand on, as the mean of their streams."""
 
     def __init__(self, layers: list[int] | None):
-        self.layers, self.states = layers or (), list[torch.Tensor]()
+        self.layers = layers or ()
+        self.states: list[torch.Tensor] = []  # as list[...]() dynamo would not read it
 
     def look(self, layer: int, streams: torch.Tensor) -> None:
         """Keep [B, S, N, D] behind a layer, if it is one of them."""
