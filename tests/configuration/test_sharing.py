@@ -116,6 +116,7 @@ def test_every_tensor_of_the_release_is_counted():
             {"hc_mult": None},
             "hc_mult is None, but layers that share entries (kv_source_layer_ids) have residual streams",
         ),
+        ({"num_nextn_predict_layers": 1, "mtp_loss_weight": 0.3}, "mtp_loss_weight=0.3 clashes with kv_source_layer"),
         ({"num_hash_layers": 1}, "num_hash_layers=1 clashes with kv_source_layer_ids"),
         ({"layer_specs": [["swa", "moe"]] * 5}, "layer_specs[1] says 'swa', but by kv_source_layer_ids=[1, 2] and"),
         ({"engram_layer_ids": [1]}, "engram_num_embeddings=None must have a positive number of rows for each of"),
