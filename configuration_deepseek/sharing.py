@@ -106,11 +106,6 @@ def validate_sharing(config: Any) -> None:
         config.compress_ratios is not None,
         f"kv_source_layer_ids={config.kv_source_layer_ids} but compress_ratios is None; give one ratio per layer",
     )
-    require(
-        not config.mtp_loss_weight,
-        f"mtp_loss_weight={config.mtp_loss_weight} clashes with kv_source_layer_ids: such models' draft stages are "
-        "not held here; set it to 0",
-    )
     require(config.num_hash_layers == 0, f"num_hash_layers={config.num_hash_layers} clashes with kv_source_layer_ids")
     require(
         config.hc_mult is not None,
