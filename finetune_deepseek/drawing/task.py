@@ -251,7 +251,7 @@ class ImageGeneration(Task):
             )
             numbers |= found
             lines.append(known[places[:SHOWN]])
-        captions = {str(number): row["source"] for number, row in enumerate(rows[:SHOWN], start=1)}
+        captions = {"captions": [row["source"] for row in rows[:SHOWN]]}
         files: dict[str, str | bytes] = {
             "drawn.png": packed(sheet(_in_rows(lines))),
             "drawn.json": json_text(captions),

@@ -75,6 +75,7 @@ def test_images_are_learned_scored_and_drawn(learned):
     drawn = [colours[line["prediction"]][:, 0].tolist() for line in lines]
     assert drawn == [row["image"] for row in ROWS]
     assert Image.open(output / "drawn.png").size[1] > 2 * 128 * 2 / 3
+    assert json.loads((output / "drawn.json").read_text())["captions"] == [line["source"] for line in lines]
     assert "Drawer.open" in (output / "README.md").read_text()
 
 
