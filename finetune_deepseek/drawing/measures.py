@@ -60,7 +60,9 @@ def reader(images: Images) -> SVC | None:
     counts = Counter(images.classes)
     if not 1 < len(counts) <= READ_CLASSES or min(counts.values()) < READ_LEAST:
         return None
-    return SVC(C=3, gamma="scale").fit(images.pixels[:READ_MOST], images.classes[:READ_MOST])
+    # Twice scikit-learn's own width: by folds of optdigits' training images the better one.
+    gamma = 2 / (images.pixels.shape[1] * max(float(images.pixels.var()), EQUAL))
+    return SVC(C=3, gamma=gamma).fit(images.pixels[:READ_MOST], images.classes[:READ_MOST])
 
 
 def measured(drawn: Images, train: Images, test: Images) -> tuple[dict[str, Any], np.ndarray]:

@@ -316,6 +316,15 @@ def test_measures_by_hand():
     assert psnr(black, black + 255) == pytest.approx(0) and psnr(black, black) is None
 
 
+def test_a_support_vector_machine_reads_what_was_asked_for():
+    draws = np.random.default_rng(0)
+    pixels = draws.normal(0, 0.1, (40, 2)) + np.arange(40)[:, None] % 2
+    train = Images(pixels, [str(number % 2) for number in range(40)])
+    drawn = Images(np.array([[0.0, 0.0], [1.0, 1.0], [1.0, 1.0], [0.0, 0.1]]), ["0", "1", "0", "0"])
+    numbers, _ = measured(drawn, train, train)
+    assert numbers["read"] == 0.75 and numbers["real_read"] == 1
+
+
 def test_a_sheet_has_every_image_at_its_place():
     found = np.array(sheet([[np.full((1, 1, 3), 1, np.uint8), np.full((1, 1, 3), 2, np.uint8)],
                             [np.full((1, 1, 3), 3, np.uint8)]], 2))[..., 0]  # fmt: skip
