@@ -112,7 +112,7 @@ def test_importing_us_leaves_what_transformers_has():
     for name, registered in after["models"].items():
         assert set(registered) - set(before["models"][name]) <= {"DeepSeekConfig"}
     assert after["names"] == before["names"] | {"deepseek": "DeepSeekForCausalLM"} == native["names"]
-    changed = {key for key, word in native["configs"].items() if after["configs"].get(key) != word}  # 5.23 has no deepseek_v41
+    changed = {key for key, word in native["configs"].items() if after["configs"].get(key) != word}
     assert changed == set(NATIVE_TYPES) and {native["configs"][key] for key in changed} == {"DeepSeekConfig"}
     assert native["models"] == after["models"] and undone == after
 
