@@ -26,6 +26,8 @@ NEEDED = {
     "ConversationArguments": {"train_file": "rows.csv"},
     "EmbeddingArguments": {"train_file": "rows.csv"},
     "ImageArguments": {"train_file": "rows.parquet"},
+    "ImageGenerationArguments": {"train_file": "rows.parquet"},
+    "DetectionArguments": {"train_file": "rows.parquet"},
     "NewsArguments": {"train_dir": "MIND"},
 }
 CLASSES = [ModelArguments, LoraArguments, TrainingArguments, AnswerArguments, RecommendArguments, TranslateArguments]

@@ -143,7 +143,7 @@ def test_what_loads_experts_one_by_one(tmp_path):
 def test_shadow_beside_prediction_layers():
     """Its default wraps all of `model.layers`, of which the last are no layers of the trunk."""
     ids = token_ids(1, 5)
-    with pytest.raises(ValueError, match="ShadowCarrier and no tensor.*target_modules"):
+    with pytest.raises(ValueError, match="ShadowCarrier and no Tensor.*target_modules"):
         adapted("tiny_v3_mtp", ShadowConfig(task_type="CAUSAL_LM"))(input_ids=ids, labels=ids)
     layers = [f"model.layers.{number}" for number in range(3)]
     model = adapted("tiny_v3_mtp", ShadowConfig(task_type="CAUSAL_LM", target_modules=layers))

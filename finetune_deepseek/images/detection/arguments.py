@@ -10,7 +10,7 @@ from ..arguments import PictureArguments
 class DetectionArguments(PictureArguments):
     """Which images, and what is to be found in them."""
 
-    FIRST = (*DataArguments.FIRST, "image_dir", "image_column", "objects_column", "stem")
+    FIRST = (*DataArguments.FIRST, "image_dir", "objects_column", "stem")
     SAVED = ("image_column", "objects_column", "pixel_max")
     EXAMPLES = """examples:
   deepseek-hf finetune object_detection --preset tiny_llm --train_file annotations/train.json \\
