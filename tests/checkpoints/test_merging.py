@@ -226,6 +226,7 @@ print(json.dumps(peak - before))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_merging_holds_at_most_three_shards(saved, tmp_path):
     small = saved("tiny_v3")[1]

@@ -228,6 +228,7 @@ def test_perplexity_and_bits_per_byte_by_hand(rows, tmp_path):
     assert whole["eval_loss"] == pytest.approx(sum(nats) / len(nats), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_count_and_train_as_one(rows, tmp_path):
     settings = TINY | {"train_file": rows, "validation_file": rows, "per_device_eval_batch_size": 2, "do_eval": True}
     alone = run(tmp_path / "one", **settings | {"per_device_train_batch_size": 4, "do_train": True})

@@ -288,6 +288,7 @@ def test_the_example_runs_small(tmp_path):
     assert "simulated users" in (tmp_path / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_s3rec_files_are_read_as_published():
     data = os.environ.get("DEEPSEEK_HF_DATA")
     if not data or not (Path(data) / "lastfm_s3rec").is_dir():

@@ -98,6 +98,7 @@ def test_training_ends_with_the_time(finetune, data, tmp_path, monkeypatch):
     assert max(rates) == pytest.approx(0.01, rel=0.2) and rates[-1] < 0.2 * max(rates)
 
 
+@pytest.mark.slow
 def test_two_processes_end_with_the_first_ones_time(data, tmp_path):
     """They take the same number of steps, whatever their own clocks say; else the slower one would wait forever.
 

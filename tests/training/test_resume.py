@@ -197,6 +197,7 @@ finetune(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_was_killed_goes_on_to_the_same_bytes(tmp_path):
     """By a signal that nothing can answer, in the second epoch of four steps each."""
     path = write_jsonl(tmp_path / "rows.jsonl", SENTENCES)

@@ -58,6 +58,7 @@ def test_the_loss_is_the_one_by_hand(tmp_path, converse, train_on):
     assert results["test_perplexity"] == pytest.approx(math.exp(total / count), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_loss_of_one(tmp_path, converse):
     alone = converse(max_steps=1)
     path = str(tmp_path / "rows.jsonl")

@@ -66,6 +66,7 @@ for argv in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_with_and_without_checkpointing_train_every_preset(data, tmp_path):
     runs = []
     for name, fields in MODELS:
