@@ -40,6 +40,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "hub": ("tests/hub",),
     "commands": ("tests/test_readme.py", "tests/test_recipes.py"),  # every verb and task, one step each
 }
+CLOSING = re.compile(r"\d+ (passed|failed|skipped|error).* in [\d.]+s")
 SUITE = {"suite": ("tests",)}
 
 
@@ -140,7 +141,8 @@ def run_group(python: Path, group: str, workers: int, log: Path) -> tuple[bool, 
     lines = log.read_text(errors="replace").splitlines() or ["no output"]
     if done.returncode != 0:
         print("\n".join(lines[-60:]))
-    return done.returncode == 0, lines[-1].strip("= ")
+    # Behind it stand lines that packages print when the process ends.
+    return done.returncode == 0, next((line for line in lines[::-1] if CLOSING.search(line)), lines[-1]).strip("= ")
 
 
 def run_set(name: str, version: str, groups: Sequence[str], workers: int) -> tuple[bool, str]:
