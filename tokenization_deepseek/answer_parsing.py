@@ -25,7 +25,8 @@ class Form:
 
     headers: what a prompt ends with before the answer; the parser reads a prompt from the last one on.
     opens, closes: around reasoning. lead: one that may open the content. ends: behind the answer.
-    blocks, block_end: around all tool calls; call, call_end: around one, which `read` takes apart.
+    blocks, block_end: around all tool calls; call, call_end: around one, which `read` takes apart; parameter: the name
+        of the tags in it, if there are any.
     """
 
     headers: tuple[str, ...] = ("<｜Assistant｜>",)
@@ -37,6 +38,7 @@ class Form:
     block_end: str = ""
     call: str = ""
     call_end: str = ""
+    parameter: str = ""
     read: Callable[[str], dict[str, Any]] = bare_call
 
 
@@ -63,6 +65,7 @@ def _dsml(block: str, invoke: str, parameter: str, *headers: str) -> Form:
         block_end=f"</｜DSML｜{block}>",
         call=f"<｜DSML｜{invoke} ",
         call_end=f"</｜DSML｜{invoke}>",
+        parameter=parameter,
         read=dsml_call(parameter),
         **_THOUGHT,
     )

@@ -27,6 +27,7 @@ from .answer_parsing import FORMS, AnswerParser, Form, form_of, parse_answer
 from .chat_encoding import encode_chat, plain_chat
 from .control_tokens import holds_control, strings, twin_of
 from .encoding_call import Call, view
+from .response_templates import is_own
 from .whole_folders import current, writing_beside
 
 BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
@@ -214,7 +215,7 @@ class DeepSeekTokenizer(PreTrainedTokenizerFast):
 
         Raises ValueError: no such form; a chat template of no known generation.
         """
-        if isinstance(schema, dict) or (schema is None and self.response_template is not None):
+        if isinstance(schema, dict) or (schema is None and self._follows_another()):
             return super().parse_response(response, schema, prefix=prefix, tools=tools)
         form = self._form(schema)
         texts, is_batch = self._texts(response)
@@ -230,10 +231,13 @@ class DeepSeekTokenizer(PreTrainedTokenizerFast):
 
         As `parse_response`; without a prefix the text begins with the answer, outside reasoning.
         """
-        if isinstance(response_template, dict) or (response_template is None and self.response_template is not None):
+        if isinstance(response_template, dict) or (response_template is None and self._follows_another()):
             return super().get_response_parser(response_template, prefix=prefix, tools=tools)
         start = None if prefix is None else self._texts(prefix)[0][0]
         return AnswerParser(self._form(response_template), start, tools)
+
+    def _follows_another(self) -> bool:
+        return self.response_template is not None and not is_own(self.response_template)
 
     def _form(self, name: str | None) -> Form:
         if name is None:

@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from configuration_deepseek import preset
 from modeling_deepseek import DeepSeekModel
 from tokenization_deepseek import CHAT_TEMPLATES, DeepSeekTokenizer, train_tokenizer
+from tokenization_deepseek.answer_parsing import FORMS
+from tokenization_deepseek.response_templates import response_template
 from tokenization_deepseek.tokenization_deepseek import BOS
 
 TEXTS = ["hi", "深度求索 12345 é ", "<｜User｜>Straße<｜Assistant｜>\n", " a , b ."]
@@ -45,7 +47,7 @@ for name, (folder, trust) in folders.items():
         "calls": (batch := tokenizer.apply_chat_template(calls, **options, **masked))["input_ids"],
         "masks": batch["assistant_masks"],
         "given_as_text": trust and tokenizer.apply_chat_template(as_text, **options)["input_ids"],
-        "parsed": trust and tokenizer.parse_response("so</think>yes", "v3.1"),
+        "parsed": tokenizer.parse_response(f"so</think>yes{tokenizer.eos_token}", prefix="<think>"),
         "double": tokenizer("<｜begin▁of▁sentence｜>hi").input_ids.count(tokenizer.bos_token_id),
         "thoughts": tokenizer.apply_chat_template([{"role": "user", "content": "<think>"}])["input_ids"].count(
             tokenizer.convert_tokens_to_ids("<think>")
@@ -74,7 +76,10 @@ def tokenizers(released_bos, trained_once) -> dict[str, DeepSeekTokenizer]:
     trained.model_max_length = 99
     trained.add_eos_token = True
     trained.chat_template = CHAT_TEMPLATES["v3.1"]
-    return {"released": released_bos, "trained": trained}
+    trained.response_template = response_template(FORMS["v3.1"])
+    released = copy.deepcopy(released_bos)
+    released.response_template = response_template(FORMS["v3"])
+    return {"released": released, "trained": trained}
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +115,7 @@ def stranger(tokenizers, tmp_path_factory) -> dict[str, dict]:
 def test_stock_transformers_gives_the_same_without_remote_code(stranger, tokenizers, name):
     answers = stranger[name]
     assert answers["class"] == "TokenizersBackend"
+    assert answers["parsed"] == {"role": "assistant", "reasoning_content": "so", "content": "yes"}
     for key, expected in answers_of(tokenizers[name]).items():
         assert answers[key] == expected, key
 

@@ -8,6 +8,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from tokenization_deepseek import CHAT_TEMPLATES, control_tokens, encode_answers, generation_prompt
+from tokenization_deepseek.answer_parsing import form_of
+from tokenization_deepseek.response_templates import response_template
 
 from ..serving.chat_format import SWITCHES, choose_template
 from .layouts import Turn
@@ -19,12 +21,14 @@ ARGUMENTS = '{"key": 1}'
 
 
 def trained_template(tokenizer: PreTrainedTokenizerBase, asked: str | None) -> None:
-    """Give the tokenizer the template that is asked for, or leave it its own.
+    """Give the tokenizer the template that is asked for, or leave it its own, and what reads its answers.
 
     Raises:
         ValueError: for one that marks no answers, or that writes control tokens which the tokenizer hasn't.
     """
     choose_template(tokenizer, asked, "conversation")
+    if asked or getattr(tokenizer, "response_template", None) is None:
+        tokenizer.response_template = _reading(tokenizer)
     words = f"one of {', '.join(CHAT_TEMPLATES)}, or a file"
     try:
         written: Any = tokenizer.apply_chat_template(PROBE, tokenize=False)
@@ -38,6 +42,14 @@ def trained_template(tokenizer: PreTrainedTokenizerBase, asked: str | None) -> N
             f"the chat template can't be trained with: {error}. By --chat_template name {words} with a copy of it "
             "that marks what the assistant writes."
         ) from error
+
+
+def _reading(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
+    """Transformers' template of answers, None for those of other families."""
+    try:
+        return response_template(form_of(tokenizer.get_chat_template()))
+    except ValueError:
+        return None
 
 
 def ends_of_answers(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -20,6 +20,8 @@ from finetune_deepseek.language.conversation.templates import trained_template
 from modeling_deepseek import DeepSeekForCausalLM
 from tests.small_runs import flags
 from tokenization_deepseek import DeepSeekTokenizer
+from tokenization_deepseek.answer_parsing import FORMS
+from tokenization_deepseek.response_templates import response_template
 
 from .conftest import CHATS, OURS, turn, write
 
@@ -147,6 +149,7 @@ def test_evaluate_and_predict_read_what_was_trained(tmp_path, converse, capsys):
     predicted = json.loads((tmp_path / "predict" / "test_results.json").read_text())
     assert predicted["test_loss"] == pytest.approx(trained["test_loss"], rel=1e-6)
     tokenizer = DeepSeekTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.response_template == response_template(FORMS["v3.1"])
     assert "</think>" in tokenizer.apply_chat_template([turn("user", "x")], tokenize=False, add_generation_prompt=True)
 
 
