@@ -1,5 +1,6 @@
 """What is wrong with a conversation, by name; a report counts such rows and names them."""
 
+import json
 from typing import Any
 
 from tokenization_deepseek.tool_calls import read_json
@@ -75,8 +76,8 @@ def _call(call: Any, number: int) -> dict[str, Any]:
         raise Faulty("broken", f"a call of turn {number} names no function")
     arguments = function.get("arguments", {})
     try:
-        value = read_json(arguments) if isinstance(arguments, str) else arguments
-    except ValueError:
+        value = read_json(arguments if isinstance(arguments, str) else json.dumps(arguments))
+    except (ValueError, TypeError):  # NaN, or what JSON has no form for
         value = None
     if not isinstance(value, dict):
         raise Faulty("bad_arguments", f"turn {number}, {function['name']}: {str(arguments)[:40]!r}")

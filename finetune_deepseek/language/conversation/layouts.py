@@ -116,7 +116,7 @@ def _turn(turn: Any, key: str) -> Turn:
 
 
 def _of_speaker(turn: Turn) -> Turn:
-    role = SPEAKERS.get(turn["from"])
+    role = SPEAKERS.get(turn["from"]) if isinstance(turn["from"], str) else None
     if role is None:
         raise Faulty("unknown_role", f"from {turn['from']!r}")
     if role != "function_call":
@@ -152,8 +152,12 @@ def tools_of(cell: Any) -> list[Any]:
     found = [found] if isinstance(found, Mapping) else found or []
     if not isinstance(found, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in found):
         raise Faulty("broken", f"tools are {str(cell)[:40]!r}, not a list of objects")
-    tools = map(without_nulls, found)
-    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    tools = [without_nulls(tool) for tool in found]
+    tools = [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
+    for function in (tool["function"] for tool in tools):
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise Faulty("broken", f"a tool names no function: {str(function)[:40]!r}")
+    return tools
 
 
 # -- a table --

@@ -143,12 +143,12 @@ class Conversation(Task):
                 if isinstance(row, Faulty):
                     raise row
                 messages = checked(row[0])
+                text = as_text(messages, row[1])
             except Faulty as fault:
                 found.add(fault.fault, place, fault.detail)
                 continue
             if any(turn["role"] == "assistant" and is_empty(turn) for turn in messages):
                 found.add("empty_answers", place, clip(str(messages[0]["content"])))
-            text = json.dumps({"messages": messages, "tools": row[1]}, ensure_ascii=False)
             if "\ufffd" in text:
                 found.add("replacement_characters", place, clip(text))
             yield {"conversation": text, "place": place}
@@ -357,6 +357,20 @@ class Conversation(Task):
 
 
 # -- texts --
+
+
+def as_text(messages: list[Turn], tools: list[Any]) -> str:
+    """A conversation as JSON; what this has no form for, as a date beside a turn, as a text.
+
+    Raises:
+        Faulty: for half of a character, as JSON may name one.
+    """
+    text = json.dumps({"messages": messages, "tools": tools}, ensure_ascii=False, default=str)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise Faulty("broken", "it holds half of a character (such as \\ud83d)") from None
+    return text
 
 
 def is_empty(turn: Turn) -> bool:

@@ -28,6 +28,11 @@ FAULTY = [
         'turn 2, get: \'{"a": 1, "a": 2}\'',
     ),
     ("bad_arguments", [ASKED, turn("assistant", "", tool_calls=[call('{"a": NaN}')])], "turn 2, get: '{\"a\": NaN}'"),
+    (
+        "bad_arguments",
+        [ASKED, turn("assistant", "", tool_calls=[call({"a": float("nan")})])],
+        "turn 2, get: \"{'a': nan}",
+    ),
     ("broken", [ASKED, turn("assistant", None)], "turn 2 has no content"),
     ("broken", [turn("user", 3), ANSWERED], "the content of turn 1 is '3', not a text"),
     ("broken", [ASKED, turn("assistant", "", tool_calls=[{"arguments": "{}"}])], "a call of turn 2 names no function"),
@@ -49,6 +54,43 @@ def test_a_fault_is_found_and_named(fault, messages, detail):
     with pytest.raises(Faulty) as error:
         checked(messages)
     assert error.value.fault == fault and detail in error.value.detail
+
+
+@pytest.mark.parametrize(
+    ("row", "detail"),
+    [
+        ({"conversations": [{"from": ["human"], "value": "a"}]}, "from ['human']"),
+        ({"conversations": [{"from": "human", "value": "a\ud83d"}, {"from": "gpt", "value": "b"}]}, "half of a char"),
+        (
+            {"conversations": [{"from": "human", "value": "a"}], "tools": [{"function": "f"}]},
+            "a tool names no function",
+        ),
+        (
+            {"conversations": [{"from": "human", "value": "a"}], "tools": [{"function": None}]},
+            "a tool names no function",
+        ),
+    ],
+)
+def test_an_odd_row_is_counted_beside_good_ones(row, detail, tmp_path):
+    good = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in (good, row)))
+    made = Conversation(ConversationArguments(train_file=[str(path)]), 0)
+    assert len(made.load_splits()["train"]) == 1
+    (found,) = [found for found in made.found["train"].faults.values() if found]
+    assert found[0][0] == "rows.jsonl, row 2" and detail in found[0][1]
+
+
+def test_dates_beside_turns_are_no_fault(tmp_path):
+    import datetime
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    turns = [said | {"at": datetime.datetime(2025, 1, 2)} for said in (ASKED, ANSWERED)]
+    pq.write_table(pa.table({"messages": [turns]}), tmp_path / "rows.parquet")
+    made = Conversation(ConversationArguments(train_file=[str(tmp_path / "rows.parquet")]), 0)
+    assert "2025-01-02" in made.load_splits()["train"]["conversation"][0]
 
 
 def test_what_looks_alike_is_no_fault():
