@@ -5,10 +5,11 @@
     MoE-16B             deepseek       the same; experts stacked
     V2, V3, R1, V3.1    deepseek2      kv_b_proj split per head into k_b (transposed) and v_b, for absorbed attention
     V3.2                deepseek32     the same, and the indexer; gguf 0.19 has no table for it, llama.cpp reads it
+    V4                  deepseek4      see gguf_v4.py; V4.1 has no architecture in llama-cpp-python 0.3.36
 
-Prediction layers (MTP) are left out, as llama.cpp's own converter does for these architectures. What llama.cpp
-computes otherwise is refused with one line, except for V2's groups of experts, for which there is a warning. Norms,
-router and correction bias are always float32. Letters: E experts, H heads, C latent width.
+Prediction layers and draft stages are left out, as llama.cpp's own converter does for these architectures. What
+llama.cpp computes otherwise is refused with one line, except for V2's groups of experts, for which there is a warning.
+Norms, router and correction bias are always float32. Letters: E experts, H heads, C latent width.
 """
 
 import json
@@ -31,6 +32,7 @@ from modeling_deepseek.whole_folders import writing_beside
 from tokenization_deepseek import DeepSeekTokenizer
 from tokenization_deepseek.pre_tokenization import PATTERNS, pre_tokenizer
 
+from .gguf_v4 import SQRT_SOFTPLUS, add_compressed, place_of, unknown_fields, unpacked
 from .opening import open_model
 from .shards import new_destination, spots
 from .tensors import LazyTensor, Tensors, word_of
@@ -41,6 +43,7 @@ ARCHITECTURES = {
     "deepseek_v2": "deepseek2",
     "deepseek_v3": "deepseek2",
     "deepseek_v32": "deepseek32",
+    "deepseek_v4": "deepseek4",
 }
 INDEXER_NAMES = {"wq_b": "attn_q_b", "wk": "attn_k", "k_norm": "k_norm", "weights_proj": "proj"}
 PRE_TOKENIZERS = {"llm": "deepseek-llm", "coder": "deepseek-coder", "v3": "deepseek-v3"}
@@ -48,7 +51,10 @@ TYPES = {
     torch.float32: ("F32", "ALL_F32"),
     torch.bfloat16: ("BF16", "MOSTLY_BF16"),
     torch.float16: ("F16", "MOSTLY_F16"),
+    torch.int32: ("I32", ""),  # tables of V4's experts
+    torch.uint8: ("MXFP4", "MOSTLY_MXFP4_MOE"),  # and experts in FP4
 }
+SCORES = {"softmax": 1, "sigmoid": 2, "sqrtsoftplus": SQRT_SOFTPLUS}  # llama.cpp's numbers
 PROBE = (  # cut differently by every generation
     "Hello, world's 12345 tests:\r\n\t x_y = f(3.14)  // naïve Straße\n\n深度求索123模型ひらがなカタカナ한국어 "
     "Привет, мир! …“quoted” don't WON'T a1b2 é 🚀🚀 ~/path/to_file.py\n  indented   \n"
@@ -88,16 +94,21 @@ def architecture_of(config: DeepSeekConfig) -> str:
         "deepseek": ("default", "linear", "yarn"),
         "deepseek2": ("default", "yarn"),
         "deepseek32": ("default", "yarn"),
+        "deepseek4": ("default", "yarn"),
     }[architecture]
+    is_compressed = architecture == "deepseek4"
     is_latent = config.kv_lora_rank is not None
     scales = (rope.get("mscale"), rope.get("mscale_all_dim"))
     heads_cover = config.num_attention_heads * config.head_dim == config.hidden_size
     for is_other, field in (
         (config.attention_direction != "causal", f"attention_direction {config.attention_direction!r}"),
         (config.hidden_act != "silu", f"hidden_act {config.hidden_act!r}"),
-        (config.hc_mult is not None, f"hc_mult {config.hc_mult}"),
-        (config.swiglu_limit is not None, f"swiglu_limit {config.swiglu_limit}"),
-        (has_experts and config.num_hash_layers > 0, f"num_hash_layers {config.num_hash_layers}"),
+        (not is_compressed and config.hc_mult is not None, f"hc_mult {config.hc_mult}"),
+        (not is_compressed and config.swiglu_limit is not None, f"swiglu_limit {config.swiglu_limit}"),
+        (
+            not is_compressed and has_experts and config.num_hash_layers > 0,
+            f"num_hash_layers {config.num_hash_layers}",
+        ),
         (has_experts and config.moe_layer_freq != 1, f"moe_layer_freq {config.moe_layer_freq}"),
         (has_experts and not config.n_shared_experts, "experts without shared ones"),
         (architecture != "llama" and (config.attention_bias or config.mlp_bias), "attention_bias or mlp_bias"),
@@ -116,6 +127,7 @@ def architecture_of(config: DeepSeekConfig) -> str:
             rope["rope_type"] == "yarn" and architecture == "deepseek32" and scales[0] != 1,
             f"yarn with mscale {scales[0]} in {model_type}",
         ),
+        *(unknown_fields(config) if is_compressed else ()),
     ):
         if is_other:
             raise ValueError(f"llama.cpp has no {field}; export --to native or bundle")
@@ -134,32 +146,41 @@ def uses_groups(config: DeepSeekConfig) -> bool:
 
 def gguf_tensors(tensors: Tensors, config: DeepSeekConfig, architecture: str) -> Tensors:
     """The checkpoint's weights as llama.cpp names and stores them."""
-    gguf = load_gguf()
-    table = "deepseek2" if architecture == "deepseek32" else architecture
-    names = gguf.get_tensor_name_map(
-        next(arch for arch, word in gguf.MODEL_ARCH_NAMES.items() if word == table), config.num_hidden_layers
-    )
+    place, tensors = place_of, unpacked(tensors, config)
+    if architecture != "deepseek4":
+        place = partial(_place_of, names=_name_map(config, architecture))
+    elif config.tie_word_embeddings:  # it asks for a head
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
     renamed: Tensors = {}
     for name, tensor in stack_experts(_without_prediction_layers(tensors, config), config).items():
         for part, value in _converted(name, tensor, config):
-            official, _, suffix = part.rpartition(".")
-            if suffix == "e_score_correction_bias":  # llama.cpp says bias of a tensor of its own
-                official, suffix = f"{official}.e_score_correction", "bias"
-            indexer = re.fullmatch(r"model\.layers\.(\d+)\.self_attn\.indexer\.(\w+)", official)
-            if indexer is None or architecture != "deepseek32":
-                word = names.get_name(official)
-            else:
-                word = f"blk.{indexer[1]}.indexer.{INDEXER_NAMES[indexer[2]]}"
+            word = place(part)
             if word is None:
                 raise ValueError(f"weight {part} has no place in llama.cpp's architecture {architecture}")
-            is_small = len(value.shape) == 1 or official.endswith(".mlp.gate")
-            if is_small and value.word != "F32":
-                value = value.to("F32")
-            renamed[f"{word}.{suffix}"] = value
+            is_small = len(value.shape) == 1 or part.endswith(".mlp.gate.weight")
+            renamed[word] = value.to("F32") if is_small and value.word != "F32" else value
     if config.rope_parameters["rope_type"] == "llama3":
         factors = rope_factors(config)
         renamed["rope_freqs.weight"] = LazyTensor(tuple(factors.shape), word_of(factors.dtype), lambda: factors)
     return renamed
+
+
+def _name_map(config: DeepSeekConfig, architecture: str) -> Any:
+    gguf, table = load_gguf(), "deepseek2" if architecture == "deepseek32" else architecture
+    arch = next(arch for arch, word in gguf.MODEL_ARCH_NAMES.items() if word == table)
+    return gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+
+
+def _place_of(name: str, names: Any) -> str | None:
+    """llama.cpp's name for a weight of the architectures that gguf has tables for, and of V3.2's indexer."""
+    official, _, suffix = name.rpartition(".")
+    if suffix == "e_score_correction_bias":  # llama.cpp says bias of a tensor of its own
+        official, suffix = f"{official}.e_score_correction", "bias"
+    indexer = re.fullmatch(r"model\.layers\.(\d+)\.self_attn\.indexer\.(\w+)", official)
+    word = names.get_name(official)
+    if indexer is not None:
+        word = f"blk.{indexer[1]}.indexer.{INDEXER_NAMES[indexer[2]]}"
+    return None if word is None else f"{word}.{suffix}"
 
 
 def _without_prediction_layers(tensors: Tensors, config: DeepSeekConfig) -> Tensors:
@@ -232,18 +253,21 @@ def rope_factors(config: DeepSeekConfig) -> torch.Tensor:
 def add_metadata(writer: Any, config: DeepSeekConfig, name: str, dtype: torch.dtype) -> None:
     """The model's shape, under llama.cpp's keys."""
     gguf = load_gguf()
-    is_latent = config.kv_lora_rank is not None
+    is_latent, is_compressed = config.kv_lora_rank is not None, config.compress_ratios is not None
     writer.add_name(name)
     writer.add_file_type(gguf.LlamaFileType[TYPES[dtype][1]])
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_feed_forward_length(config.moe_intermediate_size if is_compressed else config.intermediate_size)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(1 if is_latent else config.num_key_value_heads)  # the latent is one head for all queries
-    if is_latent:
+    # the latent is one head for all queries, as V4's key is
+    writer.add_head_count_kv(1 if is_latent or is_compressed else config.num_key_value_heads)
+    if is_compressed:
+        add_compressed(writer, config)
+    elif is_latent:
         writer.add_q_lora_rank(config.q_lora_rank or 0)
         writer.add_kv_lora_rank(config.kv_lora_rank)
         writer.add_key_length(config.kv_lora_rank + config.qk_rope_head_dim)
@@ -287,19 +311,17 @@ def _add_experts(writer: Any, config: DeepSeekConfig, gguf: Any) -> None:
         writer.add_expert_feed_forward_length(config.intermediate_size)
         writer.add_expert_shared_count(0)
         return
-    is_sigmoid = config.scoring_func == "sigmoid"
-    normalizes = config.norm_topk_prob and (is_sigmoid or config.num_experts_per_tok > 1)
+    is_softmax = config.scoring_func == "softmax"
+    normalizes = config.norm_topk_prob and (not is_softmax or config.num_experts_per_tok > 1)
     writer.add_leading_dense_block_count(min(config.first_k_dense_replace, config.num_hidden_layers))
     writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     writer.add_expert_count(config.n_routed_experts)
     writer.add_expert_used_count(config.num_experts_per_tok)
     writer.add_expert_shared_count(config.n_shared_experts)
     # as in routers.py: with softmax only scores that are not normalised are scaled
-    writer.add_expert_weights_scale(config.routed_scaling_factor if is_sigmoid or not normalizes else 1.0)
+    writer.add_expert_weights_scale(config.routed_scaling_factor if not is_softmax or not normalizes else 1.0)
     writer.add_expert_weights_norm(normalizes)
-    writer.add_expert_gating_func(
-        gguf.ExpertGatingFuncType.SIGMOID if is_sigmoid else gguf.ExpertGatingFuncType.SOFTMAX
-    )
+    writer.add_uint32(gguf.Keys.LLM.EXPERT_GATING_FUNC.format(arch=writer.arch), SCORES[config.scoring_func])
     if uses_groups(config):
         writer.add_expert_group_count(config.n_group)
         writer.add_expert_group_used_count(config.topk_group)
@@ -421,7 +443,8 @@ def export_gguf(
         with writing_beside(path.parent) as beside:
             file = Path(beside, path.name)
             writer = gguf.GGUFWriter(file, architecture)
-            add_metadata(writer, config, path.stem, config.dtype)
+            has_fp4 = any(tensor.word == "U8" for tensor in tensors.values())
+            add_metadata(writer, config, path.stem, torch.uint8 if has_fp4 else config.dtype)
             add_tokenizer(writer, tokenizer, config.vocab_size)
             written = write_tensors(writer, tensors, report)
             verify(file, written, tensors)
@@ -432,7 +455,9 @@ def write_tensors(writer: Any, tensors: Tensors, report: Callable[[int, int], An
     kinds = load_gguf().GGMLQuantizationType
     for name, tensor in tensors.items():
         kind = kinds[TYPES[tensor.dtype][0]]
-        writer.add_tensor_info(name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=kind)
+        # a shape of bytes is told by their type
+        element = np.dtype(np.uint8 if tensor.dtype == torch.uint8 else np.float32)
+        writer.add_tensor_info(name, tensor.shape, element, tensor.nbytes, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -456,8 +481,8 @@ def verify(file: Path, written: dict[str, bytes], tensors: Tensors) -> None:
     if found.keys() != written.keys():
         raise OSError(f"{file.name}: tensor {min(found.keys() ^ written.keys())} is in only one of plan and file")
     for name, tensor in tensors.items():
-        shape = tuple(int(size) for size in reversed(found[name].shape))
         kind = found[name].tensor_type.name
+        shape = tuple(found[name].data.shape if kind == "MXFP4" else map(int, reversed(found[name].shape)))
         raw = torch.from_numpy(np.array(found[name].data, copy=True).view(np.uint8)).reshape(-1)
         if (shape, kind) != (tensor.shape, TYPES[tensor.dtype][0]) or spots(raw.view(tensor.dtype)) != written[name]:
             raise OSError(f"{file.name}: tensor {name} reads back otherwise than it was written; is the disk sound?")

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from configuration_deepseek import preset
 from modeling_deepseek import DeepSeekForCausalLM
+from tests.checkpoints import llama
 from tokenization_deepseek import DeepSeekTokenizer, train_tokenizer
 
 GENERATIONS = {"tiny_llm": "llm", "tiny_moe": "llm", "tiny_v2_lite": "llm", "tiny_v2": "llm"}
@@ -52,6 +53,15 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def llama_cpp(tmp_path_factory):
+    """The module, built if it isn't installed."""
+    try:
+        return llama.llama_cpp(tmp_path_factory.mktemp("llama_cpp"))
+    except llama.CannotBuild as reason:
+        pytest.skip(str(reason))
 
 
 @functools.cache

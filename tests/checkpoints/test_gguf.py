@@ -13,6 +13,7 @@ import torch
 from configuration_deepseek import preset
 from finetune_deepseek.checkpoints.export import export_native
 from finetune_deepseek.checkpoints.gguf import export_gguf, plain_template
+from modeling_deepseek import DeepSeekForCausalLM
 from tests.checkpoints import llama
 from tests.checkpoints.conftest import IDS, VOCAB_SIZE, logits_of, tokenizer_of
 from tests.parity.cases import LLAMA3, rope, yarn
@@ -80,6 +81,18 @@ def test_types(saved, tmp_path):
     export_gguf(tmp_path / "bf16", tmp_path / "as-stored.gguf")
     for name in ("model", "as-stored"):
         assert read(tmp_path / f"{name}.gguf")[0]["general.file_type"] == gguf.LlamaFileType.MOSTLY_BF16
+
+
+def test_fp8_becomes_bfloat16(saved, tmp_path):
+    _, folder = saved("tiny_v3")
+    export_native(folder, tmp_path / "fp8", dtype="fp8")
+    export_gguf(tmp_path / "fp8", tmp_path / "model.gguf")
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    loaded = DeepSeekForCausalLM.from_pretrained(tmp_path / "fp8", dtype=torch.bfloat16)
+    query = tensors["blk.0.attn_q_a.weight"]
+    wanted = loaded.model.layers[0].self_attn.q_a_proj.weight.detach()
+    assert query.tensor_type.name == "BF16"
+    assert torch.equal(torch.tensor(query.data.view(np.int16)).view(torch.bfloat16), wanted)
 
 
 def test_tokenizer(saved, tmp_path):
@@ -186,15 +199,6 @@ ROWS |= {f"V3.2, top {count}": ("tiny_v32", {**INDEXER, "index_topk": count}) fo
 ROWS["V3.2, prediction layer"] = ("tiny_v32", {**INDEXER, "index_topk": 4, "num_nextn_predict_layers": 1})
 
 
-@pytest.fixture(scope="session")
-def llama_cpp(tmp_path_factory):
-    """The module, built if it isn't installed."""
-    try:
-        return llama.llama_cpp(tmp_path_factory.mktemp("llama_cpp"))
-    except llama.CannotBuild as reason:
-        pytest.skip(str(reason))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS)
 def test_llama_cpp_computes_the_same(saved, tmp_path, row, llama_cpp):
@@ -243,5 +247,6 @@ def test_why_llama_cpp_cannot_be_built(monkeypatch, tmp_path):
 def test_presets_of_the_releases_are_accepted():
     from finetune_deepseek.checkpoints.gguf import architecture_of
 
-    words = {name: architecture_of(preset(name)) for name in ("llm_7b", "moe_16b", "v2_lite", "v2", "v2.5", "v3")}
-    assert list(words.values()) == ["llama", "deepseek", *["deepseek2"] * 4]
+    older, compressed = ("llm_7b", "moe_16b", "v2_lite", "v2", "v2.5", "v3"), ("v4_flash", "v4_flash_0731", "v4_pro")
+    words = {name: architecture_of(preset(name)) for name in older + compressed}
+    assert list(words.values()) == ["llama", "deepseek", *["deepseek2"] * 4, *["deepseek4"] * 3]
