@@ -5,6 +5,7 @@ from typing import Literal
 
 from ..data.arguments import DataArguments
 from ..data.ranges import check_ranges
+from ..training.arguments import ModelArguments
 
 
 @dataclass
@@ -130,3 +131,12 @@ class DrawArguments:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+
+    def model(self, name: str, dtype: str) -> ModelArguments:
+        """How to open the model."""
+        return ModelArguments(
+            model_name_or_path=name,
+            model_revision=self.model_revision,
+            dtype=self.dtype or dtype,  # type: ignore[arg-type]
+            trust_remote_code=self.trust_remote_code,
+        )

@@ -7,12 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from ..language.serving.language_model import device_of
-from ..training.arguments import ModelArguments
-from ..training.loading import fitted, pretrained_model, pretrained_tokenizer
-from ..training.saved import Saved, download, note
+from ..language.serving.language_model import LanguageModel
+from ..training.loading import saved_tokenizer, with_padding
+from ..training.saved import Saved, note
 from ..training.task import CausalCollator
 from . import image_tokens
 from .arguments import DrawArguments, ImageGenerationArguments
@@ -24,11 +22,11 @@ TASK = "image_generation"
 
 
 class Drawer:
-    """A model, its tokenizer and its image tokens; made by `open`."""
+    """A language model and its image tokens; made by `open`."""
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, tokens: ImageTokens, most: int) -> None:
-        self.model, self.tokenizer, self.tokens, self.most = model, tokenizer, tokens, most
-        self.first = first_id(tokenizer, tokens.number)
+    def __init__(self, lm: LanguageModel, tokens: ImageTokens, most: int) -> None:
+        self.model, self.tokenizer, self.tokens, self.most = lm.model, lm.tokenizer, tokens, most
+        self.first = first_id(lm.tokenizer, tokens.number)
 
     @classmethod
     def open(cls, name: str, arguments: DrawArguments | None = None) -> "Drawer":
@@ -41,24 +39,11 @@ class Drawer:
         saved = Saved.open(None, name, arguments.model_revision).require_model()
         saved.check_task(TASK, "CausalLM")
         settings = saved.settings_for(TASK, ImageGenerationArguments)
-        source = saved.with_tokenizer
-        folder = source.folder
-        if source.commit:
-            folder = download(source.where, source.name, source.commit, [f"{image_tokens.FOLDER}/*"])
-        tokens = image_tokens.load(folder)
-        device = device_of(arguments.device)
-        named = ModelArguments(
-            model_name_or_path=name,
-            model_revision=arguments.model_revision,
-            dtype=arguments.dtype or ("float32" if device.type == "cpu" else "auto"),
-            trust_remote_code=arguments.trust_remote_code,
-        )
-        tokenizer = pretrained_tokenizer(named)
-        model = fitted(pretrained_model(named, AutoModelForCausalLM), tokenizer)
-        if saved.is_adapter:
-            model = model.merge_and_unload()
+        tokens = image_tokens.load(image_tokens.folder_of(saved))
+        tokenizer = with_padding(saved_tokenizer(saved, None, arguments.trust_remote_code))
+        lm = LanguageModel.open(saved, tokenizer, arguments)
         most = settings.get("max_caption_length", ImageGenerationArguments.max_caption_length)
-        return cls(model.eval().to(device), tokenizer, tokens, most)
+        return cls(lm, tokens, most)
 
     @torch.no_grad()
     def images(

@@ -15,6 +15,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from ..data.files import read_json, write_json
+from ..training.saved import Saved, download
 from .codes import Codes
 from .palette import Palette
 
@@ -55,6 +56,18 @@ def save(tokens: ImageTokens, folder: Path) -> None:
         description |= {"patch": tokens.patch, "number": tokens.number}
         save_file({name: weight.contiguous() for name, weight in tokens.state_dict().items()}, place / WEIGHTS)
     write_json(place / DESCRIPTION, description)
+
+
+def folder_of(saved: Saved) -> Path:
+    """Where the image tokens of a model or adapter lie: beside its tokenizer, of a Hub id in the cache.
+
+    Raises:
+        ValueError: if they can't be had from the Hub.
+    """
+    source = saved.with_tokenizer
+    return (
+        source.folder if source.commit is None else download(source.where, source.name, source.commit, [f"{FOLDER}/*"])
+    )
 
 
 def load(folder: Path) -> ImageTokens:

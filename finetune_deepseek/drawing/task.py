@@ -24,7 +24,7 @@ from ..images.reading import Pictures
 from ..training.arguments import ModelArguments
 from ..training.loading import pretrained_tokenizer
 from ..training.optimization import IGNORED_LABEL, target_losses
-from ..training.saved import Saved, download
+from ..training.saved import Saved
 from ..training.scoring.eval_loss import Predicted
 from ..training.task import Scores, Task, lower
 from . import image_tokens
@@ -156,8 +156,7 @@ class ImageGeneration(Task):
         folder = Path(tokenizer.name_or_path)
         if folder.is_dir() or self.begun is None:
             return folder
-        source = self.begun.with_tokenizer
-        return download(source.where, source.name, source.commit, [f"{image_tokens.FOLDER}/*"])
+        return image_tokens.folder_of(self.begun)
 
     def _check_flags(self) -> None:
         """Refuse flags that ask for other tokens than the model has."""

@@ -1,7 +1,7 @@
 """A model that writes text, opened for use: from a folder or the Hub, whole or as an adapter, of any generation."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -9,6 +9,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from modeling_deepseek.transformers_names import CACHE_WORD
 
+from ...training.arguments import ModelArguments
 from ...training.loading import fitted, pretrained_model, saved_tokenizer, with_padding
 from ...training.saved import Saved
 from .arguments import TalkArguments
@@ -67,6 +68,14 @@ def device_of(name: str | None) -> torch.device:
         raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from error
 
 
+class Opening(Protocol):
+    """Flags that say how a model is opened: `TalkArguments`, and those of other rooms' verbs."""
+
+    device: str | None
+
+    def model(self, name: str, dtype: str) -> ModelArguments: ...
+
+
 @dataclass
 class LanguageModel:
     """A language model and its tokenizer, ready for use."""
@@ -76,8 +85,8 @@ class LanguageModel:
     tokenizer: Any
 
     @classmethod
-    def open(cls, saved: Saved, tokenizer: Any, arguments: TalkArguments) -> "LanguageModel":
-        """The model of `opened`, on its device; an adapter is merged into its base.
+    def open(cls, saved: Saved, tokenizer: Any, arguments: Opening) -> "LanguageModel":
+        """The model, on its device; an adapter is merged into its base.
 
         Raises:
             ValueError: if it can't be read, or has fewer tokens than the tokenizer.
