@@ -16,7 +16,7 @@ from PIL import Image
 from ..data.arguments import SPLITS
 from ..data.cells import Column, absent, one
 from ..data.fault_report import Report, finding
-from ..data.files import read_json, read_text
+from ..data.files import json_of, read_text
 from ..data.sources import Rows, read_splits
 from ..images.reading import LOSSLESS, NoImage, Pictures, opened, packed, split_folders
 from .arguments import ImageGenerationArguments
@@ -84,11 +84,11 @@ def _captions_file(path: str | None) -> dict[str, list[str]] | None:
     """The captions of each value.
 
     Raises:
-        ValueError: if the file holds anything else.
+        ValueError: if the file can't be read, names a value twice, or holds anything else.
     """
     if path is None:
         return None
-    found = read_json(Path(path))
+    found = json_of(read_text(path, f"--captions_file {path}"), f"--captions_file {path}")
     is_right = isinstance(found, dict) and all(
         isinstance(texts, list) and texts and all(isinstance(text, str) and text.strip() for text in texts)
         for texts in found.values()
