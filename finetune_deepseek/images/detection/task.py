@@ -21,6 +21,7 @@ from ...data.sources import Rows
 from ...training.saved import Saved
 from ...training.scoring.eval_loss import Predicted
 from ...training.scoring.labels import refuse_unknown, sort_key
+from ...training.scoring.ranks import highest
 from ...training.task import Scores
 from ..checks import check_images, class_balance
 from ..image_task import ImageTask
@@ -148,7 +149,7 @@ class ObjectDetection(ImageTask):
         found = self.processor.post_process_object_detection(outputs, 0.0, inputs["size"])
         predicted = torch.full((len(labels), MOST_DETECTIONS, 6), -1.0, device=counts.device)
         for row, one in zip(predicted, found, strict=True):
-            scores, order = one["scores"].float().topk(min(MOST_DETECTIONS, len(one["scores"])))
+            scores, order = highest(one["scores"], MOST_DETECTIONS)
             columns = (one["boxes"][order].float(), scores[:, None], one["labels"][order].float()[:, None])
             row[: len(order)] = torch.cat(columns, dim=-1)
         return Predicted(outputs.loss.float() * counts, counts, predicted)
