@@ -10,13 +10,8 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
-from .fields import (
-    FILES_BY_CLASS,
-    HEADS_BY_AUTO_CLASS,
-    HEADS_BY_OWN_AUTO_CLASS,
-    IMAGE_HEADS_BY_AUTO_CLASS,
-    DeepSeekFields,
-)
+from .fields import DeepSeekFields
+from .heads import FILES_BY_CLASS, HEADS_BY_AUTO_CLASS, HEADS_BY_OWN_AUTO_CLASS, IMAGE_HEADS_BY_AUTO_CLASS
 from .official import from_official
 from .validation import require, validate
 

@@ -1,4 +1,4 @@
-"""The fields of a DeepSeek config, what follows from them, and the heads that a config may name.
+"""The fields of a DeepSeek config and what follows from them.
 
 Apart from `DeepSeekConfig` so that they can be read where neither torch nor transformers is imported, which takes
 seconds (plain.py). The file travels to the Hub with configuration_deepseek.py.
@@ -25,30 +25,6 @@ CACHE_LAYER_TYPES = {
     "csa2_full": "deepseek_compressed_indexed",
     "csa2_reindex": "deepseek_window",
     "csa2_reuse": "deepseek_window",
-}
-HEADS_BY_AUTO_CLASS = {
-    "AutoModelForCausalLM": "DeepSeekForCausalLM",
-    "AutoModelForSequenceClassification": "DeepSeekForSequenceClassification",
-    "AutoModelForTokenClassification": "DeepSeekForTokenClassification",
-    "AutoModelForQuestionAnswering": "DeepSeekForQuestionAnswering",
-}
-# Heads without an Auto class in transformers. Ours exists only where this package does: a process without it reaches
-# them by AutoModel.
-HEADS_BY_OWN_AUTO_CLASS = {
-    "AutoModelForEmbedding": "DeepSeekForEmbedding",
-    "AutoModelForRecommendation": "DeepSeekForRecommendation",
-}
-IMAGE_HEADS_BY_AUTO_CLASS = {
-    "AutoModelForImageClassification": "DeepSeekForImageClassification",
-    "AutoModelForObjectDetection": "DeepSeekForObjectDetection",
-}
-FILES_BY_CLASS = {
-    "DeepSeekModel": "modeling_deepseek",
-    **dict.fromkeys(HEADS_BY_AUTO_CLASS.values(), "language_heads"),
-    "DeepSeekForImageClassification": "image_heads",
-    "DeepSeekForObjectDetection": "detection_head",
-    "DeepSeekForEmbedding": "embedding_head",
-    "DeepSeekForRecommendation": "recommendation_head",
 }
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from configuration_deepseek.fields import FIELD_NAMES, FILES_BY_CLASS, DeepSeekFields
+from configuration_deepseek.fields import FIELD_NAMES, DeepSeekFields
+from configuration_deepseek.heads import FILES_BY_CLASS
 from configuration_deepseek.official import from_official
 from configuration_deepseek.plain import PlainConfig, Unread, plain_config
 from configuration_deepseek.weight_names import (
