@@ -226,6 +226,9 @@ def test_captions_of_a_file_stand_for_values(tmp_path):
     (tmp_path / "names.json").write_text('{"a bar": "bar"}')
     with pytest.raises(ValueError, match="--captions_file .*names.json: expected"):
         read_captioned(arguments(train_file=[path], captions_file=str(tmp_path / "names.json")))
+    (tmp_path / "names.json").write_text('{"a bar": ["bar"], "a bar": ["pole"]}')
+    with pytest.raises(ValueError, match="--captions_file .*names.json.*a bar"):
+        read_captioned(arguments(train_file=[path], captions_file=str(tmp_path / "names.json")))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Object detection as a run: learned in a few steps, saved, opened by a pipeline, scored again; and what it reads."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -205,6 +206,15 @@ def test_boxes_are_cut_and_those_left_by_their_image_dropped():
     assert is_kept.tolist() == [True, False, False, True] and cut[0].tolist() == [0, 2, 5, 6]
     labels = as_labels(cut[is_kept], torch.tensor([1, 0]), 8, 10)
     torch.testing.assert_close(labels["boxes"][0], torch.tensor([0.25, 0.5, 0.5, 0.5]))
+
+
+def test_a_score_that_is_no_number_is_behind_all_others():
+    found = [{"scores": torch.tensor([torch.nan, 0.3, 0.9]), "labels": torch.arange(3), "boxes": torch.eye(3, 4)}]
+    task = object.__new__(ObjectDetection)
+    task.processor = SimpleNamespace(post_process_object_detection=lambda *_: found)
+    inputs = {"pixel_values": None, "labels": [{"class_labels": torch.tensor([1])}], "size": None}
+    predicted = task.predict_batch(lambda **_: SimpleNamespace(loss=torch.tensor(1.0)), inputs).outputs
+    assert predicted[0, :3, 5].tolist() == [2, 1, 0] and predicted[0, 2, 4] == -torch.inf
 
 
 def test_precision_is_that_of_a_case_by_hand():
