@@ -7,14 +7,13 @@ answers, but otherwise than it was trained to.
 import copy
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file, find_adapter_config_file, logging
 
 from .configuration_deepseek import DeepSeekConfig
-from .whole_folders import current, fingerprint_of
+from .whole_folders import base_folder, current
 
 logger = logging.get_logger(__name__)
 
@@ -117,19 +116,10 @@ def _base(adapter: Any, name: str, recorded: dict[str, Any]) -> str:
     Raises:
         ValueError: if another model is there, or nothing where there was a folder.
     """
-    beside, expected = recorded.get("beside"), recorded.get("print")
-    places = [os.path.join(adapter, beside)] if beside else []
-    places = [place for place in (*places, name) if os.path.isdir(place)]
-    for place in places:
-        if expected in (None, fingerprint_of(Path(place))):
-            return place
-    if places:
-        raise ValueError(
-            f"{adapter}: its base model {name}: {places[0]} is another model than the one that the adapter was "
-            "trained on (config.json or weights differ). Put that one there; or, to take this one all the same, "
-            f"remove `print` from the adapter's {RECORD_FILE}."
-        )
-    if expected and recorded.get("name") == name:
+    found = base_folder(adapter, name, recorded)
+    if found is not None:
+        return str(found)
+    if recorded.get("print") and recorded.get("name") == name:
         raise ValueError(
             f"{adapter}: its base model {name} is not there: put it where it was, or correct adapter_config.json."
         )

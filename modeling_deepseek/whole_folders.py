@@ -4,7 +4,8 @@ A new folder comes by one rename. Where an earlier save stands, the files of bot
 new ones wait in a folder inside, until its head (config.json, say) takes its place with a word of where they wait,
 which whoever opens the folder follows (`current`). Then the others get their places, and last the head as it is to be.
 
-What a model in a folder is recognised by, as the base of an adapter, stands here too (`fingerprint_of`).
+What a model in a folder is recognised by, as the base of an adapter (`fingerprint_of`), and where that is
+(`base_folder`), stand here too.
 
 The same file lies in modeling_deepseek and tokenization_deepseek, each of which travels without the other.
 """
@@ -20,6 +21,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -225,3 +227,31 @@ def fingerprint_of(folder: Path) -> str:
             file.seek(max(0, size - END))
             digest.update(f"{path.name} {size} ".encode() + file.read())
     return digest.hexdigest()
+
+
+def base_folder(adapter: Any, name: str, recorded: dict[str, Any], where: str | None = None) -> Path | None:
+    """The folder of an adapter's base: beside it or of that name, as it was in training; None if there is none.
+
+    Args:
+        adapter: its folder or Hub id.
+        name: of the base, as adapter_config.json has it.
+        recorded: what deepseek_hf.json says of the base: `beside`, the way to it from the adapter; `print`, see
+            `fingerprint_of`.
+        where: what the error begins with, if not the adapter.
+
+    Raises:
+        ValueError: if another model is there.
+    """
+    beside, expected = recorded.get("beside"), recorded.get("print")
+    places = [Path(adapter, beside)] if beside else []
+    places = [place for place in (*places, Path(name)) if place.is_dir()]
+    for place in places:
+        if expected in (None, fingerprint_of(place)):
+            return place
+    if places:
+        raise ValueError(
+            f"{where or adapter}: its base model {name}: {places[0]} is another model than the one that the adapter "
+            "was trained on (config.json or weights differ). Put that one there; or, to take this one all the same, "
+            "remove `print` from the adapter's deepseek_hf.json."
+        )
+    return None

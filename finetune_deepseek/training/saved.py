@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from configuration_deepseek.fields import FIELD_NAMES
 from configuration_deepseek.official import SOURCES
 from tokenization_deepseek.tokenization_deepseek import BOS
-from tokenization_deepseek.whole_folders import current, fingerprint_of, model_files
+from tokenization_deepseek.whole_folders import base_folder, current, fingerprint_of, model_files
 
 from ..data.files import read_json, write_json
 from ..data.hub import check_source, is_hub_id
@@ -259,19 +259,11 @@ class Saved:
             raise ValueError(f"{self.where}: {ADAPTER_FILE} names no base model (base_model_name_or_path); add it.")
         if recorded.get("commit"):
             return Saved.open(None, name, recorded["commit"], where)
-        expected, beside = recorded.get("print"), recorded.get("beside")
-        places = [self.folder / beside] if beside and self.commit is None else []
-        places = [place for place in (*places, Path(name)) if place.is_dir()]
-        for place in places:
-            if expected in (None, fingerprint_of(place)):
-                return Saved.open(None, str(place), where=where)
-        if places:
-            raise ValueError(
-                f"{where}: {places[0]} is another model than the one that the adapter was trained on "
-                f"({CONFIG_FILE} or weights differ). Put that one there; or, to take this one all the same, remove "
-                f"`print` from {self.folder / RECORD_FILE}."
-            )
-        if (expected and recorded.get("name") == name) or not is_hub_id(name):
+        here = recorded if self.commit is None else recorded | {"beside": None}
+        there = base_folder(self.folder, name, here, self.where)
+        if there is not None:
+            return Saved.open(None, str(there), where=where)
+        if (recorded.get("print") and recorded.get("name") == name) or not is_hub_id(name):
             raise ValueError(f"{where} is not there: put it where it was, or correct {ADAPTER_FILE}.")
         return Saved.open(None, name, self.adapter.get("revision") if self.adapter else None, where)
 
