@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from .ranges import check_ranges
 from .words import nearest_match
@@ -23,6 +23,11 @@ class TaskFlags:
     SAVED: ClassVar[tuple[str, ...]] = ()  # those that a trained model depends on, saved with it: training/saved.py
     RECIPE: ClassVar[Path | None] = None  # YAML file to run when neither a model nor data is named
     EXAMPLES: ClassVar[str] = ""  # commands, each with a line that says what it does; --help shows the first
+
+    @property
+    def config_defaults(self) -> dict[str, Any]:
+        """What a new model's config has where neither its file nor --config_overrides says it."""
+        return {}
 
     def check_paths(self) -> None:
         """Refuse files and folders that aren't there.

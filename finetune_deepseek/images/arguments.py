@@ -1,7 +1,7 @@
 """What tasks on images are told: which images, how they are made ready, and how they are varied."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from ..data.arguments import DataArguments
 
@@ -65,6 +65,11 @@ class PictureArguments(DataArguments):
     def size(self) -> tuple[int, int] | None:
         """Height and width, if they are given."""
         return None if self.image_size is None else (self.image_size[0], self.image_size[-1])
+
+    @property
+    def config_defaults(self) -> dict[str, Any]:
+        """The stem: a config without layers is one of images only."""
+        return {"image_stem": self.stem or "conv"}
 
     @property
     def variations(self) -> dict[str, float]:

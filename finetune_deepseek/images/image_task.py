@@ -123,7 +123,7 @@ class ImageTask(Task):
         """The stem that was asked for, and attention in both directions; where the config has its defaults, the stem
         reduces images to a grid of at most `most_tokens` a side."""
         size = self._size()
-        fields: dict[str, Any] = {"image_stem": self.arguments.stem or config.image_stem or "conv"}
+        fields: dict[str, Any] = {"image_stem": config.image_stem or self.arguments.config_defaults["image_stem"]}
         fields |= {"attention_direction": "bidirectional"}
         plain = DeepSeekFields()
         if config.patch_size == plain.patch_size:

@@ -1,7 +1,7 @@
 """Tokenizer and model, pretrained or with random weights, as the flags name them."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from configuration_deepseek import DeepSeekConfig
 from configuration_deepseek.fields import FIELD_NAMES
-from configuration_deepseek.presets import preset
+from configuration_deepseek.presets import PRESETS, preset
 from modeling_deepseek.register import MODELS_BY_AUTO_CLASS
 from modeling_deepseek.whole_folders import current
 from tokenization_deepseek import DeepSeekTokenizer
@@ -284,7 +284,7 @@ def fitted(model: Any, tokenizer: PreTrainedTokenizerBase, may_grow: bool = Fals
 def _random_model(
     arguments: ModelArguments, task: Task, tokenizer: PreTrainedTokenizerBase, fields: dict[str, Any]
 ) -> Any:
-    config = task.model_config(make_config(arguments, tokenizer, fields))
+    config = task.model_config(make_config(arguments, tokenizer, fields, task.arguments.config_defaults))
     dtype = torch.float32 if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     kwargs = {"attn_implementation": arguments.attn_implementation} if arguments.attn_implementation else {}
     model = task.auto_class.from_config(config, dtype=dtype, trust_remote_code=arguments.trust_remote_code, **kwargs)
@@ -296,8 +296,13 @@ def _random_model(
     return model
 
 
-def make_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, fields: dict[str, Any]) -> Any:
+def make_config(
+    arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, fields: dict[str, Any], defaults: dict[str, Any]
+) -> Any:
     """The config for random weights: preset or file, overrides, `fields`, and the tokenizer's size and tokens.
+
+    Args:
+        defaults: what holds where none of them says it; other model types than ours pass over it.
 
     Raises:
         ValueError: for an override of what the task or the tokenizer sets to something else.
@@ -311,14 +316,25 @@ def make_config(arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase, f
             )
     overrides = asked | decided
     if arguments.preset:
-        return with_dropout(preset(arguments.preset, **overrides), arguments)
+        return with_dropout(preset_config(arguments.preset, defaults, overrides), arguments)
     assert arguments.config_name is not None
     saved = Saved.open("config_name", arguments.config_name)
+    overrides = left_open(defaults, saved.config) | overrides
     with named_errors(saved.where):
         config = AutoConfig.from_pretrained(
             saved.name, **saved.at, trust_remote_code=arguments.trust_remote_code, **overrides
         )
     return with_dropout(config, arguments)
+
+
+def preset_config(name: str, defaults: dict[str, Any], overrides: dict[str, Any]) -> DeepSeekConfig:
+    """A preset with overrides, and with defaults for what neither says."""
+    return preset(name, **left_open(defaults, PRESETS.get(name, {})) | overrides)
+
+
+def left_open(defaults: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the defaults that a config doesn't say."""
+    return {name: value for name, value in defaults.items() if config.get(name) is None}
 
 
 def token_fields(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

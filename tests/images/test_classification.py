@@ -10,7 +10,7 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessorPil, pipeline
 
-from configuration_deepseek import preset
+from configuration_deepseek import DeepSeekConfig, preset
 from finetune_deepseek.commands.export import export
 from finetune_deepseek.commands.parsing.runs import parse_command
 from finetune_deepseek.images.arguments import ImageArguments
@@ -200,10 +200,26 @@ def test_sizes():
     assert most_frequent_size([(10 + n, 20 + n) for n in range(21)]) == (20, 30)
 
 
+@pytest.mark.parametrize("stem", ["patch", None])
+def test_a_head_reads_the_stem_without_a_trunk(folder, tmp_path, stem):
+    settings = {**SETTINGS, "data_dir": folder, "max_steps": 1, "do_train": True, "stem": stem}
+    run(**settings, config_overrides="num_hidden_layers=0", output_dir=tmp_path / "out")
+    config = AutoModelForImageClassification.from_pretrained(tmp_path / "out").config
+    assert config.num_hidden_layers == 0 and config.image_stem == (stem or "conv")
+    preset("tiny_llm").save_pretrained(tmp_path / "llm")  # a file that leaves the stem open
+    again = settings | {"preset": None, "config_name": tmp_path / "llm", "config_overrides": "num_hidden_layers=0"}
+    run(**again, output_dir=tmp_path / "again")
+    config = AutoModelForImageClassification.from_pretrained(tmp_path / "again").config
+    assert config.num_hidden_layers == 0 and config.image_stem == (stem or "conv")
+
+
 def test_flags_that_clash_are_refused(folder, tmp_path):
     common = {**SETTINGS, "data_dir": folder, "output_dir": tmp_path}
     with pytest.raises(ValueError, match="--stem conv clashes with image_stem patch"):
         run(**common, stem="conv", config_overrides="image_stem=patch")
+    with pytest.raises(ValueError, match="--stem conv clashes with image_stem patch"):
+        DeepSeekConfig(image_stem="patch").save_pretrained(tmp_path / "patch")
+        run(**{**common, "preset": None, "config_name": tmp_path / "patch"}, stem="conv")
     with pytest.raises(ValueError, match="where there is no validation split"):
         run(**common, validation_share=0.5)
     with pytest.raises(ValueError, match="--image_size 1 2 3: give height and width, or one number"):

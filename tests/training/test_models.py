@@ -134,9 +134,9 @@ def test_an_override_of_what_the_task_or_tokenizer_decides_is_refused(overrides,
     tokenizer = train_tokenizer(["one two birds three", "eins zwei Vögel drei"] * 3, 283)
     arguments = ModelArguments(preset="tiny_v3", config_overrides=overrides, attention_dropout=0.1)
     with pytest.raises(ValueError, match=f"^--config_overrides {message}; leave it out there"):
-        make_config(arguments, tokenizer, {"max_position_embeddings": 50})
+        make_config(arguments, tokenizer, {"max_position_embeddings": 50}, {})
     agreeing = ModelArguments(preset="tiny_v3", config_overrides="max_position_embeddings=50,hidden_size=64")
-    config = make_config(agreeing, tokenizer, {"max_position_embeddings": 50})
+    config = make_config(agreeing, tokenizer, {"max_position_embeddings": 50}, {})
     assert (config.max_position_embeddings, config.hidden_size) == (50, 64)
 
 

@@ -9,12 +9,10 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import set_seed
 
-from configuration_deepseek.presets import preset
-
 from ...data.hub import check_named
 from ...data.sources import Rows
 from ...data.table import read_columns
-from ..loading import parse_overrides
+from ..loading import parse_overrides, preset_config
 from ..saved import Saved, check_place
 from ..task import Task, prefixed
 from ..trainer_arguments import Stage, TrainingArguments
@@ -98,7 +96,7 @@ def check_saved(stage: Stage, task: Task) -> Saved | None:
 def check_model_named(stage: Stage) -> None:
     """A wrong name of a model, or a wrong field of a preset, should not wait for the data."""
     if stage.model.preset:
-        preset(stage.model.preset, **parse_overrides(stage.model.config_overrides))
+        preset_config(stage.model.preset, stage.data.config_defaults, parse_overrides(stage.model.config_overrides))
     for flag in ("model_name_or_path", "config_name", "tokenizer_name"):
         if name := getattr(stage.model, flag):
             check_named(flag, name)
