@@ -1,0 +1,72 @@
+"""V4.1's vision tower and aligner against their formulas, outputs and gradients, and what a config must say of them."""
+
+import pytest
+import torch
+from torch import nn
+
+from configuration_deepseek import preset
+from modeling_deepseek.vision_tower import DeepSeekAligner, DeepSeekVisionTower
+from tests.reference.compare import assert_close, assert_same_gradients, twin
+from tests.reference.v41_names import RELEASE, vision_names
+from tests.reference.vision_tower import aligner, tower
+
+VISION = {
+    **{"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 10},
+    **{"patch_size": 2, "downsample_ratio": 3, "rope_theta": 10000},
+}
+
+
+def parts(**changes) -> nn.ModuleDict:
+    config = preset("tiny_v4.1", vision_config=VISION | changes)
+    config._attn_implementation = "sdpa"
+    torch.manual_seed(0)
+    both = nn.ModuleDict({"vision": DeepSeekVisionTower(config), "aligner": DeepSeekAligner(config)})
+    for name, parameter in both.named_parameters():
+        nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=0.3)
+    return both
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 5), (3, 3), (1, 2)])
+def test_equals_its_formulas(height, width):
+    both = parts()
+    patches = torch.randn(1, height * width, 12)
+    ours = both["aligner"](both["vision"](patches, height, width), height, width)[0]
+    twins = {name: twin(parameter) for name, parameter in both.named_parameters()}
+    weights = {prefix: {n.removeprefix(f"{prefix}."): w for n, w in twins.items()} for prefix in both}
+    found = tower(patches[0].double(), weights["vision"], VISION, width)
+    reference = aligner(found, weights["aligner"], height, width, 3)
+    assert_same_gradients(ours, reference, {name: (p, twins[name]) for name, p in both.named_parameters()})
+
+
+def test_images_of_one_size_are_read_as_if_alone():
+    both = parts()
+    patches = torch.randn(3, 20, 12)
+    together = both["aligner"](both["vision"](patches, 4, 5), 4, 5)
+    alone = torch.cat([both["aligner"](both["vision"](one[None], 4, 5), 4, 5) for one in patches])
+    assert_close(together, alone)
+
+
+def test_parameters_are_the_release_s():
+    with torch.device("meta"):
+        config = preset("v4.1_flash")
+        both = nn.ModuleDict({"vision": DeepSeekVisionTower(config), "aligner": DeepSeekAligner(config)})
+    assert {*both.state_dict(), "image_start", "image_end", "image_newline"} == set(vision_names(RELEASE))
+    shapes = {name: tuple(weight.shape) for name, weight in both.state_dict().items()}
+    assert shapes["aligner.w1.weight"] == (5120, 9216) and shapes["vision.patch_embed.proj.weight"] == (1024, 588)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"patch_size": None}, "vision_config has patch_size=None, which must be a positive number"),
+        (
+            {"hidden_size": 12},
+            "vision_config has hidden_size=12, which must be a multiple of 4 * num_attention_heads=8",
+        ),
+    ],
+    ids=str,
+)
+def test_towers_that_cannot_be(changes, says):
+    with pytest.raises(ValueError) as refused:
+        parts(**changes)
+    assert says in str(refused.value) and "\n" not in str(refused.value)
