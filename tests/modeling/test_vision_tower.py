@@ -1,4 +1,4 @@
-"""V4.1's vision tower and aligner against their formulas, outputs and gradients, and what a config must say of them."""
+"""V4.1's vision tower and aligner beside their formulas, outputs and gradients; what a config must say of them."""
 
 import pytest
 import torch
