@@ -11,7 +11,13 @@ from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
 
 from .fields import DeepSeekFields
-from .heads import FILES_BY_CLASS, HEADS_BY_AUTO_CLASS, HEADS_BY_OWN_AUTO_CLASS, IMAGE_HEADS_BY_AUTO_CLASS
+from .heads import (
+    FILES_BY_CLASS,
+    HEADS_BY_AUTO_CLASS,
+    HEADS_BY_OWN_AUTO_CLASS,
+    IMAGE_HEADS_BY_AUTO_CLASS,
+    VISION_HEADS_BY_AUTO_CLASS,
+)
 from .official import from_official
 from .validation import require, validate
 
@@ -67,7 +73,8 @@ class DeepSeekConfig(DeepSeekFields, PreTrainedConfig):
         saved = next((name for name in self.architectures or [] if name in FILES_BY_CLASS), None)
         trunk = saved if saved in HEADS_BY_OWN_AUTO_CLASS.values() else "DeepSeekModel"
         of_images = {auto: name for auto, name in IMAGE_HEADS_BY_AUTO_CLASS.items() if name == saved}
-        heads = {} if saved == trunk else of_images or HEADS_BY_AUTO_CLASS
+        seeing = VISION_HEADS_BY_AUTO_CLASS if saved in VISION_HEADS_BY_AUTO_CLASS.values() else {}
+        heads = {} if saved == trunk else of_images or HEADS_BY_AUTO_CLASS | seeing
         classes = {"AutoModel": trunk, **heads}
         return {
             "AutoConfig": "configuration_deepseek.DeepSeekConfig",

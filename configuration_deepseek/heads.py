@@ -19,9 +19,12 @@ IMAGE_HEADS_BY_AUTO_CLASS = {
     "AutoModelForImageClassification": "DeepSeekForImageClassification",
     "AutoModelForObjectDetection": "DeepSeekForObjectDetection",
 }
+# Beside the heads for text, on which it stands: the vision tower with the language model.
+VISION_HEADS_BY_AUTO_CLASS = {"AutoModelForImageTextToText": "DeepSeekForImageTextToText"}
 FILES_BY_CLASS = {
     "DeepSeekModel": "modeling_deepseek",
     **dict.fromkeys(HEADS_BY_AUTO_CLASS.values(), "language_heads"),
+    "DeepSeekForImageTextToText": "image_text_head",
     "DeepSeekForImageClassification": "image_heads",
     "DeepSeekForObjectDetection": "detection_head",
     "DeepSeekForEmbedding": "embedding_head",

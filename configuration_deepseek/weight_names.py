@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
+from .vision import vision_shapes
+
 Shapes: TypeAlias = dict[str, tuple[int, ...]]
 
 LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
@@ -353,9 +355,14 @@ def _items(config: Any) -> Shapes | None:
     return {} if config.tie_item_embeddings else _linear("item_head", config.vocab_size, config.hidden_size)
 
 
+def _images_and_text(config: Any) -> Shapes | None:
+    return None if config.vision_config is None else _language(config) | vision_shapes(config)
+
+
 HEADS: dict[str, Callable[[Any], Shapes | None]] = {
     "Model": lambda config: {},
     "ForCausalLM": _language,
+    "ForImageTextToText": _images_and_text,
     "ForSequenceClassification": lambda config: _linear("score", config.num_labels, config.hidden_size),
     "ForTokenClassification": lambda config: _linear("score", config.num_labels, config.hidden_size, bias=True),
     "ForQuestionAnswering": _questions,
@@ -374,7 +381,8 @@ def weights_of(config: Any, head: str) -> Shapes | None:
 
     Returns:
         Name -> shape; None for heads with parts of their own (pooling by latents, items of text, side features,
-        counts, stems of images), of which the model itself has to be asked.
+        counts, stems of images), of which the model itself has to be asked, and for the head of images and text where
+        no tower is described.
     """
     own = HEADS[head](config) if head in HEADS else None
     return None if own is None else _under("" if head == "Model" else "model.", _trunk(config)) | own

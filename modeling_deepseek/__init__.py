@@ -5,6 +5,7 @@ from configuration_deepseek import DeepSeekConfig
 from .detection_head import DeepSeekForObjectDetection
 from .embedding_head import DeepSeekForEmbedding
 from .image_heads import DeepSeekForImageClassification
+from .image_text_head import DeepSeekForImageTextToText
 from .language_heads import (
     DeepSeekForCausalLM,
     DeepSeekForQuestionAnswering,
@@ -25,6 +26,7 @@ __all__ = [
     "DeepSeekForCausalLM",
     "DeepSeekForEmbedding",
     "DeepSeekForImageClassification",
+    "DeepSeekForImageTextToText",
     "DeepSeekForObjectDetection",
     "DeepSeekForQuestionAnswering",
     "DeepSeekForRecommendation",

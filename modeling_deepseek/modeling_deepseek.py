@@ -198,6 +198,7 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
         block_sequence_ids: torch.Tensor | None = None,
         output_draft_states: bool = False,
         grid_positions: torch.Tensor | None = None,
+        image_embeds: torch.Tensor | None = None,
         **kwargs,
     ) -> DeepSeekModelOutput:
         """Run the trunk.
@@ -212,6 +213,7 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
                 it is -1, or 0 with `attention_direction` "bidirectional".
             output_draft_states: return what prediction layers read of each token, too, as `draft_states`.
             grid_positions: [B or 1, S, 2]; rows and columns of an image's tokens, which are rotated by these.
+            image_embeds: [N, D]; what stands in row by row for the embeddings of the N tokens `config.image_token_id`.
             kwargs: `output_hidden_states`, `output_attentions`, `output_router_logits`, `output_index_scores` (of the
                 sparse layers, [B, S, T] each and differentiable in their indexers), and what attention
                 implementations take.
@@ -227,6 +229,9 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if image_embeds is not None:
+            is_image = (input_ids == self.config.image_token_id).unsqueeze(-1)
+            inputs_embeds = inputs_embeds.masked_scatter(is_image, image_embeds.to(inputs_embeds))
         if self.config.attention_direction == "bidirectional":
             if use_cache or cache is not None:
                 raise ValueError("bidirectional attention has no cache: every token may change with what follows it")

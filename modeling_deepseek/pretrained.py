@@ -27,6 +27,7 @@ from .weight_names import LAYER, CheckpointError, take_mtp_keys, with_our_names
 from .whole_folders import current, writing_beside
 
 register_conversions()
+VISION = r"^(?:vision\.|aligner\.|image_(?:start|newline|end)$)"  # V4.1's, which heads for text alone leave
 
 
 class DeepSeekPreTrainedModel(PreTrainedModel):
@@ -38,8 +39,10 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = [
         *("DeepSeekDecoderLayer", "DeepSeekSharingLayer"),
-        *("DeepSeekMTPLayer", "DeepSeekStreamMTPLayer", "DeepSeekDraftStage"),
+        *("DeepSeekMTPLayer", "DeepSeekStreamMTPLayer", "DeepSeekDraftStage", "DeepSeekVisionBlock"),
     ]
+    _own_weights: tuple[str, ...] = ()  # beside the trunk's, beginnings of names of what a checkpoint must have
+    _keys_to_ignore_on_load_unexpected = [VISION]
     _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -209,7 +212,7 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
             )
         loading_info = PreTrainedModel._finalize_model_loading(model, load_config, loading_info)
         prefix = "" if model.base_model is model else f"{model.base_model_prefix}."
-        missing = sorted(key for key in loading_info.missing_keys if key.startswith(prefix))
+        missing = sorted(key for key in loading_info.missing_keys if key.startswith((prefix, *model._own_weights)))
         if missing and source is not None:
             others = sorted(loading_info.unexpected_keys)
             found = f" (it has {others[0]})" if others else ""

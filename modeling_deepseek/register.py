@@ -9,6 +9,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForImageTextToText,
     AutoModelForObjectDetection,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -26,6 +27,7 @@ from tokenization_deepseek import DeepSeekTokenizer
 from .detection_head import DeepSeekForObjectDetection
 from .embedding_head import DeepSeekForEmbedding
 from .image_heads import DeepSeekForImageClassification
+from .image_text_head import DeepSeekForImageTextToText
 from .language_heads import (
     DeepSeekForCausalLM,
     DeepSeekForQuestionAnswering,
@@ -53,6 +55,7 @@ MODELS_BY_AUTO_CLASS = {
     AutoModelForCausalLM: DeepSeekForCausalLM,
     AutoModelForEmbedding: DeepSeekForEmbedding,
     AutoModelForImageClassification: DeepSeekForImageClassification,
+    AutoModelForImageTextToText: DeepSeekForImageTextToText,
     AutoModelForObjectDetection: DeepSeekForObjectDetection,
     AutoModelForQuestionAnswering: DeepSeekForQuestionAnswering,
     AutoModelForRecommendation: DeepSeekForRecommendation,

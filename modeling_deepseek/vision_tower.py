@@ -9,8 +9,10 @@ As the release's own code has them. Patches are squares of pixels, laid out as a
     aligner   r x r places become one token: their channels beside each other (channel by channel, then row, then
               column; zeros beyond the grid), then w2( gelu( w1 . ) )
 
-Norms are root mean square norms in float32. Letters: B images of one size, S = h w places, W width of a head, C width
-of the tower, D of the text model, r downsample_ratio.
+Norms are root mean square norms in float32. Places of all images stand one behind the other, so that every weight is
+used once in a call, whatever their number and sizes; attention alone goes image by image. Letters: S places of all
+images, N tokens that become of them, H heads of width W, C width of the tower, D of the text model, r
+downsample_ratio.
 """
 
 import torch
@@ -25,20 +27,20 @@ from .transformers_names import GradientCheckpointingLayer
 from .vision import vision_fields
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
+Grids = list[tuple[int, int]]  # height and width of each image, in patches
 
 
-def grid_rotation(height: int, width: int, head_dim: int, theta: float, device: torch.device) -> Rotation:
-    """cos and sin, float32 [1, h w, W / 2]: a place's row turns the first half of the pairs, its column the other."""
+def grid_rotation(grids: Grids, head_dim: int, theta: float, device: torch.device) -> Rotation:
+    """cos and sin, float32 [1, S, W / 2]: a place's row turns the first half of the pairs, its column the other."""
     half = head_dim // 2
     frequencies = theta ** -(torch.arange(0, half, 2, dtype=torch.float32, device=device) / half)
-    rows = torch.arange(height, device=device).repeat_interleave(width)
-    columns = torch.arange(width, device=device).repeat(height)
-    angles = (torch.stack((rows, columns), dim=-1).unsqueeze(-1) * frequencies).flatten(1).unsqueeze(0)
+    places = torch.cat([torch.cartesian_prod(torch.arange(h), torch.arange(w)).view(-1, 2) for h, w in grids])
+    angles = (places.to(device).unsqueeze(-1) * frequencies).flatten(1).unsqueeze(0)
     return angles.cos(), angles.sin()
 
 
 class DeepSeekVisionAttention(nn.Module):
-    """Attention of all places of an image with each other. Parameter names are the checkpoints'."""
+    """Attention of the places of each image with each other. Parameter names are the checkpoints'."""
 
     def __init__(self, config: DeepSeekConfig):
         super().__init__()
@@ -49,12 +51,13 @@ class DeepSeekVisionAttention(nn.Module):
         self.wqkv = nn.Linear(vision.hidden_size, 3 * vision.hidden_size)
         self.wo = nn.Linear(vision.hidden_size, vision.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-        """[B, S, C] -> [B, S, C]."""
-        states = self.wqkv(hidden_states).unflatten(-1, (3, -1, self.head_dim))  # [B, S, 3, heads, W]
+    def forward(self, hidden_states: torch.Tensor, rotation: Rotation, places: list[int]) -> torch.Tensor:
+        """[1, S, C] -> [1, S, C]; places: of each image, S together."""
+        states = self.wqkv(hidden_states).unflatten(-1, (3, -1, self.head_dim))  # [1, S, 3, H, W]
         query, key, value = states.permute(2, 0, 3, 1, 4)
         query, key = (apply_rotary(x.float(), *rotation, interleaved=False).to(value.dtype) for x in (query, key))
-        output, _ = attend(self, query, key, value, None, self.scaling)
+        images = zip(*(x.split(places, dim=2) for x in (query, key, value)), strict=True)
+        output = torch.cat([attend(self, *image, None, self.scaling)[0] for image in images], dim=1)
         return self.wo(output.flatten(2))
 
 
@@ -68,7 +71,7 @@ class DeepSeekVisionMLP(nn.Module):
         self.w2 = nn.Linear(vision.intermediate_size, vision.hidden_size, bias=False)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[B, S, C] -> [B, S, C]."""
+        """[1, S, C] -> [1, S, C]."""
         gate, up = self.w1(hidden_states).chunk(2, dim=-1)
         return self.w2(gated(F.silu, gate, up, None))
 
@@ -82,9 +85,9 @@ class DeepSeekVisionBlock(GradientCheckpointingLayer):
         self.norm1, self.norm2 = DeepSeekFloat32RMSNorm(width), DeepSeekFloat32RMSNorm(width)
         self.attn, self.mlp = DeepSeekVisionAttention(config), DeepSeekVisionMLP(config)
 
-    def forward(self, hidden_states: torch.Tensor, rotation: Rotation) -> torch.Tensor:
-        """[B, S, C] -> [B, S, C]."""
-        hidden_states = hidden_states + self.attn(self.norm1(hidden_states), rotation)
+    def forward(self, hidden_states: torch.Tensor, rotation: Rotation, places: list[int]) -> torch.Tensor:
+        """[1, S, C] -> [1, S, C]; places: of each image, S together."""
+        hidden_states = hidden_states + self.attn(self.norm1(hidden_states), rotation, places)
         return hidden_states + self.mlp(self.norm2(hidden_states))
 
 
@@ -97,12 +100,12 @@ class DeepSeekPatchEmbedding(nn.Module):
         self.proj = nn.Linear(3 * vision.patch_size**2, vision.hidden_size)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """[B, S, 3 * patch_size^2] -> [B, S, C]."""
+        """[1, S, 3 * patch_size^2] -> [1, S, C]."""
         return self.proj(patches)
 
 
 class DeepSeekVisionTower(nn.Module):
-    """Patches of images of one size to what the tower finds at each place."""
+    """Patches of images to what the tower finds at each place."""
 
     def __init__(self, config: DeepSeekConfig):
         super().__init__()
@@ -111,13 +114,14 @@ class DeepSeekVisionTower(nn.Module):
         self.blocks = nn.ModuleList(DeepSeekVisionBlock(config) for _ in range(self.fields.num_hidden_layers))
         self.norm = DeepSeekFloat32RMSNorm(self.fields.hidden_size)
 
-    def forward(self, patches: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """[B, h w, 3 * patch_size^2] -> [B, h w, C]; height and width in patches."""
-        hidden_states = self.patch_embed(patches)
-        rotation = grid_rotation(height, width, self.fields.head_dim, self.fields.rope_theta, patches.device)
+    def forward(self, patches: torch.Tensor, grids: Grids) -> torch.Tensor:
+        """[S, 3 * patch_size^2] -> [S, C]."""
+        hidden_states = self.patch_embed(patches.unsqueeze(0))
+        rotation = grid_rotation(grids, self.fields.head_dim, self.fields.rope_theta, patches.device)
+        places = [height * width for height, width in grids]
         for block in self.blocks:
-            hidden_states = block(hidden_states, rotation)
-        return self.norm(hidden_states)
+            hidden_states = block(hidden_states, rotation, places)
+        return self.norm(hidden_states).squeeze(0)
 
 
 class DeepSeekAligner(nn.Module):
@@ -130,10 +134,15 @@ class DeepSeekAligner(nn.Module):
         self.w1 = nn.Linear(vision.hidden_size * self.ratio**2, config.hidden_size)
         self.w2 = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, hidden_states: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """[B, h w, C] -> [B, ceil(h / r) ceil(w / r), D]."""
-        grid = hidden_states.unflatten(1, (height, width))
-        grid = F.pad(grid, (0, 0, 0, -width % self.ratio, 0, -height % self.ratio))
-        grid = grid.unflatten(2, (-1, self.ratio)).unflatten(1, (-1, self.ratio))  # [B, h / r, r, w / r, r, C]
-        joined = grid.permute(0, 1, 3, 5, 2, 4).flatten(3).flatten(1, 2)
+    def forward(self, hidden_states: torch.Tensor, grids: Grids) -> torch.Tensor:
+        """[S, C] -> [N, D]: of each image ceil(h / r) ceil(w / r) tokens."""
+        images = hidden_states.split([height * width for height, width in grids])
+        joined = torch.cat([self.join(image, *grid) for image, grid in zip(images, grids, strict=True)])
         return self.w2(F.gelu(self.w1(joined)))
+
+    def join(self, image: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """[h w, C] -> [tokens, C r r]."""
+        grid = image.unflatten(0, (height, width))
+        grid = F.pad(grid, (0, 0, 0, -width % self.ratio, 0, -height % self.ratio))
+        grid = grid.unflatten(1, (-1, self.ratio)).unflatten(0, (-1, self.ratio))  # [h / r, r, w / r, r, C]
+        return grid.permute(0, 2, 4, 1, 3).flatten(2).flatten(0, 1)

@@ -40,7 +40,7 @@ CONFIG_FILE, ADAPTER_FILE, CARD_FILE = "config.json", "adapter_config.json", "RE
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 SMALL_FILES = ["*.json", "*.jinja", "*.model", CARD_FILE, "LICENSE*", "adapter_model.*"]
 HEADS = ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "Embedding",
-         "Recommendation", "ImageClassification", "ObjectDetection")  # fmt: skip
+         "Recommendation", "ImageTextToText", "ImageClassification", "ObjectDetection")  # fmt: skip
 HEADS_BY_TASK_TYPE = {
     "CAUSAL_LM": "CausalLM",
     "SEQ_CLS": "SequenceClassification",

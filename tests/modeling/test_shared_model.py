@@ -26,10 +26,10 @@ VARIANTS = {"n-grams": ENGRAM, **SLOW}
 EACH = [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in VARIANTS]
 
 
-def model_of(**changes) -> DeepSeekForCausalLM:
+def model_of(head: type = DeepSeekForCausalLM, **changes) -> DeepSeekForCausalLM:
     """A model in which every weight shows; so many index heads that scores which tie at zero are rare."""
     torch.manual_seed(1)
-    model = DeepSeekForCausalLM(preset("tiny_v4.1", **{"index_n_heads": 20, "hc_sinkhorn_iters": 2, **changes})).eval()
+    model = head(preset("tiny_v4.1", **{"index_n_heads": 20, "hc_sinkhorn_iters": 2, **changes})).eval()
     for name, parameter in model.named_parameters():
         nn.init.normal_(parameter, mean=1.0 if "norm" in name or name.endswith("_weight") else 0.0, std=0.25)
     for name, buffer in model.named_buffers():

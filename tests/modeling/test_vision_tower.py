@@ -6,7 +6,7 @@ from torch import nn
 
 from configuration_deepseek import preset
 from modeling_deepseek.vision_tower import DeepSeekAligner, DeepSeekVisionTower
-from tests.reference.compare import assert_close, assert_same_gradients, twin
+from tests.reference.compare import assert_same_gradients, twin
 from tests.reference.v41_names import RELEASE, vision_names
 from tests.reference.vision_tower import aligner, tower
 
@@ -26,24 +26,22 @@ def parts(**changes) -> nn.ModuleDict:
     return both
 
 
-@pytest.mark.parametrize(("height", "width"), [(4, 5), (3, 3), (1, 2)])
-def test_equals_its_formulas(height, width):
-    both = parts()
-    patches = torch.randn(1, height * width, 12)
-    ours = both["aligner"](both["vision"](patches, height, width), height, width)[0]
+def read(both: nn.ModuleDict, patches: torch.Tensor, grids: list) -> torch.Tensor:
+    return both["aligner"](both["vision"](patches, grids), grids)
+
+
+@pytest.mark.parametrize("grids", [[(4, 5)], [(1, 2), (3, 3), (4, 2)]], ids=str)
+def test_equals_its_formulas(grids):
+    both, sizes = parts(), [height * width for height, width in grids]
+    patches = torch.randn(sum(sizes), 12)
     twins = {name: twin(parameter) for name, parameter in both.named_parameters()}
     weights = {prefix: {n.removeprefix(f"{prefix}."): w for n, w in twins.items()} for prefix in both}
-    found = tower(patches[0].double(), weights["vision"], VISION, width)
-    reference = aligner(found, weights["aligner"], height, width, 3)
-    assert_same_gradients(ours, reference, {name: (p, twins[name]) for name, p in both.named_parameters()})
-
-
-def test_images_of_one_size_are_read_as_if_alone():
-    both = parts()
-    patches = torch.randn(3, 20, 12)
-    together = both["aligner"](both["vision"](patches, 4, 5), 4, 5)
-    alone = torch.cat([both["aligner"](both["vision"](one[None], 4, 5), 4, 5) for one in patches])
-    assert_close(together, alone)
+    tokens = []
+    for (height, width), image in zip(grids, patches.double().split(sizes), strict=True):
+        found = tower(image, weights["vision"], VISION, width)
+        tokens.append(aligner(found, weights["aligner"], height, width, 3))
+    named = {name: (p, twins[name]) for name, p in both.named_parameters()}
+    assert_same_gradients(read(both, patches, grids), torch.cat(tokens), named)
 
 
 def test_parameters_are_the_release_s():

@@ -207,10 +207,13 @@ def experts(x: torch.Tensor, weights: Weights, config: dict, ids: list[int]) -> 
     return torch.cat(rows)
 
 
-def shared_model(ids: list[int], weights: Weights, config: dict) -> torch.Tensor:
-    """[S] token ids -> [S, V] logits. Weights by our names, experts one by one."""
+def shared_model(
+    ids: list[int], weights: Weights, config: dict, given: dict[int, torch.Tensor] | None = None
+) -> torch.Tensor:
+    """[S] token ids -> [S, V] logits. Weights by our names, experts one by one; given: place -> its embedding."""
     eps, image = config["rms_norm_eps"], config["image_token_id"]
-    embeds = torch.stack([weights["model.embed_tokens.weight"][token] for token in ids])
+    table, given = weights["model.embed_tokens.weight"], given or {}
+    embeds = torch.stack([given[i] if i in given else table[token] for i, token in enumerate(ids)])
     streams = torch.stack([embeds] * config["hc_mult"], dim=1)  # [S, N, D]
     pre, state = [[1.0] + [0.0] * (config["hc_mult"] - 1)] * len(ids), {}
     for layer in range(config["num_hidden_layers"]):

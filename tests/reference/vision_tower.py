@@ -66,3 +66,11 @@ def aligner(x: torch.Tensor, weights: Weights, height: int, width: int, ratio: i
             tokens.append(torch.stack(joined))
     inner = linear(torch.stack(tokens), weights, "w1")
     return linear(inner * 0.5 * (1 + torch.erf(inner / 2**0.5)), weights, "w2")
+
+
+def places(tokens: torch.Tensor, weights: Weights, width: int) -> list[torch.Tensor]:
+    """[h w, D] -> what stands at an image's places: each row and a newline, between start and end."""
+    rows = [weights["image_start"]]
+    for i, token in enumerate(tokens):
+        rows += [token, weights["image_newline"]] if i % width == width - 1 else [token]
+    return [*rows, weights["image_end"]]

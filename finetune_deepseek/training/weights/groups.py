@@ -31,6 +31,8 @@ GROUPS = {
     "indexer": Group(r".*\.indexer\.(?:wq_b|wk|weights_proj|compressor\.(?:wkv|wgate))"),
     "engram": Group(r".*\.engram\.(?:embed|wkv)"),
     "mtp": Group(r".*\.(?:eh|e|h|main)_proj|.*\.(?:markov_w[12]|confidence_head\.proj)"),
+    "vision": Group(r"vision\.(?:patch_embed\.proj|blocks\.\d+\.(?:attn\.(?:wqkv|wo)|mlp\.w[12]))"),
+    "aligner": Group(r"aligner\.w[12]"),
     "stem": Group(r"(?:.*\.)?stem\..*"),
     "embeddings": Group(r"(?:.*\.)?embed_tokens"),
     "head": Group(r"lm_head"),
