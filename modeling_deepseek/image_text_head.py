@@ -63,9 +63,9 @@ def images_of_rows(input_ids: torch.Tensor, image_token_id: int, places: list[in
 class DeepSeekForImageTextToText(DeepSeekForCausalLM):
     """The language model of images and text. It learns and generates text."""
 
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     _own_weights = ("vision.", "aligner.", "image_")
-    _keys_to_ignore_on_load_unexpected = None
+    _keys_to_ignore_on_load_unexpected: list[str] = []
 
     def __init__(self, config: DeepSeekConfig):
         super().__init__(config)

@@ -230,8 +230,8 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         if image_embeds is not None:
-            is_image = (input_ids == self.config.image_token_id).unsqueeze(-1)
-            inputs_embeds = inputs_embeds.masked_scatter(is_image, image_embeds.to(inputs_embeds))
+            is_image: Any = input_ids == self.config.image_token_id
+            inputs_embeds = inputs_embeds.masked_scatter(is_image.unsqueeze(-1), image_embeds.to(inputs_embeds))
         if self.config.attention_direction == "bidirectional":
             if use_cache or cache is not None:
                 raise ValueError("bidirectional attention has no cache: every token may change with what follows it")

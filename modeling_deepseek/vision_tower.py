@@ -56,8 +56,8 @@ class DeepSeekVisionAttention(nn.Module):
         states = self.wqkv(hidden_states).unflatten(-1, (3, -1, self.head_dim))  # [1, S, 3, H, W]
         query, key, value = states.permute(2, 0, 3, 1, 4)
         query, key = (apply_rotary(x.float(), *rotation, interleaved=False).to(value.dtype) for x in (query, key))
-        images = zip(*(x.split(places, dim=2) for x in (query, key, value)), strict=True)
-        output = torch.cat([attend(self, *image, None, self.scaling)[0] for image in images], dim=1)
+        images = zip(query.split(places, 2), key.split(places, 2), value.split(places, 2), strict=True)
+        output = torch.cat([attend(self, q, k, v, None, self.scaling)[0] for q, k, v in images], dim=1)
         return self.wo(output.flatten(2))
 
 

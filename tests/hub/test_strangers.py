@@ -231,6 +231,6 @@ def test_a_folder_holds_no_file_that_its_class_does_not_need(saved, folder, head
         attention_compressed attention_dsa attention_mha attention_mla attention_shared cache cache_compressed
         checkpoint_files checkpoint_keys compressor drafts dspark engram fused heads indexer layers masks moe mtp
         products quantization requiring residual rope routers row_tokens sharing tested_versions
-        transformers_names validation weight_names weight_state whole_folders"""
+        transformers_names validation vision weight_names weight_state whole_folders"""
     needed = {f"{name}.py" for name in f"{trunk} {extra}".split()}
     assert {file.name for file in (folder / "tiny_v3" / head).glob("*.py")} == needed

@@ -24,6 +24,7 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageClassification,
+    AutoModelForImageTextToText,
     AutoModelForObjectDetection,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -111,7 +112,8 @@ def test_importing_us_leaves_what_transformers_has():
     assert {key: after["configs"][key] for key in before["configs"]} == before["configs"]
     for name, registered in after["models"].items():
         assert set(registered) - set(before["models"][name]) <= {"DeepSeekConfig"}
-    assert after["names"] == before["names"] | {"deepseek": "DeepSeekForCausalLM"} == native["names"]
+    ours = {"deepseek": "DeepSeekForCausalLM", "deepseek_images_and_text": "DeepSeekForImageTextToText"}
+    assert after["names"] == before["names"] | ours == native["names"]
     changed = {key for key, word in native["configs"].items() if after["configs"].get(key) != word}
     assert changed == set(NATIVE_TYPES) and {native["configs"][key] for key in changed} == {"DeepSeekConfig"}
     assert native["models"] == after["models"] and undone == after
@@ -119,7 +121,7 @@ def test_importing_us_leaves_what_transformers_has():
 
 def test_every_native_type_has_a_checkpoint_here():
     assert set(PRESETS) <= set(NATIVE_TYPES)
-    of_images = {AutoModelForImageClassification, AutoModelForObjectDetection}  # of no text's checkpoint
+    of_images = {AutoModelForImageClassification, AutoModelForObjectDetection, AutoModelForImageTextToText}
     assert set(MODELS_BY_AUTO_CLASS) - set(AUTO_CLASSES) == of_images
 
 
