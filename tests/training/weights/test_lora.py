@@ -18,9 +18,13 @@ from finetune_deepseek.training.weights.lora import (
     census_table,
     choose_groups,
 )
+from modeling_deepseek import DeepSeekForImageTextToText
 from tests.modeling.test_dspark import DRAFTS
+from tests.modeling.test_image_text import seen
+from tests.modeling.test_vision_tower import VISION
 from tests.reference.shared_model import ENGRAM
 
+EYES = ("vision", "aligner")
 # Adapted weights per group. tiny_v3 has 3 layers, the first dense: 5 projections with q_lora_rank, 2 expert tensors.
 ATTACHED = {
     "tiny_llm": {"attention": 12, "dense": 9, "embeddings": 1, "head": 1},
@@ -74,7 +78,7 @@ def test_all_means_every_group_that_the_model_has(name):
     assert counts(model) == ATTACHED[name]
 
 
-@pytest.mark.parametrize("group", [word for word in GROUPS if word not in ("stem", "engram")])  # none is adapted
+@pytest.mark.parametrize("group", [word for word in GROUPS if word not in ("stem", "engram", *EYES)])  # in no preset
 def test_a_group_attaches_to_its_weights_only(group):
     name = {"indexer": "tiny_v3.2", "output": "tiny_v4"}.get(group, "tiny_v3_mtp")
     model = apply_lora(make_model(name), lora(lora_target=[group]))
@@ -119,12 +123,32 @@ def test_groups_of_shared_entries_and_n_grams():
     assert counts(model) == {"attention": 4 * 5 + 3, "indexer": 3 * 2 + 2, "engram": 4}
 
 
+def test_eyes_are_adapted_saved_and_merged(tmp_path):
+    """Two blocks of four projections and the patches' own, and the aligner's two."""
+    torch.manual_seed(0)
+    base = DeepSeekForImageTextToText(preset("tiny_v4.1", vision_config=VISION, initializer_range=0.2)).eval()
+    base.save_pretrained(tmp_path / "base")
+    model = randomize(apply_lora(base, lora(lora_target=[*EYES])))
+    assert counts(model) == {"vision": 9, "aligner": 2}
+    row = seen(5, (2, 3), 7)
+    adapted = model(**row, labels=row["input_ids"], use_cache=False)
+    adapted.loss.backward()
+    assert all(p.grad.any() for name, p in model.named_parameters() if ".lora_" in name)
+    model.save_pretrained(tmp_path / "adapter")
+    for again in (
+        PeftModel.from_pretrained(DeepSeekForImageTextToText.from_pretrained(tmp_path / "base"), tmp_path / "adapter"),
+        model.merge_and_unload(),
+    ):
+        with torch.no_grad():
+            torch.testing.assert_close(again(**row, use_cache=False).logits, adapted.logits.detach())
+
+
 def test_default_is_attention_and_feed_forward():
     assert set(counts(apply_lora(make_model(), lora()))) == {"attention", "dense", "shared", "experts"}
     assert set(counts(apply_lora(make_model("tiny_llm"), lora()))) == {"attention", "dense"}
 
 
-@pytest.mark.parametrize("group", [*(word for word in GROUPS if word not in ("engram", "mtp", "stem")), "all"])
+@pytest.mark.parametrize("group", [*(word for word in GROUPS if word not in ("engram", "mtp", "stem", *EYES)), "all"])
 def test_adapter_reloads_merges_and_switches_off(group, tmp_path):
     name = {"indexer": "tiny_v3.2", "output": "tiny_v4"}.get(group, "tiny_v3")
     base = logits(make_model(name))
