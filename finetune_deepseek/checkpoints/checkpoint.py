@@ -38,6 +38,11 @@ if TYPE_CHECKING:
 HEADS = tuple(name.removeprefix("DeepSeek") for name in FILES_BY_CLASS)
 DTYPES = {"bf16": "BF16", "fp32": "F32", "fp8": "BF16"}  # fp8: of what isn't quantized
 FP8_BLOCKS = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+SMALL_NUMBER = "._weight_"  # in the names of what torchao writes for a weight of fewer bits
+MADE_SMALL = (
+    "of fewer bits (compress --int8 or --int4), as from_pretrained and the verbs open it; for this, name the model "
+    "that it was made from"
+)
 # whatever the type of the rest
 STREAM_WEIGHTS = tuple(f"{part}.{name}" for part in ("_hc", "hc_head") for name in ("fn", "base", "scale"))
 FLOAT32_WEIGHTS = ("e_score_correction_bias", "correction_bias_vl", "attn_sink", ".ape", *STREAM_WEIGHTS)
@@ -181,10 +186,10 @@ def check_weights(checkpoint: Checkpoint, trained: Tensors) -> Tensors:
         if name in expected or is_of_vision(name, config):
             found[name] = tensor
         elif not (is_ahead or is_unused_head or name.endswith("rotary_emb.inv_freq")):
-            raise CheckpointError(
-                f"{where}: weight {name} is of another architecture than config.json says "
-                f"({config.source_model_type or 'deepseek'}, {checkpoint.head})"
-            )
+            kind = f"of another architecture than config.json says ({config.source_model_type or 'deepseek'}, "
+            kind += f"{checkpoint.head})"
+            is_small = SMALL_NUMBER in name
+            raise CheckpointError(f"{where}: weight {name} is {MADE_SMALL if is_small else kind}")
     for name, shape in expected.items():
         if name in trained and (name not in found or found[name].shape != shape):
             found[name] = trained[name]

@@ -1,6 +1,7 @@
 """`deepseek-hf compress`: a smaller model, with its scores before and after."""
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,14 @@ validation rows give the scores before and after, by the code of `deepseek-hf ev
 rows do. All flags of `deepseek-hf help TASK` may follow: the data, batch sizes, and what trains in --recover-steps.
 DST opens like every model: from_pretrained, AutoModel, evaluate, predict, chat, translate. What pruning has left can
 also be trained on: deepseek-hf finetune TASK --model_name_or_path DST (--sparsity's zeros would then fill again)."""
+
+
+# Flags of the task whose value the words above decide.
+DECIDED = (
+    *("model_name_or_path", "output_dir", "overwrite_output_dir", "preset", "config_name", "do_train", "max_steps"),
+    *("num_train_epochs", "save_strategy", "load_best_model_at_end", "resume_from_checkpoint", "use_peft"),
+    "push_to_hub",
+)
 
 
 def parser() -> Parser:
@@ -84,6 +93,8 @@ def compress(argv: Sequence[str]) -> None:
     """
     own = parser()
     arguments, rest = own.parse_known_args(list(argv) or ["--help"])
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("compress runs in one process: start it without torchrun or accelerate launch.")
     if arguments.int8 and arguments.int4:
         raise ValueError("--int8 and --int4 both say how many bits a weight has; keep one of them.")
     check_source(arguments.source)
@@ -112,7 +123,7 @@ def compress(argv: Sequence[str]) -> None:
 
 
 def check_rest(own: Parser, name: str, flags: Any, rest: Sequence[str]) -> None:
-    """Refuse a flag that is neither ours nor the task's.
+    """Refuse a flag that is neither ours nor the task's, and one whose value ours decide.
 
     Raises:
         ValueError: naming the nearest.
@@ -123,6 +134,8 @@ def check_rest(own: Parser, name: str, flags: Any, rest: Sequence[str]) -> None:
     for word in (word.partition("=")[0] for word in rest if word.startswith("--")):
         if word not in known:
             raise ValueError(f"unexpected argument {word!r}{nearest_match(word, known)}; see {own.prog} --help.")
+        if word[2:].replace("-", "_") in DECIDED:
+            raise ValueError(f"{word}: SRC, DST and --recover-steps decide this in compress; leave it out.")
 
 
 def stage_maker(name: str, flags: Any, rest: Sequence[str], saved: Any) -> Any:
@@ -130,9 +143,11 @@ def stage_maker(name: str, flags: Any, rest: Sequence[str], saved: Any) -> Any:
     from .parsing.runs import draft_command
 
     defaults = saved.settings_for(name, flags)
+    revision = [] if saved.commit is None else [f"--model_revision={saved.commit}"]
 
     def make(model: str | Path, folder: str | Path, **training: Any) -> Any:
         given = [*rest, f"--model_name_or_path={model}", f"--output_dir={folder}"]
+        given += revision if model == saved.name else []
         words = [f"--{flag}={value}" for flag, value in training.items()]
         drafts = draft_command(name, flags, [*given, *words], defaults=defaults)
         if len(drafts) > 1:

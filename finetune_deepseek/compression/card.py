@@ -9,7 +9,17 @@ from ..training.saved import Saved
 from ..training.stages.build import Built
 from ..training.stages.prepare import Prepared
 
-NO_SCORES = ("_runtime", "_per_second", "_low", "_high", "_preparation_time", "_samples", "_trainable", "_share")
+NO_SCORES = (
+    "epoch",
+    "_runtime",
+    "_per_second",
+    "_low",
+    "_high",
+    "_preparation_time",
+    "_samples",
+    "_trainable",
+    "_share",
+)
 
 
 def rows_of(report: dict[str, Any]) -> list[list[Any]]:

@@ -44,7 +44,7 @@ def prune_layers(model: Any, number: int, calibration: Calibration) -> tuple[Any
             "--prune-layers: layers of this model (V4.1) read what others have made, so none can go alone."
         )
     there = list(range(model.config.num_hidden_layers))
-    can_go = len(there) - 1
+    can_go = max(len(there) - (model.config.image_stem is None), 0)  # a model of images may have none
     if number > can_go:
         raise ValueError(f"--prune-layers {number}: the model has {len(there)} layers, of which {can_go} can go.")
     dropped = []

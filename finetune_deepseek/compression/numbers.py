@@ -41,12 +41,13 @@ def check_torchao() -> None:
         raise ValueError('--int8 and --int4 need torchao 0.16 or later: pip install "deepseek-hf[compress]"')
 
 
-def write_smaller(model_class: Any, source: Path, destination: Path, word: str | None) -> None:
-    """Write a saved model again, with numbers of fewer bits if a word of `NUMBERS` is given, and what lies beside."""
+def write_smaller(model_class: Any, source: Path, destination: Path, word: str | None, dtype: str) -> None:
+    """Write a saved model again, in a type, with numbers of fewer bits if a word of `NUMBERS` is given, and what lies
+    beside."""
     shutil.copytree(source, destination, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*NOT_COPIED))
     quantization = None if word is None else quantization_of(model_class, source, word)
     fused = {} if word is None else {"fused_experts": False}
-    model = model_class.from_pretrained(source, dtype="auto", quantization_config=quantization, **fused)
+    model = model_class.from_pretrained(source, dtype=dtype, quantization_config=quantization, **fused)
     model.save_pretrained(destination)
 
 

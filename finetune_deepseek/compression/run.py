@@ -59,7 +59,7 @@ def compress(task_class: Any, make_stage: MakeStage, ways: Ways, saved: Saved, d
         if ways.recover_steps:
             folder = recovered(task_class, make_stage, ways, saved, work)
         with writing_beside(destination) as beside:
-            write_smaller(type(model), folder, Path(beside), ways.numbers)
+            write_smaller(type(model), folder, Path(beside), ways.numbers, stored_type(saved, prepared.stage))
             prepared, built = opened(task_class, make_stage(beside, work / "after"))
             after, files = scores_of(prepared, built)
             save_beside(prepared, built.model, Path(beside))  # with what the scores have chosen
@@ -160,6 +160,12 @@ def recovered(task_class: Any, make_stage: MakeStage, ways: Ways, saved: Saved, 
     train(prepared, built)
     copy_files(saved.folder, work / "recovered")
     return work / "recovered"
+
+
+def stored_type(saved: Saved, stage: Stage) -> str:
+    """The type that weights are written in: what --dtype says, else as they were."""
+    is_said = "dtype" in stage.given
+    return stage.model.dtype if is_said else saved.config.get("dtype") or saved.config.get("torch_dtype") or "auto"
 
 
 def size_of(folder: Path) -> int:

@@ -8,6 +8,7 @@ import torch
 import yaml
 from peft import PeftModel
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import is_torchao_available
 
 from configuration_deepseek import DeepSeekConfig
 from configuration_deepseek.fields import FIELD_NAMES
@@ -143,7 +144,7 @@ def pretrained_model(
             **base.at,
             config=with_dropout(config, arguments),
             trust_remote_code=arguments.trust_remote_code,
-            dtype=arguments.dtype,
+            dtype=dtype_of(base, arguments.dtype),
             attn_implementation=arguments.attn_implementation,
         )
         if saved.is_adapter:
@@ -152,6 +153,17 @@ def pretrained_model(
     if is_trained:
         mend_generation_config(model, saved.where)
     return model
+
+
+def dtype_of(saved: Saved, asked: str) -> str:
+    """The type that a model is opened in: the one that is asked for; that of the file for numbers of fewer bits, whose
+    scales have it and no other."""
+    return "auto" if has_small_numbers(saved) else asked
+
+
+def has_small_numbers(saved: Saved) -> bool:
+    """Whether `compress` has made numbers of fewer bits of its weights."""
+    return (saved.config.get("quantization_config") or {}).get("quant_method") == "torchao"
 
 
 def served_model(saved: Saved, auto_class: Any) -> Any:
@@ -173,6 +185,8 @@ def served_model(saved: Saved, auto_class: Any) -> Any:
 
 def _config(saved: Saved, is_ours: bool, fields: dict[str, Any], trust_remote_code: bool = False) -> Any:
     """The config of a model with some fields changed; other names than fields are refused, see `known_fields`."""
+    if has_small_numbers(saved) and not is_torchao_available():
+        raise ValueError('its numbers of fewer bits need torchao: pip install "deepseek-hf[compress]"')
     if is_ours:
         known: dict[str, Any] = known_fields(fields, FIELD_NAMES)
         return DeepSeekConfig.from_pretrained(saved.name, **saved.at | known)

@@ -1,11 +1,13 @@
 """`deepseek-hf compress` as a run: scored, made smaller, written whole, opened by every verb; and what it refuses."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
 from finetune_deepseek.__main__ import guarded
 from finetune_deepseek.commands.compress import compress
@@ -13,6 +15,8 @@ from finetune_deepseek.commands.finetune import finetune
 from finetune_deepseek.commands.translate import translate
 from finetune_deepseek.compression import numbers
 from finetune_deepseek.compression.sparsity import has_pattern
+from finetune_deepseek.training import loading
+from modeling_deepseek import DeepSeekForCausalLM
 from tests.small_runs import PAIRS, TINY, flags, write_jsonl
 
 OVERRIDES = "n_group=1,topk_group=1,num_hidden_layers=3"
@@ -125,6 +129,8 @@ def test_small_numbers_are_neither_compressed_nor_trained_again(trained, tmp_pat
     compress([model, small, "--int8", *data])
     assert "its numbers are small already" in refused(capsys, small, str(tmp_path / "b"), "--int4", *data)
     argv = ["translation", f"--model_name_or_path={small}", f"--output_dir={tmp_path / 'c'}", *data]
+    assert guarded([small, str(tmp_path / "d"), "--to", "native"], "export") == 2
+    assert "of fewer bits (compress --int8 or --int4)" in capsys.readouterr().err
     for more in ([], ["--use_peft"]):
         assert guarded([*argv, "--do_train=true", "--max_steps=1", *more], "finetune") == 2
         assert "train the model that they were made from" in capsys.readouterr().err
@@ -143,12 +149,52 @@ def test_small_numbers_are_neither_compressed_nor_trained_again(trained, tmp_pat
         (["--int8", "--int4"], "keep one of them"),
         (["--prune-layer", "1"], "did you mean"),
         (["--prune-layers", "1", "--sparsity", "1:4"], "invalid choice"),
+        (["--prune-layers", "1", "--output_dir=other"], "--output_dir: SRC, DST and --recover-steps decide this"),
+        (["--prune-layers", "1", "--recover-steps=2", "--max-steps", "3"], "--max-steps: SRC, DST and"),
+        (["--prune-layers", "1", "--push_to_hub"], "--push_to_hub: SRC, DST and"),
     ],
 )
 def test_ways_that_are_none(trained, tmp_path, capsys, ways, message):
     model, data = trained
     assert message in refused(capsys, model, str(tmp_path / "small"), *ways, *data)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("way", ["--prune-experts=0.25", pytest.param("--int8", marks=pytest.mark.slow)])
+def test_half_precision_stays(trained, tmp_path, way):
+    if way == "--int8":
+        pytest.importorskip("torchao")
+    model, data = trained
+    shutil.copytree(model, tmp_path / "half")
+    DeepSeekForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(tmp_path / "half")
+    compress([str(tmp_path / "half"), str(tmp_path / "small"), way, *data])
+    report, opened = report_of(tmp_path / "small"), AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    assert report["bytes_after"] < report["bytes_before"]
+    assert opened.dtype == opened.model.norm.weight.dtype == torch.bfloat16
+    assert opened.model.layers[1].mlp.gate.e_score_correction_bias.dtype == torch.float32
+    assert report["after"]["eval_loss"] == pytest.approx(report["before"]["eval_loss"], abs=0.1)
+
+
+def test_one_process_writes(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "in one process" in refused(capsys, trained[0], str(tmp_path / "small"), "--prune-layers", "1", *trained[1])
+
+
+def test_all_layers_of_an_image_classifier_can_go(tmp_path, capsys):
+    for number, label in enumerate(("dark", "light", "dark", "light")):
+        (tmp_path / "train" / label).mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), 60 + 100 * (number % 2) + number).save(tmp_path / "train" / label / f"{number}.png")
+    shutil.copytree(tmp_path / "train", tmp_path / "test")
+    data = [f"--data_dir={tmp_path}", "--use_cpu=true", "--disable_tqdm=true"]
+    model, small = str(tmp_path / "model"), str(tmp_path / "small")
+    finetune(["image_classification", "--preset=tiny_llm", f"--output_dir={model}", "--max_steps=1", *data])
+    assert "of which 3 can go" in refused(capsys, model, small, "--prune-layers", "4", *data)
+    compress([model, small, "--prune-layers", "3", *data])
+    assert AutoModelForImageClassification.from_pretrained(small).config.num_hidden_layers == 0
+    assert (
+        "eval_accuracy" not in report_of(Path(small))["after"] and "test_accuracy" in report_of(Path(small))["after"]
+    )
+    assert "has 0 layers, of which 0 can go" in refused(capsys, small, str(tmp_path / "b"), "--prune-layers=1", *data)
 
 
 def test_data_and_places_that_do_not_fit(trained, tmp_path, capsys):
@@ -176,3 +222,11 @@ def test_without_torchao(trained, tmp_path, capsys, monkeypatch):
     model, data = trained
     monkeypatch.setattr(numbers, "is_torchao_available", lambda: False)
     assert 'pip install "deepseek-hf[compress]"' in refused(capsys, model, str(tmp_path / "small"), "--int8", *data)
+    shutil.copytree(model, tmp_path / "made")
+    config = json.loads((tmp_path / "made" / "config.json").read_text()) | {
+        "quantization_config": {"quant_method": "torchao"}
+    }
+    (tmp_path / "made" / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(loading, "is_torchao_available", lambda: False)
+    assert guarded(["translation", str(tmp_path / "made"), *data, f"--output_dir={tmp_path / 'out'}"], "evaluate") == 2
+    assert "made: its numbers of fewer bits need torchao: pip install" in capsys.readouterr().err
