@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, NamedTuple
 
-from .drafts import DraftFields, derive_drafts
+from .drafts import DRAFTING, DraftFields, derive_drafts
 from .official import attention_of_ratio
 from .sharing import SharingFields
 from .validation import require, validate_layers
@@ -329,9 +329,10 @@ class DeepSeekFields(DraftFields, SharingFields):
 
     @property
     def prediction_word(self) -> str:
-        """How prediction layers begin and end: "dspark", drafts of many tokens; else by the residual."""
+        """How prediction layers begin and end: "dspark" and "dspark_shifted", drafts of many tokens; else by the
+        residual."""
         residual = self.prediction_spec.residual
-        return "dspark" if self.dspark_block_size is not None and residual == "mhc" else residual
+        return residual if self.dspark_block_size is None else DRAFTING.get(residual, residual)
 
     def without_predictions(self) -> None:
         """Say that there are no prediction layers."""

@@ -76,6 +76,7 @@ V4_FIELDS = (
     *("num_hash_layers", "swiglu_limit", "expert_dtype", "hc_mult", "hc_sinkhorn_iters", "hc_eps"),
     *("topk_method", "routed_scaling_factor", "num_nextn_predict_layers"),
     *("dspark_block_size", "dspark_noise_token_id", "dspark_target_layer_ids", "dspark_markov_rank"),
+    *("dspark_n_routed_experts", "dspark_num_experts_per_tok"),
 )
 V41_FIELDS = (
     *("kv_source_layer_ids", "index_source_layer_ids"),

@@ -219,7 +219,7 @@ PRESETS["tiny_v4.1"] = {
     "image_token_id": 96,
 }
 PRESETS["v4.1_flash"] = {
-    **{name: value for name, value in _V4.items() if name not in ("num_hash_layers", "num_nextn_predict_layers")},
+    **{name: value for name, value in _V4.items() if name != "num_hash_layers"},
     **{"hidden_size": 5120, "num_hidden_layers": 40, "num_attention_heads": 64, "q_lora_rank": 1280, "o_groups": 8},
     **{"pad_token_id": 2, "image_token_id": 129264, "rms_norm_eps": 1e-20, "expert_dtype": "fp4"},
     **{"compress_ratios": [0, 0, *[2] * 18, *[1] * 20, 0, 0, 0], "index_n_heads": 32, "index_topk": 512},
@@ -229,6 +229,9 @@ PRESETS["v4.1_flash"] = {
     **{"engram_vocab_size": 16000000, "engram_n_heads": 8, "engram_head_dim": 256, "engram_pad_token_id": 2},
     **{"engram_compressed_vocab_size": 99092, "n_routed_experts": 384, "moe_intermediate_size": 2304},
     "routed_scaling_factor": 1.5,
+    **{"num_nextn_predict_layers": 3, "dspark_block_size": 5, "dspark_noise_token_id": 128799},
+    **{"dspark_target_layer_ids": [37, 38, 39], "dspark_markov_rank": 256},
+    **{"dspark_n_routed_experts": 128, "dspark_num_experts_per_tok": 3},
     "vision_config": {
         **{"model_type": "deepseek_v41_vision", "num_hidden_layers": 32, "hidden_size": 1024},
         **{"num_attention_heads": 16, "intermediate_size": 2816, "patch_size": 14, "rope_theta": 10000},

@@ -78,7 +78,7 @@ def take_mtp_keys(weights: dict[str, Any], config: Any) -> tuple[dict[str, Any],
 def are_other_predictions(ahead: Iterable[str], config: Any) -> bool:
     """Whether keys of prediction layers are of draft stages (DSpark) where the config has none, or the other way."""
     keys = list(ahead)
-    return bool(keys) and any(".main_proj." in key for key in keys) != (config.prediction_word == "dspark")
+    return bool(keys) and any(".main_proj." in key for key in keys) != (config.dspark_block_size is not None)
 
 
 # Names and shapes ----------------------------------------------------------------------------------------------------
@@ -307,7 +307,9 @@ def _draft_stage(config: Any, stage: int) -> Shapes:
     if stage == 0:
         shapes |= _linear("main_proj", width, len(config.dspark_target_layer_ids) * width) | _norm("main_norm", width)
     if stage == config.num_nextn_predict_layers - 1:
-        shapes |= _norm("shared_head.norm", width) | _streams("hc_head", config, config.hc_mult, 1)
+        has_weights = config.residual_word == "mhc"
+        shapes |= _norm("shared_head.norm", width)
+        shapes |= _streams("hc_head", config, config.hc_mult, 1) if has_weights else {}
         shapes |= _linear("markov_head.markov_w1", vocab, rank) | _linear("markov_head.markov_w2", vocab, rank)
         shapes |= _linear("confidence_head.proj", 1, width + rank)
     return shapes
@@ -315,7 +317,7 @@ def _draft_stage(config: Any, stage: int) -> Shapes:
 
 def _prediction(config: Any, depth: int) -> Shapes:
     """What a prediction layer has beside its layer."""
-    if config.prediction_word == "dspark":
+    if config.dspark_block_size is not None:
         return _draft_stage(config, depth)
     norms: Shapes = {}
     for name in ("enorm", "hnorm", "shared_head.norm"):
@@ -326,10 +328,11 @@ def _prediction(config: Any, depth: int) -> Shapes:
 def _predictions(config: Any) -> Shapes:
     """Prediction layers, as the model holds them, without copies of embedding and head."""
     first, ahead = config.num_hidden_layers, dict[str, tuple[int, ...]]()
-    if config.prediction_word not in ("dspark", *JOINS):  # V4.1's draft stages, which are not held
+    if config.dspark_block_size is None and config.prediction_word not in JOINS:  # V4.1 has no others
         return {}
+    sizes = config.experts_at(first)
     for depth in range(config.num_nextn_predict_layers):
-        shapes = _layer(config, config.prediction_spec) | _prediction(config, depth)
+        shapes = _layer(sizes, config.prediction_spec) | _prediction(config, depth)
         ahead |= _under(f"model.layers.{first + depth}.", shapes)
     return ahead
 
@@ -407,6 +410,8 @@ V4_LAYER = {  # the longer first
     "ffn.": "mlp.",
 }
 V4_PREDICTION = {**V4_LAYER, "hc_head_": "hc_head.", "norm.": "shared_head.norm."}
+# as V4.1 has them, where V4 has our names
+V41_PREDICTION = {"markov_head.embed.": "markov_head.markov_w1.", "markov_head.head.": "markov_head.markov_w2."}
 V4_EXPERT = {"w1.": "gate_proj.", "w3.": "up_proj.", "w2.": "down_proj."}
 V4_PARTS = re.compile(r"(.*?experts\.(?:\d+\.)?)?(.*)")  # of a name in a layer: up to an expert, and what it has
 V4_RELEASE = re.compile(r"(?:model\.)?layers\.\d+\.(?:attn|ffn)\.|embed\.weight$|mtp\.\d+\.")
@@ -443,7 +448,7 @@ def from_v4_name(name: str, num_hidden_layers: int) -> str:
     if kind not in ("layers", "mtp"):
         return _exchanged(name, V4_TOP)
     layer, _, part = rest.partition(".")
-    offset, table = (num_hidden_layers, V4_PREDICTION) if kind == "mtp" else (0, V4_LAYER)
+    offset, table = (num_hidden_layers, V4_PREDICTION | V41_PREDICTION) if kind == "mtp" else (0, V4_LAYER)
     before, own = _parts(_exchanged(part, table))
     own = _exchanged(own, V4_EXPERT) if before else own
     if own.endswith(".scale") and not own.startswith(("attn_hc.", "ffn_hc.", "hc_head.")):
@@ -451,8 +456,8 @@ def from_v4_name(name: str, num_hidden_layers: int) -> str:
     return f"model.layers.{int(layer) + offset}.{before}{own}"
 
 
-def to_v4_name(name: str, num_hidden_layers: int) -> str:
-    """The inverse of `from_v4_name`."""
+def to_v4_name(name: str, num_hidden_layers: int, predictions: dict[str, str] = V4_PREDICTION) -> str:
+    """The inverse of `from_v4_name`; `predictions`: the names of what prediction layers have."""
     match = LAYER.match(name)
     if match is None:
         return _exchanged(name, _back(V4_TOP))
@@ -462,7 +467,7 @@ def to_v4_name(name: str, num_hidden_layers: int) -> str:
     own = own.removesuffix(SCALE) + "scale" if own.endswith(SCALE) else own
     if layer < num_hidden_layers:
         return f"layers.{layer}.{_exchanged(before + own, _back(V4_LAYER))}"
-    return f"mtp.{layer - num_hidden_layers}.{_exchanged(before + own, _back(V4_PREDICTION))}"
+    return f"mtp.{layer - num_hidden_layers}.{_exchanged(before + own, _back(predictions))}"
 
 
 def _parts(name: str) -> tuple[str, str]:
@@ -485,4 +490,5 @@ def with_release_names(weights: dict[str, Entry], config: Any) -> dict[str, Entr
     if config.compress_ratios is None:
         return weights
     weights = {name: entry for name, entry in weights.items() if not name.endswith(ENGRAM_IDS)}
-    return {to_v4_name(name, config.num_hidden_layers): entry for name, entry in weights.items()}
+    predictions = V4_PREDICTION | ({} if config.kv_source_layer_ids is None else V41_PREDICTION)
+    return {to_v4_name(name, config.num_hidden_layers, predictions): entry for name, entry in weights.items()}

@@ -100,4 +100,7 @@ class PredictsAhead:
         return DRAFTERS[self.config.prediction_word](self, generation_config, logits_processor)
 
 
-LOSSES = {"add": PredictsAhead.mtp_loss, "mhc": PredictsAhead.mtp_loss, "dspark": PredictsAhead.draft_loss}
+LOSSES = {
+    **{"add": PredictsAhead.mtp_loss, "mhc": PredictsAhead.mtp_loss},
+    **{"dspark": PredictsAhead.draft_loss, "dspark_shifted": PredictsAhead.draft_loss},
+}

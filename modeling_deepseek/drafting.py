@@ -165,4 +165,4 @@ def cache_of_predictions(config: DeepSeekConfig) -> DynamicCache:
     return cache
 
 
-DRAFTERS = {"add": LayerDrafter, "mhc": LayerDrafter, "dspark": StageDrafter}
+DRAFTERS = {"add": LayerDrafter, "mhc": LayerDrafter, "dspark": StageDrafter, "dspark_shifted": StageDrafter}

@@ -1,4 +1,4 @@
-"""DSpark: several tokens drafted at once (arXiv 2607.05147), as V4's releases from July 2026 on have it.
+"""DSpark: several tokens drafted at once (arXiv 2607.05147), as V4's releases from July 2026 on and V4.1 have it.
 
 Behind the trunk stand draft stages, decoder layers with a window. They read what the trunk made of the tokens so far,
 and a block of b tokens of which the first alone is known:
@@ -13,13 +13,16 @@ and a block of b tokens of which the first alone is known:
     drafted                    |   t+2   t+3  t+4  t+5  t+6
 
 The stages run once for a block; only the sums of u_j go token by token. Embedding and head are the language model's.
-Keys of contexts and of blocks come from the same weights, without the layer's norm for the contexts.
+Keys of contexts and of blocks come from the same weights, without the layer's norm for the contexts. V4.1 takes the
+streams before the layers l, its stages have experts of their own number, never chosen by the bias of images, and
+streams as its layers have (`mhc_shifted`, residual.py), which each block begins anew.
 
 Letters: B batch, S tokens, A blocks of each row, R = B A blocks, b tokens of a block, n window, D hidden width, W head
 width, V vocabulary.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -140,13 +143,14 @@ class DraftStage(nn.Module):
 
     def __init__(self, config, layer_idx: int):
         super().__init__(config, layer_idx)
+        self.mlp.experts.config = config  # what chooses the implementation, which may change
         stage = layer_idx - config.num_hidden_layers
         if stage == 0:
             width = len(config.dspark_target_layer_ids) * config.hidden_size
             self.main_proj = nn.Linear(width, config.hidden_size, bias=False)
             self.main_norm = norm_of(config)
         if stage == config.num_nextn_predict_layers - 1:
-            self.hc_head = STREAMS["mhc"](config)
+            self.hc_head = STREAMS[config.residual_word](config)
             self.shared_head = SharedHead(config)
             self.markov_head = MarkovHead(config)
             self.confidence_head = ConfidenceHead(config)
@@ -156,16 +160,32 @@ class DraftStage(nn.Module):
         return super().forward(streams, context=context, **kwargs)
 
 
-class Taps:
-    """Collects what some layers hand on, as the mean of their streams."""
+class ShiftedDraftStage(DraftStage):
+    """The same where the state is the streams and the weights to read them by: tensors one by one, as checkpointing
+    of gradients wants them."""
 
-    def __init__(self, layers: list[int] | None):
-        self.layers = layers or ()
+    def __call__(self, state: tuple[torch.Tensor, torch.Tensor], context: torch.Tensor, **kwargs) -> Any:
+        return super().__call__(*state, context, **kwargs)
+
+    def forward(  # type: ignore[override]  # the state is two tensors
+        self, streams: torch.Tensor, pre: torch.Tensor, context: torch.Tensor, **kwargs
+    ) -> Any:
+        """[R, b, N, D], [R, b, N] and contexts [B, S, D] -> the first two anew."""
+        state: Any = (streams, pre)
+        return super().forward(state, context, **kwargs)
+
+
+class Taps:
+    """Collects what some layers are given, as the mean of the streams."""
+
+    def __init__(self, layers: list[int]):
+        self.layers = layers
         self.states: list[torch.Tensor] = []  # as list[...]() dynamo would not read it
 
-    def look(self, layer: int, streams: torch.Tensor) -> None:
-        """Keep [B, S, N, D] behind a layer, if it is one of them."""
+    def look(self, layer: int, state: Any) -> None:
+        """Keep [B, S, N, D], or the first of several such, before a layer, if it is one of them."""
         if layer in self.layers:
+            streams = state if isinstance(state, torch.Tensor) else state[0]
             self.states.append(streams.mean(dim=-2))
 
     def all(self) -> torch.Tensor | None:

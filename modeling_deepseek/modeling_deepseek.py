@@ -30,7 +30,7 @@ from .attention_shared import DeepSeekReindexingAttention, DeepSeekReusingAttent
 from .cache import takes_cache
 from .cache_compressed import layer_of
 from .configuration_deepseek import HEADS_BY_OWN_AUTO_CLASS, DeepSeekConfig
-from .dspark import DeepSeekDraftAttention, DraftBlocks, DraftStage, Taps, blocks_behind
+from .dspark import DeepSeekDraftAttention, DraftBlocks, DraftStage, ShiftedDraftStage, Taps, blocks_behind
 from .engram import DeepSeekEngram, first_ids
 from .indexer import DeepSeekIndexer
 from .layers import DeepSeekMLP, norm_of
@@ -67,7 +67,7 @@ class DeepSeekDecoderLayer(GradientCheckpointingLayer):
         super().__init__()
         spec = config.spec_at(layer_idx)
         self.self_attn = ATTENTIONS[spec.attention](config, layer_idx)
-        self.mlp = FEED_FORWARDS[spec.feed_forward](config)
+        self.mlp = FEED_FORWARDS[spec.feed_forward](config.experts_at(layer_idx))
         self.input_layernorm = norm_of(config)
         self.post_attention_layernorm = norm_of(config)
         self.attn_hc = RESIDUALS[spec.residual](config)
@@ -137,7 +137,14 @@ class DeepSeekDraftStage(DraftStage, DeepSeekDecoderLayer):  # type: ignore[misc
     """A decoder layer that drafts several tokens; dspark.py says how."""
 
 
-PREDICTIONS = {"add": DeepSeekMTPLayer, "mhc": DeepSeekStreamMTPLayer, "dspark": DeepSeekDraftStage}
+class DeepSeekShiftedDraftStage(ShiftedDraftStage, DeepSeekDraftStage):  # type: ignore[misc]
+    """The same for V4.1."""
+
+
+PREDICTIONS = {
+    **{"add": DeepSeekMTPLayer, "mhc": DeepSeekStreamMTPLayer},
+    **{"dspark": DeepSeekDraftStage, "dspark_shifted": DeepSeekShiftedDraftStage},
+}
 
 
 class DeepSeekModel(DeepSeekPreTrainedModel):
@@ -251,9 +258,10 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
 
         hidden_states = self.hc_head.enter(self.dropout(inputs_embeds))
         kwargs |= {} if self.engram_ids is None else {"engram_ids": self.engram_ids}
-        kind, taps = type(hidden_states), Taps(self.config.dspark_target_layer_ids if output_draft_states else None)
+        kind, taps = type(hidden_states), Taps(self.config.draft_taps if output_draft_states else [])
         # early-exit assistance lowers the number
         for layer_idx, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+            taps.look(layer_idx, hidden_states)
             hidden_states = layer(
                 hidden_states,
                 input_ids=input_ids,
@@ -263,7 +271,7 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
                 cache=cache,
                 **kwargs,
             )
-            taps.look(layer_idx, hidden_states)
+        taps.look(self.config.num_hidden_layers, hidden_states)
         if not isinstance(hidden_states, kind):
             raise ValueError(
                 f"the last layer gave a {type(hidden_states).__name__} and no {kind.__name__}: layers are wrapped up "

@@ -39,7 +39,8 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = [
         *("DeepSeekDecoderLayer", "DeepSeekSharingLayer"),
-        *("DeepSeekMTPLayer", "DeepSeekStreamMTPLayer", "DeepSeekDraftStage", "DeepSeekVisionBlock"),
+        *("DeepSeekMTPLayer", "DeepSeekStreamMTPLayer", "DeepSeekDraftStage", "DeepSeekShiftedDraftStage"),
+        "DeepSeekVisionBlock",
     ]
     _own_weights: tuple[str, ...] = ()  # beside the trunk's, beginnings of names of what a checkpoint must have
     _keys_to_ignore_on_load_unexpected = [VISION]

@@ -4,6 +4,7 @@ The use of an expert is the sum of the weights with which calibration tokens cho
 weight. Hash layers (V4) have a table of experts by token, in which none can be missing. Letters: E experts, G groups.
 """
 
+import re
 from functools import partial
 from typing import Any
 
@@ -81,10 +82,12 @@ def prune_experts(model: Any, share: float, calibration: Calibration) -> tuple[A
     Raises:
         ValueError: as `number_dropped`; and if the rest are fewer than a token chooses.
     """
-    dropped = number_dropped(model.config, share)
+    number_dropped(model.config, share)
     model = with_experts_fused(model)
     use, groups = expert_use(model, calibration), groups_of(model.config)
-    kept = {name: kept_experts(found, groups, dropped) for name, found in use.items()}
+    layers = {name: int(re.findall(r"layers\.(\d+)\.", name)[-1]) for name in use}
+    dropped = {name: number_dropped(model.config.experts_at(layer), share) for name, layer in layers.items()}
+    kept = {name: kept_experts(found, groups, dropped[name]) for name, found in use.items()}
     try:
         made = without_experts(model, kept)
     except ValueError as error:
@@ -93,9 +96,12 @@ def prune_experts(model: Any, share: float, calibration: Calibration) -> tuple[A
 
 
 def without_experts(model: Any, kept: dict[str, torch.Tensor]) -> Any:
-    """The model with these experts of each layer alone; equally many in each."""
+    """The model with these experts of each layer alone; equally many in each of the trunk's, and of the others."""
     weights: Weights = model.state_dict()
     for name, experts in kept.items():
         for part in (f"{name}.{part}" for part in PARTS if f"{name}.{part}" in weights):
             weights[part] = weights[part][experts.to(weights[part].device)].clone()
-    return rebuilt(model, {"n_routed_experts": len(next(iter(kept.values())))}, weights)
+    changes = {"n_routed_experts": len(next(iter(kept.values())))}
+    if model.config.dspark_n_routed_experts is not None:  # of draft stages, which are the last layers
+        changes["dspark_n_routed_experts"] = len(list(kept.values())[-1])
+    return rebuilt(model, changes, weights)

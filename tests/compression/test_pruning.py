@@ -13,6 +13,7 @@ from finetune_deepseek.compression.rebuilding import with_experts_apart, with_ex
 from finetune_deepseek.compression.sparsity import KeepZeros, has_pattern, make_sparse, pattern_of, sparse_linears
 from modeling_deepseek import DeepSeekForCausalLM, DeepSeekForSequenceClassification
 from tests.checkpoints.conftest import logits_of, tiny
+from tests.modeling.test_dspark import DRAFTS
 
 WITH_EXPERTS = ("tiny_moe", "tiny_v2", "tiny_v3", "tiny_v4")
 FIELDS = {"tiny_v2": {"num_experts_per_tok": 2}, "tiny_v3": {"n_routed_experts": 16, "n_group": 4}}
@@ -67,6 +68,10 @@ def test_prediction_layers_lose_experts_by_their_own_use():
     pruned, kept = prune_experts(tiny("tiny_moe", num_nextn_predict_layers=1), 0.25, calibration())
     assert set(map(len, kept.values())) == {6} and "model.layers.3.mlp" in kept
     assert pruned.config.mtp_loss_weight == 0  # as before
+    stages = {**DRAFTS, "dspark_target_layer_ids": [1, 4], "dspark_n_routed_experts": 4, "mtp_loss_weight": 0.0}
+    pruned, kept = prune_experts(tiny("tiny_v4.1", **stages, dspark_num_experts_per_tok=2), 0.25, calibration())
+    assert [len(numbers) for numbers in kept.values()] == [6] * 5 + [3] * 3
+    assert pruned.config.n_routed_experts == 6 and pruned.config.dspark_n_routed_experts == 3
 
 
 def test_the_use_of_experts_is_the_sum_of_their_weights_over_tokens_without_padding():

@@ -7,7 +7,8 @@ import pytest
 
 from configuration_deepseek import DeepSeekConfig, preset
 from configuration_deepseek.official import from_official, to_official, with_quantization
-from configuration_deepseek.weight_names import with_our_names, with_release_names
+from configuration_deepseek.weight_names import LAYER, with_our_names, with_release_names
+from tests.reference.shared_model import ENGRAM
 from tests.reference.v41_names import RELEASE, draft_names, v41_names, vision_names
 
 PUBLISHED = {
@@ -49,6 +50,10 @@ TINY = {
     **{"num_hidden_layers": 5, "compress_ratios": [0, 2, 1, 1, 1], "kv_source_layer_ids": [1, 2]},
     **{"index_source_layer_ids": [1, 2, 4], "candidate_source_layer_id": 2},
 }
+DRAFTS = {
+    **{"num_nextn_predict_layers": 2, "dspark_block_size": 3, "dspark_noise_token_id": 7, "dspark_markov_rank": 5},
+    **{"dspark_target_layer_ids": [1, 4], "dspark_n_routed_experts": 3},
+}
 
 
 def test_the_published_file_is_the_preset():
@@ -56,17 +61,15 @@ def test_the_published_file_is_the_preset():
     config, expected = DeepSeekConfig.from_dict(file), preset("v4.1_flash")
     assert file == PUBLISHED and from_official(from_official(file)) == from_official(file)
     ours, theirs = config.to_dict(), expected.to_dict()
-    apart = {"architectures", "source_model_type", "source_quantization_config", "dtype", "num_nextn_predict_layers"}
-    kept = {name for name in ours if name.startswith("dspark_")}  # fields that nothing reads yet
-    assert {name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name)} == apart | kept
+    apart = {"architectures", "source_model_type", "source_quantization_config", "dtype"}
+    assert {name for name in {*ours, *theirs} if ours.get(name) != theirs.get(name)} == apart
     assert config.source_quantization_config == PUBLISHED["quantization_config"]
 
 
 def test_the_published_file_is_written_again():
     config = DeepSeekConfig.from_dict(PUBLISHED)
     back = with_quantization(to_official(config.to_dict()), config.source_quantization_config)
-    text = {name: back["text_config"].get(name) for name in PUBLISHED["text_config"] if "dspark" not in name}
-    assert text == {name: value for name, value in PUBLISHED["text_config"].items() if "dspark" not in name}
+    assert {name: back["text_config"].get(name) for name in PUBLISHED["text_config"]} == PUBLISHED["text_config"]
     assert {name: back[name] for name in PUBLISHED if name != "text_config"} == {
         name: value for name, value in PUBLISHED.items() if name != "text_config"
     }
@@ -77,12 +80,14 @@ def test_the_published_file_is_written_again():
 def test_every_tensor_of_the_release_is_counted():
     config = preset("v4.1_flash")
     shapes = config.weight_shapes("ForCausalLM")
-    assert set(with_release_names(dict.fromkeys(shapes), config)) == set(v41_names(RELEASE, scales=False))
-    names = v41_names(RELEASE)
-    assert len(names) + len(draft_names(RELEASE)) + len(vision_names(RELEASE)) == 96_085
+    bare = [*v41_names(RELEASE, scales=False), *draft_names(RELEASE, scales=False)]
+    assert set(with_release_names(dict.fromkeys(shapes), config)) == set(bare)
+    names = [*v41_names(RELEASE), *draft_names(RELEASE)]
+    assert len(names) + len(vision_names(RELEASE)) == 96_085
     assert list(with_release_names(with_our_names(dict.fromkeys(names), config), config)) == names
     tables = {name: math.prod(shape) for name, shape in shapes.items() if name.endswith("engram.embed.weight")}
-    total = sum(math.prod(shape) for shape in shapes.values())
+    trunk = [shape for name, shape in shapes.items() if not LAYER.match(name) or int(LAYER.match(name)[1]) < 40]
+    total = sum(map(math.prod, trunk))
     assert [round(n / 1e9) for n in (total - sum(tables.values()), sum(tables.values()))] == [552, 197]  # 196.6
 
 
@@ -119,6 +124,16 @@ def test_every_tensor_of_the_release_is_counted():
         ({"num_nextn_predict_layers": 1, "mtp_loss_weight": 0.3}, "mtp_loss_weight=0.3 clashes with kv_source_layer"),
         ({"num_hash_layers": 1}, "num_hash_layers=1 clashes with kv_source_layer_ids"),
         ({"layer_specs": [["swa", "moe"]] * 5}, "layer_specs[1] says 'swa', but by kv_source_layer_ids=[1, 2] and"),
+        (
+            {**DRAFTS, "dspark_num_experts_per_tok": 4},
+            "draft stages choose 4 of 3 experts (dspark_num_experts_per_tok",
+        ),
+        ({**DRAFTS, "dspark_n_routed_experts": 0}, "dspark_n_routed_experts=0 must be positive, or None for as many"),
+        ({**DRAFTS, "n_group": 2, "topk_group": 2}, "dspark_n_routed_experts=3 does not make n_group=2 groups of two"),
+        (
+            {**ENGRAM, **DRAFTS, "dspark_target_layer_ids": [3, 4]},
+            "dspark_target_layer_ids=[3, 4] has [3] of engram_layer_ids, whose streams change before the layer reads",
+        ),
         ({"engram_layer_ids": [1]}, "engram_num_embeddings=None must have a positive number of rows for each of"),
         ({"engram_layer_ids": [1], "engram_num_embeddings": [9]}, "engram_max_ngram_size=None must be positive with"),
     ],
@@ -135,5 +150,5 @@ def test_words_of_shared_entries_go_with_sources_alone():
         preset("tiny_v4", layer_specs=[["swa", "moe"], ["csa2_full", "moe"], ["hca", "moe"]])
     with pytest.raises(ValueError, match="residual 'mhc_shifted', which clashes with kv_source_layer_ids=None"):
         preset("tiny_v4", layer_specs=[[w, "moe", "mhc_shifted"] for w in ("swa", "csa", "hca")])
-    fewer = preset("v4.1_flash", num_hidden_layers=9)
+    fewer = preset("v4.1_flash", num_hidden_layers=9, dspark_block_size=None)
     assert [spec.attention for spec in fewer.specs][7:] == ["csa2_reuse", "csa2_full"]

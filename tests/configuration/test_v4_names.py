@@ -60,7 +60,7 @@ def test_by_hand(name):
 def test_all_names_of_a_release_there_and_back(release):
     ratios, hashed, experts, *ahead = RELEASES[release]
     names = v4_names(ratios, hashed, experts, *ahead)
-    config = SimpleNamespace(num_hidden_layers=len(ratios), compress_ratios=ratios)
+    config = SimpleNamespace(kv_source_layer_ids=None, num_hidden_layers=len(ratios), compress_ratios=ratios)
     ours = with_our_names(dict.fromkeys(names), config)
     assert len(ours) == len(names) == len(set(names))
     assert all(name.startswith(("model.", "lm_head.")) for name in ours)
@@ -109,5 +109,5 @@ def test_names_as_transformers_saves_them(tmp_path):
     saved = load_file(tmp_path / "model.safetensors")
     released = v4_names([0, 4, 128], 1, 2, scales=False)
     assert set(saved) != set(released)
-    wanted = SimpleNamespace(num_hidden_layers=3, compress_ratios=[0, 4, 128])
+    wanted = SimpleNamespace(kv_source_layer_ids=None, num_hidden_layers=3, compress_ratios=[0, 4, 128])
     assert set(with_our_names(saved, wanted)) == {from_v4_name(name, 3) for name in released}

@@ -8,6 +8,7 @@ from tests.modeling.conftest import outputs, tiny, token_ids
 from tests.modeling.test_dspark import DRAFTS, model_of
 from tests.modeling.test_generation import by_whole_passes
 from tests.reference.compare import assert_close
+from tests.reference.shared_model import ENGRAM
 
 NEW = 16
 GREEDY = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 2, "use_mtp": True}
@@ -22,6 +23,7 @@ MODELS = {
     "V4, preview": ("tiny_v4", AHEAD),
     "V4, two layers": ("tiny_v4", {"num_nextn_predict_layers": 2}),
     "V4, draft stages": ("tiny_v4", {**DRAFTS, "dspark_target_layer_ids": [0, 2]}),
+    "V4.1": ("tiny_v4.1", {**ENGRAM, **DRAFTS, "dspark_target_layer_ids": [1, 4], "dspark_n_routed_experts": 3}),
 }
 
 
@@ -31,7 +33,7 @@ def speculating(name: str, **overrides):
     return tiny(preset, **{**fields, "mtp_loss_weight": 0.0, "initializer_range": 0.2, **overrides})
 
 
-@pytest.mark.parametrize("name", ["V3, two layers", "V4, preview", "V4, draft stages"])
+@pytest.mark.parametrize("name", ["V3, two layers", "V4, preview", "V4, draft stages", "V4.1"])
 def test_greedy_from_one_token_equals_whole_passes(name):
     model, ids = speculating(name), token_ids(1, 1)
     assert torch.equal(model.generate(ids, **GREEDY | {"max_new_tokens": 8}), by_whole_passes(model, ids, 8))
@@ -80,7 +82,7 @@ def test_guesses_after_right_and_wrong_ones_are_those_of_whole_passes(name, monk
 
 
 def test_a_padded_prompt_and_one_whose_begin_is_cached():
-    for name in ("V3", "V4, preview", "V4, draft stages"):
+    for name in ("V3", "V4, preview", "V4, draft stages", "V4.1"):
         model, ids = speculating(name), token_ids(1, 9, seed=2)
         expected = by_whole_passes(model, ids, NEW)
         padded, mask = torch.cat((torch.full((1, 4), 2), ids), 1), torch.tensor([[0] * 4 + [1] * 9])
@@ -172,7 +174,7 @@ def test_what_cannot_be_is_refused_in_one_line():
     with pytest.raises(ValueError, match="use_mtp: this model has no prediction layers to guess by; leave"):
         tiny("tiny_v4.1", num_nextn_predict_layers=1).generate(token_ids(1, 4), **GREEDY)
     with pytest.raises(ValueError, match="mtp_loss_weight=0.1 clashes with kv_source_layer_ids"):
-        tiny("tiny_v4.1", num_nextn_predict_layers=1, mtp_loss_weight=0.1)
+        tiny("tiny_v4.1", num_nextn_predict_layers=1, mtp_loss_weight=0.1)  # without draft stages
     model = speculating("V3")
     with pytest.raises(ValueError, match="use_mtp: prediction layers read token ids; give input_ids"):
         model.generate(inputs_embeds=model.get_input_embeddings()(token_ids(1, 4)), **GREEDY)

@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging
 
 from configuration_deepseek import DeepSeekConfig
+from configuration_deepseek.presets import PRESETS
 from configuration_deepseek.weight_names import with_release_names
 from finetune_deepseek.checkpoints.checkpoint import official_weights
 from finetune_deepseek.checkpoints.export import export_native
@@ -18,6 +19,7 @@ from tests.modeling.test_moe import official_weights as with_single_experts
 from tests.reference.compare import assert_close, assert_same_gradients, twin
 from tests.reference.dspark import loss_of, scores_of, states_behind
 from tests.reference.v4_names import v4_names
+from tests.reference.v41_names import draft_names, v41_names
 
 DRAFTS = {
     **{"dspark_block_size": 3, "dspark_noise_token_id": 7, "dspark_target_layer_ids": [1, 3], "dspark_markov_rank": 5},
@@ -25,11 +27,18 @@ DRAFTS = {
 }
 
 
-def model_of(**fields) -> DeepSeekForCausalLM:
+SHARED = {  # V4.1's, with experts of their own number
+    **{**PRESETS["tiny_v4.1"], "vocab_size": 61, "image_token_id": 60, **DRAFTS, "index_n_heads": 20},
+    **{"dspark_n_routed_experts": 6, "dspark_num_experts_per_tok": 3},
+}
+BASES = {"V4": {**V4, "num_hash_layers": 1, **DRAFTS}, "V4.1": SHARED}
+
+
+def model_of(base: str = "V4", **fields) -> DeepSeekForCausalLM:
     torch.manual_seed(0)
-    model = DeepSeekForCausalLM(DeepSeekConfig(**{**V4, "num_hash_layers": 1, **DRAFTS, **fields}))
+    model = DeepSeekForCausalLM(DeepSeekConfig(**{**BASES[base], **fields}))
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name.endswith(("_hc.base", "hc_head.base", "e_score_correction_bias", "attn_sink")):
+        if name.endswith(("_hc.base", "hc_head.base", "e_score_correction_bias", "bias_vl", "attn_sink")):
             torch.nn.init.normal_(tensor, std=0.3)
     return model.eval()
 
@@ -45,11 +54,13 @@ def stage_weights(model) -> tuple[list[dict], dict]:
     return stages, leaves
 
 
-@pytest.fixture(scope="module")
-def drafted():
+@pytest.fixture(scope="module", params=BASES)
+def drafted(request):
     """A model, ids of one row, and its trunk's output."""
     small = {"hidden_size": 16, "hc_mult": 2, "hc_sinkhorn_iters": 2, "num_nextn_predict_layers": 2, "vocab_size": 23}
-    model, ids = model_of(**small, n_routed_experts=4), token_ids(1, 11, seed=3) % 23
+    ids = token_ids(1, 11, seed=3) % 23
+    small |= {"image_token_id": ids[0, 2].item()} if request.param == "V4.1" else {}  # stages take it as any other
+    model = model_of(request.param, **small, n_routed_experts=4)
     with torch.no_grad():
         return model, ids, model.model(ids, output_draft_states=True, use_cache=False)
 
@@ -73,10 +84,13 @@ def test_states_scores_and_gradients_behind_each_token(drafted):
     assert_same_gradients(ours[0], torch.stack(expected), leaves, tolerance=2e-5)
 
 
-def test_means_of_streams_are_taken_behind_the_layers(drafted):
+def test_means_of_streams_are_taken_behind_the_layers_and_in_shared_models_before(drafted):
     model, ids, trunk = drafted
-    recorded = []
-    hooks = [model.model.layers[i].register_forward_hook(lambda *a: recorded.append(a[-1].mean(2))) for i in (1, 3)]
+    recorded, layers = [], [model.model.layers[i] for i in (1, 3)]
+    hooks = [layer.register_forward_hook(lambda *a: recorded.append(a[-1].mean(2))) for layer in layers]
+    if model.config.kv_source_layer_ids is not None:
+        [hook.remove() for hook in hooks]
+        hooks = [layer.register_forward_pre_hook(lambda *a: recorded.append(a[1][0].mean(2))) for layer in layers]
     outputs(model, ids, use_cache=False)
     for hook in hooks:
         hook.remove()
@@ -121,12 +135,14 @@ def test_the_loss_and_its_gradients(drafted):
     torch.testing.assert_close(result.mtp_loss, ours)
 
 
-def test_every_weight_of_the_stages_learns_and_no_other_one():
-    model, ids = model_of().train(), token_ids(3, 13) % 61
+@pytest.mark.parametrize("base", BASES)
+def test_every_weight_of_the_stages_learns_and_no_other_one(base):
+    model, ids = model_of(base).train(), token_ids(3, 13) % 61
     result = model(ids, labels=ids, use_cache=False)
     result.loss.backward()
     assert result.loss > result.mtp_loss * 0.3
-    ahead = tuple(f"model.layers.{i}." for i in (4, 5, 6))
+    first = model.config.num_hidden_layers
+    ahead = tuple(f"model.layers.{i}." for i in range(first, first + 3))
     taught = {name: p.grad for name, p in model.named_parameters()}
     # an expert that no token chose has a gradient of its row alone
     assert not [name for name, grad in taught.items() if name.startswith(ahead) and (grad is None or not grad.any())]
@@ -138,8 +154,9 @@ def test_every_weight_of_the_stages_learns_and_no_other_one():
             assert torch.equal(parameter.grad, taught[name]) if taught[name] is not None else parameter.grad is None
 
 
-def test_padding_and_packing_leave_the_loss_as_it_is():
-    model, ids = model_of(), token_ids(1, 9, seed=5) % 61
+@pytest.mark.parametrize("base", BASES)
+def test_padding_and_packing_leave_the_loss_as_it_is(base):
+    model, ids = model_of(base), token_ids(1, 9, seed=5) % 61
     with torch.no_grad():
         alone = model(ids, labels=ids, use_cache=False).mtp_loss
         for width in (3, 6):  # of blocks, which begin at columns
@@ -171,20 +188,22 @@ def test_micro_batches_add_up_and_a_batch_without_targets_adds_nothing():
         model_of(num_hash_layers=0)(inputs_embeds=torch.zeros(1, 9, 32), labels=ids[:1], use_cache=False)
 
 
+@pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_trains(dtype):
-    model, ids = model_of().train().to(dtype), token_ids(2, 12) % 61
+def test_half_precision_trains(dtype, base):
+    model, ids = model_of(base).train().to(dtype), token_ids(2, 12) % 61
     result = model(ids, labels=ids, use_cache=False)
     result.loss.backward()
     assert result.mtp_loss.isfinite() and model.model.draft_stages[0].main_proj.weight.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_teaches_the_same(reentrant):
+def test_gradient_checkpointing_teaches_the_same(reentrant, base):
     ids = token_ids(2, 12) % 61
     gradients = []
     for is_checkpointed in (False, True):
-        model = model_of().train()
+        model = model_of(base).train()
         if is_checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
@@ -197,8 +216,17 @@ def test_gradient_checkpointing_teaches_the_same(reentrant):
 # Files --------------------------------------------------------------------------------------------------------------
 
 
-def test_names_in_files_are_those_of_the_config_and_of_releases(tmp_path):
-    model = model_of()
+def release_names(base: str, scales: bool) -> set[str]:
+    if base == "V4":
+        return set(v4_names(V4["compress_ratios"][:4], 1, 8, drafts=3, scales=scales))
+    sizes = {"layers": 5, "experts": 8, "makers": [1, 2], "without_gate": [2], "choosers": [1, 2, 4], "engrams": []}
+    sizes |= {"stages": 3, "stage_experts": 6}
+    return {*v41_names(sizes, scales), *draft_names(sizes, scales)}
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_names_in_files_are_those_of_the_config_and_of_releases(base, tmp_path):
+    model = model_of(base)
     model.save_pretrained(tmp_path)
     stored = load_file(tmp_path / "model.safetensors")
     shapes = {name: tuple(tensor.shape) for name, tensor in stored.items()}
@@ -206,14 +234,15 @@ def test_names_in_files_are_those_of_the_config_and_of_releases(tmp_path):
         shapes == model.config.weight_shapes("ForCausalLM") == {k: v.shape for k, v in official_weights(model).items()}
     )
     released = with_release_names(stored, model.config)
-    assert set(released) == set(v4_names(V4["compress_ratios"][:4], 1, 8, drafts=3, scales=False))
+    assert set(released) == release_names(base, scales=False)
     save_file(released, tmp_path / "model.safetensors", {"format": "pt"})
     loaded, info = DeepSeekForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in loaded.state_dict().items())
-    assert len(loaded.model.draft_stages) == 3 and isinstance(loaded.model.layers[4], DeepSeekDraftStage)
+    first = model.config.num_hidden_layers
+    assert len(loaded.model.draft_stages) == 3 and isinstance(loaded.model.layers[first], DeepSeekDraftStage)
     trunk, info = DeepSeekModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert info["unexpected_keys"] == {"lm_head.weight"} and len(trunk.layers) == 4
+    assert info["unexpected_keys"] == {"lm_head.weight"} and len(trunk.layers) == first
 
 
 @pytest.mark.parametrize("part", ["4.main_norm.weight", "5.attn_hc.fn", "6.confidence_head.proj.weight"])
@@ -226,16 +255,17 @@ def test_incomplete_stages_are_refused(part, tmp_path):
         DeepSeekForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("dtype", ["fp32", "fp8"])
-def test_exported_as_released_and_opened_again(dtype, tmp_path):
+def test_exported_as_released_and_opened_again(dtype, base, tmp_path):
     if dtype == "fp8" and not hasattr(torch, "float8_e8m0fnu"):
         pytest.skip("torch has no float8_e8m0fnu")
-    model = model_of(mtp_loss_weight=0.0, expert_dtype="fp4" if dtype == "fp8" else None, moe_intermediate_size=32)
+    fields = {"expert_dtype": "fp4" if dtype == "fp8" else None, "moe_intermediate_size": 32}
+    model = model_of(base, mtp_loss_weight=0.0, **fields)
     model.save_pretrained(tmp_path / "own")
     export_native(tmp_path / "own", tmp_path / "native", dtype=dtype)
-    names = v4_names(V4["compress_ratios"][:4], 1, 8, drafts=3, scales=dtype == "fp8")
     stored = load_file(tmp_path / "native/model.safetensors")
-    assert set(stored) == set(names)
+    assert set(stored) == release_names(base, scales=dtype == "fp8")
     assert stored["mtp.0.main_proj.weight"].dtype == (torch.float8_e4m3fn if dtype == "fp8" else torch.float32)
     loaded, info = DeepSeekForCausalLM.from_pretrained(
         tmp_path / "native", dtype=torch.float32, output_loading_info=True

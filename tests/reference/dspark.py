@@ -5,7 +5,8 @@ import torch
 from tests.reference.compressed_attention import frequencies, turned, under
 from tests.reference.layers import linear, rms_norm
 from tests.reference.moe import moe
-from tests.reference.residual import hyper_head
+from tests.reference.residual import collapse, hyper_head
+from tests.reference.shared_model import around as around_shifted
 from tests.reference.stream_prediction import around
 
 
@@ -22,7 +23,9 @@ def attention(block: torch.Tensor, context: torch.Tensor, t: int, weights: dict,
         queries, mixed = weights["wq_b.weight"] @ latent, []
         for h in range(heads):
             query = queries[h * width : (h + 1) * width]
-            query = turned(query / (query.pow(2).mean() + eps) ** 0.5, t + 1 + j, turns)
+            if config["kv_source_layer_ids"] is None:
+                query = query / (query.pow(2).mean() + eps) ** 0.5
+            query = turned(query, t + 1 + j, turns)
             powers = [torch.exp(query @ key * width**-0.5) for key in seen]
             total = sum(powers) + torch.exp(weights["attn_sink"][h])
             value = sum(p * key for p, key in zip(powers, seen, strict=True)) / total
@@ -42,10 +45,12 @@ def states_behind(t: int, taps: torch.Tensor, first: int, stages: list[dict], em
         taps: [S, k D], of the trunk; first: the token t + 1.
         stages: weights of each, by our names; embeds: [V, D].
     """
-    eps = config["rms_norm_eps"]
+    eps, shares = config["rms_norm_eps"], config["kv_source_layer_ids"] is not None
+    config = {**config, "num_experts_per_tok": config["dspark_num_experts_per_tok"] or config["num_experts_per_tok"]}
     context = rms_norm(linear(taps, stages[0], "main_proj"), stages[0]["main_norm.weight"], eps)
     ids = [first] + [config["dspark_noise_token_id"]] * (config["dspark_block_size"] - 1)
     x = [torch.stack([embeds[i]] * config["hc_mult"]) for i in ids]
+    pre = [[1.0] + [0.0] * (config["hc_mult"] - 1)] * len(ids)
     for weights in stages:
 
         def attend(states: torch.Tensor, weights=weights) -> torch.Tensor:
@@ -55,8 +60,13 @@ def states_behind(t: int, taps: torch.Tensor, first: int, stages: list[dict], em
         def transform(states: torch.Tensor, weights=weights) -> torch.Tensor:
             return moe(rms_norm(states, weights["post_attention_layernorm.weight"], eps), weights, config, "mlp.")
 
-        x = around(x, attend, weights, config, "attn_hc.")
-        x = around(x, transform, weights, config, "ffn_hc.")
+        for sublayer, prefix in ((attend, "attn_hc."), (transform, "ffn_hc.")):
+            if shares:
+                x, pre = around_shifted(torch.stack(list(x)), pre, sublayer, under(weights, prefix), config)
+            else:
+                x = around(x, sublayer, weights, config, prefix)
+    if shares:
+        return torch.stack([collapse(weight, token) for weight, token in zip(pre, x, strict=True)])
     return torch.stack([hyper_head(token, stages[-1], config, "hc_head.") for token in x])
 
 

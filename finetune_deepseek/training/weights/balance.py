@@ -6,7 +6,8 @@ arXiv 2408.15664, and DeepSeek-V3, arXiv 2412.19437, section 2.1.2:
 
 The tokens are those of the whole step: all micro-batches and processes, padding left out. The bias only chooses
 experts, it never weighs them, and is a buffer of the model, so that it is saved and resumed with it. V4.1 has a second
-one for the tokens of images, which is moved by their load alone, and the first by that of the others.
+one for the tokens of images, which is moved by their load alone, and the first by that of the others. The tokens of
+draft stages (dspark.py) are their blocks', of which none counts as padding or as an image's.
 """
 
 from typing import Any, cast
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+from modeling_deepseek.dspark import DraftStage
 from modeling_deepseek.routers import DeepSeekImageRouter, DeepSeekTopKRouter
 
 BIAS, IMAGE_BIAS = "e_score_correction_bias", "e_score_correction_bias_vl"
@@ -45,9 +47,13 @@ class BalanceExperts(TrainerCallback):
                 f"--router_bias_update {speed:g}: no router of this model has a bias that chooses; leave it out, or "
                 'take topk_method "noaux_tc" and this package\'s classes.'
             )
-        # of each router, and again of those that have a bias for images
+        self.drafting = {
+            router for stage in model.modules() if isinstance(stage, DraftStage) for router in stage.modules()
+        }
+        # of each router, and again of those that use a bias for images
         self.biases = [(router, BIAS) for router in self.routers]
-        self.biases += [(router, IMAGE_BIAS) for router in self.routers if isinstance(router, DeepSeekImageRouter)]
+        images = [router for router in self.routers if isinstance(router, DeepSeekImageRouter)]
+        self.biases += [(router, IMAGE_BIAS) for router in images if router not in self.drafting]
         self.counts = [torch.zeros_like(cast(torch.Tensor, getattr(router, name))) for router, name in self.biases]
         self.max_violation = torch.zeros(())  # of the latest step, mean over the layers: busiest expert / mean - 1
         model.register_forward_pre_hook(self._see_tokens, with_kwargs=True)
@@ -64,7 +70,7 @@ class BalanceExperts(TrainerCallback):
             return
         chosen = outputs[2]  # [N, K]
         weights = torch.ones_like(chosen, dtype=torch.float32)
-        for is_counted in (self.is_token, self._is_of(name)):
+        for is_counted in () if router in self.drafting else (self.is_token, self._is_of(name)):
             if is_counted is not None and len(is_counted) == len(chosen):
                 weights = weights * is_counted.unsqueeze(-1).to(weights.device)
         self.counts[number] = self.counts[number].to(chosen.device).scatter_add(0, chosen.flatten(), weights.flatten())
@@ -75,14 +81,13 @@ class BalanceExperts(TrainerCallback):
 
     @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        counts = torch.stack(self.counts)  # [layers, E]
+        together = torch.cat(self.counts)  # one after the other, for layers may have different numbers of experts
         if args.world_size > 1:
-            torch.distributed.all_reduce(counts)
-        means = counts.mean(-1, keepdim=True)
-        moves = torch.sign(means - counts)
-        for (router, name), move in zip(self.biases, moves, strict=True):
+            torch.distributed.all_reduce(together)
+        counts = together.split([len(count) for count in self.counts])
+        for (router, name), count in zip(self.biases, counts, strict=True):
             bias = cast(torch.Tensor, getattr(router, name))
-            bias.add_(move.to(bias.device), alpha=self.speed)
-        counts, means = counts[: len(self.routers)], means[: len(self.routers)]
-        self.max_violation = (counts.amax(-1) / means.squeeze(-1).clamp(min=1)).mean() - 1
+            bias.add_(torch.sign(count.mean() - count).to(bias.device), alpha=self.speed)
+        busiest = [count.amax() / count.mean().clamp(min=1) for count in counts[: len(self.routers)]]
+        self.max_violation = torch.stack(busiest).mean() - 1
         self.counts = [torch.zeros_like(count) for count in self.counts]

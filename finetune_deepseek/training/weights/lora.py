@@ -204,15 +204,17 @@ class GroupCensus:
 
 def census(model: nn.Module) -> dict[str, GroupCensus]:
     """Count the parameters by group, and the adapters; LoRA's own parameters count as `trainable` only."""
-    config = getattr(model, "config", None)
-    top_k = getattr(config, "num_experts_per_tok", None)
+    config: Any = getattr(model, "config", None)
+    stages = config.experts_at(config.num_hidden_layers) if hasattr(config, "experts_at") else config
     groups, ahead = {word: GroupCensus() for word in (*GROUPS, OTHER)}, prediction_layers(model)
     for name, parameter in model.named_parameters():
         if ".lora_" in name or ".original_module." in name:  # PEFT keeps the untrained copy of a head beside it
             continue
-        group = groups[group_of(plain_name(name), ahead)]
+        word = group_of(plain_name(name), ahead)
+        group, sizes = groups[word], stages if word == "mtp" else config
         group.total += parameter.numel()
-        experts = parameter.shape[0] if parameter.ndim == 3 else getattr(config, "n_routed_experts", None)
+        top_k = getattr(sizes, "num_experts_per_tok", None)
+        experts = parameter.shape[0] if parameter.ndim == 3 else getattr(sizes, "n_routed_experts", None)
         share = top_k / experts if top_k and experts and ".experts." in name else 1
         group.active += round(parameter.numel() * share)
         group.trainable += parameter.numel() if parameter.requires_grad else 0

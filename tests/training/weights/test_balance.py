@@ -14,6 +14,7 @@ from finetune_deepseek.__main__ import guarded
 from finetune_deepseek.training.weights.balance import BalanceExperts
 from modeling_deepseek import DeepSeekForCausalLM
 from tests.modeling.conftest import tiny, token_ids
+from tests.modeling.test_dspark import model_of
 from tests.small_runs import TINY, flags, write_jsonl
 
 STEP = SimpleNamespace(world_size=1)
@@ -66,6 +67,23 @@ def test_images_move_a_bias_of_their_own():
     balance.on_step_end(STEP, None, None)
     assert torch.equal(router.get_buffer(f"{BIAS}_vl"), texts[f"{BIAS}_vl"])
     assert not torch.equal(router.get_buffer(BIAS), texts[BIAS])
+
+
+def test_draft_stages_have_experts_of_their_own_number_and_tokens_of_their_own():
+    """Two blocks of three drafts in each row of six: as many as the row's tokens, of which some are padding."""
+    model, pad = model_of("V4.1", pad_token_id=2).train(), 2
+    balance, stage = BalanceExperts(model, 0.01), model.model.draft_stages[1].mlp.gate
+    before = {name: buffer.clone() for name, buffer in stage.named_buffers()}
+    ids = token_ids(2, 6) % 50 + 3
+    ids[:, 4:], chosen = pad, []
+    ids[0, 1] = model.config.image_token_id
+    stage.register_forward_hook(lambda module, args, outputs: chosen.append(outputs[2]))
+    model(ids, labels=ids, use_cache=False)
+    assert chosen[0].shape == (2 * 2 * 3, 3)
+    balance.on_step_end(STEP, None, None)
+    counts = torch.bincount(chosen[0].flatten(), minlength=6).float()
+    torch.testing.assert_close(stage.get_buffer(BIAS), before[BIAS] + 0.01 * torch.sign(counts.mean() - counts))
+    assert torch.equal(stage.get_buffer(f"{BIAS}_vl"), before[f"{BIAS}_vl"])
 
 
 def test_micro_batches_count_as_one_step():

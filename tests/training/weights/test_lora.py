@@ -244,6 +244,15 @@ def test_choosing_from_no_targets():
     assert choose_groups(None, {word: [] for word in GROUPS}, tied=False) == []
 
 
+def test_draft_stages_are_counted_by_experts_of_their_own():
+    stages = {**DRAFTS, "dspark_target_layer_ids": [1, 4], "dspark_n_routed_experts": 4}
+    stages |= {"dspark_num_experts_per_tok": 1, "mtp_loss_weight": 0.0}
+    model = make_model("tiny_v4.1", **stages)
+    layers = [model.get_submodule(f"model.layers.{i}.mlp.experts") for i in (5, 6, 7)]
+    experts, found = sum(p.numel() for layer in layers for p in layer.parameters()), census(model)["mtp"]
+    assert found.total - found.active == experts * 3 / 4
+
+
 def test_census_counts_every_parameter_once():
     model = make_model()
     groups = census(model)
