@@ -1,6 +1,5 @@
 """Names and shapes of weights as the config tells them are those of the model, whatever its mechanisms and head."""
 
-
 import pytest
 import torch
 
