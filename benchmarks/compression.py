@@ -1,10 +1,11 @@
-"""What each way of `deepseek-hf compress` does to one model: size, time of a batch, scores.
+"""What each way of `deepseek-hf compress` does to the models of a table: size, time of a batch, scores.
 
-    python benchmarks/compression.py MODEL --scores accuracy loss --images 256 3 8 8 -- --data_dir optdigits
-    python benchmarks/compression.py MODEL --scores exact_match chrf2 loss --tokens 32 48 --recover 100 -- FLAGS ...
+    python benchmarks/compression.py benchmarks/compression.yaml --data ../shared/data --output runs/results
 
-What stands behind -- goes to every compress: the data, and what trains in --recover. The models are timed in turn, one
-batch of random input each, so that what else the machine does meets all of them; the table has medians.
+A model is trained once, by the first stage of a recipe or by a system of another table, unless its folder lies in
+--output; --model NAME=FOLDER takes one that is there. Then every way makes a folder beside it, those that prune a
+second one with `--recover-steps`. The models are timed in turn, one batch of random input each, so that what else the
+machine does meets all of them. Tables and JSON go into docs/results.
 """
 
 import argparse
@@ -14,8 +15,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+import yaml
+from compare import PACKAGES, RESULTS, flags, machine_lines, read_table, run, systems_of, write_section, write_whole
 
 import modeling_deepseek
 
@@ -28,16 +32,41 @@ WAYS = {
     "experts-25": ["--prune-experts", "0.25"],
     "experts-50": ["--prune-experts", "0.5"],
 }
-TRAINED = ("sparsity", "layer", "experts-25", "experts-50")  # with --recover, a second time
+TRAINED = ("sparsity", "layer", "experts-25", "experts-50")  # with --recover-steps, a second time
+Row = tuple[str, Path, dict[str, Any], str]  # what was done, the folder, its report, "before" or "after"
 
 
-def compressed(model: str, folder: Path, ways: list[str], flags: list[str]) -> dict:
+def training_of(entry: dict[str, Any], here: Path) -> dict[str, Any]:
+    """The settings by which a model is trained."""
+    if "stage" in entry:
+        recipe = yaml.safe_load((here / entry["stage"]).read_text(encoding="utf-8"))
+        first = recipe.pop("stages")[0]
+        return {**recipe, **first, **entry["train"]}
+    return {**systems_of(read_table(here / entry["table"]))[entry["system"]], **entry["train"]}
+
+
+def compressed(model: Path, folder: Path, ways: list[str], settings: list[str]) -> dict[str, Any]:
     """The report of one way, which is made unless it lies there from an earlier call."""
     report = folder / "compression.json"
     if not report.is_file():
-        command = [sys.executable, "-W", "ignore", "-m", "finetune_deepseek", "compress", model, str(folder), *ways]
-        subprocess.run([*command, "--disable_tqdm", "true", *flags], check=True, stdout=subprocess.DEVNULL)
+        print(time.strftime("%H:%M"), folder, flush=True)
+        command = [sys.executable, "-W", "ignore", "-m", "finetune_deepseek", "compress", str(model), str(folder)]
+        with open(f"{folder}.log", "w") as log:
+            words = [*command, *ways, "--disable_tqdm", "true", *settings]
+            subprocess.run(words, check=True, stdout=log, stderr=subprocess.STDOUT)
     return json.loads(report.read_text(encoding="utf-8"))
+
+
+def rows_of(entry: dict[str, Any], model: Path, folder: Path, places: dict[str, str]) -> list[Row]:
+    """The model as it was, and as every way has made it."""
+    rows: list[Row] = []
+    for way in entry["ways"]:
+        for steps in sorted({0, entry["recover_steps"] if way in TRAINED else 0}):
+            words = [*WAYS[way], *(["--recover-steps", str(steps)] if steps else [])]
+            made = folder / (f"{way}-recovered" if steps else way)
+            report = compressed(model, made, words, flags(entry["flags"], places))
+            rows.append((f"`{' '.join(words)}`", made, report, "after"))
+    return [("as it was", model, rows[0][2], "before"), *rows]
 
 
 def opened(folder: Path) -> torch.nn.Module:
@@ -59,47 +88,62 @@ def milliseconds(models: list[torch.nn.Module], inputs: dict[str, torch.Tensor],
     return [statistics.median(own) for own in times]
 
 
+def batch_of(shapes: dict[str, list[int]], vocab_size: int) -> dict[str, torch.Tensor]:
+    """Random input: token ids, or pixels."""
+    torch.manual_seed(0)
+    return {
+        name: torch.randint(3, vocab_size, shape) if name == "input_ids" else torch.randn(shape)
+        for name, shape in shapes.items()
+    }
+
+
+def measured(entry: dict[str, Any], rows: list[Row], rounds: int) -> list[dict[str, Any]]:
+    """Of each row its size, time and scores."""
+    models = [opened(folder) for _, folder, _, _ in rows]
+    times = milliseconds(models, batch_of(entry["batch"], models[0].config.vocab_size), rounds)
+    found = []
+    for (name, _, report, when), took in zip(rows, times, strict=True):
+        scores = {
+            score: report[when].get(f"eval_{score}", report[when].get(f"test_{score}")) for score in entry["scores"]
+        }
+        found.append({"way": name, "bytes": report[f"bytes_{when}"], "milliseconds": took, **scores})
+    return found
+
+
+def table_lines(title: str, entry: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
+    columns = [title, "weights, MB", "batch, ms", *entry["scores"].values()]
+    lines = ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for row in rows:
+        scores = " | ".join(f"{row[score]:.4f}" for score in entry["scores"])
+        lines.append(f"| {row['way']} | {row['bytes'] / 1e6:.2f} | {row['milliseconds']:.1f} | {scores} |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--scores", nargs="+", required=True, help="names in results, without the split")
-    parser.add_argument("--tokens", nargs=2, type=int, help="rows and tokens of the batch that is timed")
-    parser.add_argument("--images", nargs=4, type=int, help="or images, channels, height, width")
-    parser.add_argument("--recover", type=int, default=0, help="steps of training, for pruned ones a second row")
-    parser.add_argument("--output", default="runs/compression", help="folder for the models")
-    parser.add_argument("--ways", nargs="+", choices=[*WAYS], default=[*WAYS])
+    parser.add_argument("table", type=Path)
+    parser.add_argument("--data", required=True, help="folder of the data sets")
+    parser.add_argument("--output", type=Path, required=True, help="folder for models, logs and results")
+    parser.add_argument("--model", nargs="*", default=[], metavar="NAME=FOLDER", help="models that are there")
     parser.add_argument("--rounds", type=int, default=30)
-    own, flags = (sys.argv[1:], []) if "--" not in sys.argv else split_at(sys.argv[1:], "--")
-    arguments = parser.parse_args(own)
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-
-    rows: list[tuple[str, Path, dict, str]] = []
-    for way in arguments.ways:
-        for steps in sorted({0, arguments.recover if way in TRAINED else 0}):
-            words = [*WAYS[way], *(["--recover-steps", str(steps)] if steps else [])]
-            folder = Path(arguments.output) / (f"{way}-recovered" if steps else way)
-            report = compressed(arguments.model, folder, words, flags)
-            rows.append((f"`{' '.join(words)}`", folder, report, "after"))
-    rows.insert(0, ("as it was", Path(arguments.model), rows[0][2], "before"))
-
-    models = [opened(folder) for _, folder, _, _ in rows]
-    if arguments.images:
-        inputs = {"pixel_values": torch.randn(arguments.images)}
-    else:
-        inputs = {"input_ids": torch.randint(3, models[0].config.vocab_size, arguments.tokens)}
-    times = milliseconds(models, inputs, arguments.rounds)
-    print(f"| | weights, MB | batch, ms | {' | '.join(arguments.scores)} |")
-    print("|---" * (3 + len(arguments.scores)) + "|")
-    for (name, _, report, when), took in zip(rows, times, strict=True):
-        found = report[when]
-        split = "eval" if f"eval_{arguments.scores[0]}" in found else "test"
-        scores = " | ".join(f"{found[f'{split}_{score}']:.4f}" for score in arguments.scores)
-        print(f"| {name} | {report[f'bytes_{when}'] / 1e6:.2f} | {took:.1f} | {scores} |")
-
-
-def split_at(words: list[str], mark: str) -> tuple[list[str], list[str]]:
-    place = words.index(mark)
-    return words[:place], words[place + 1 :]
+    table, here = read_table(arguments.table), arguments.table.parent
+    places, there = {"data": arguments.data}, dict(pair.split("=", 1) for pair in arguments.model)
+    lines, record = [f"## {table['title']}", table["text"].strip()], {}
+    for name, entry in table["models"].items():
+        folder = arguments.output / table["name"] / name
+        folder.mkdir(parents=True, exist_ok=True)
+        if name not in there:
+            run(entry["task"], training_of(entry, here), folder / "model", places)
+        rows = rows_of(entry, Path(there.get(name, folder / "model")), folder, places)
+        record[name] = measured(entry, rows, arguments.rounds)
+        lines += table_lines(name, entry, record[name])
+    command = f"python benchmarks/compression.py {arguments.table} --data DATA --output runs/results"
+    lines += ["", f"Command: `{command}`"]
+    lines += [f"- {line.strip()}" for line in machine_lines(table["machine"], (*PACKAGES, "torchao"))]
+    write_whole(RESULTS.with_name("results") / f"{table['name']}.json", json.dumps(record, indent=1) + "\n")
+    write_section(table["name"], [*lines, f"- Data: {table['source']}"])
 
 
 if __name__ == "__main__":
