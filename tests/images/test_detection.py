@@ -25,7 +25,8 @@ from tests.images.test_reading import bytes_of, picture, save, write_rows
 from tests.recommendation.test_benchmarks import BENCHMARKS, benchmark
 from tests.small_runs import flags
 
-pytest.importorskip("pycocotools", reason='scores: pip install "deepseek-hf[images]"')
+COCO = pytest.importorskip("pycocotools.coco", reason='scores: pip install "deepseek-hf[images]"').COCO
+COCOeval = pytest.importorskip("pycocotools.cocoeval").COCOeval
 SETTINGS = {
     "preset": "tiny_llm",
     "config_overrides": '{"conv_channels": [8, 16], "conv_pooling": [2, 2]}',
@@ -213,6 +214,7 @@ def test_a_score_that_is_no_number_is_behind_all_others():
     task = object.__new__(ObjectDetection)
     task.processor = SimpleNamespace(post_process_object_detection=lambda *_: found)
     inputs = {"pixel_values": None, "labels": [{"class_labels": torch.tensor([1])}], "size": None}
+    inputs |= {"is_annotated": torch.tensor([True])}
     predicted = task.predict_batch(lambda **_: SimpleNamespace(loss=torch.tensor(1.0)), inputs).outputs
     assert predicted[0, :3, 5].tolist() == [2, 1, 0] and predicted[0, 2, 4] == -torch.inf
 
@@ -296,7 +298,96 @@ def test_annotations_that_are_wrong_are_refused(tmp_path):
     with pytest.raises(ValueError, match="no 'file_name' where COCO's format has one"):
         read(images=[{"id": 1}])
     crowd = {"id": 5, "image_id": 1, "category_id": 1, "bbox": [0, 0, 2, 2], "iscrowd": 1}
-    assert read(annotations=[crowd])["train"][0]["target"] == [[]]
+    rows, pictures = read(annotations=[crowd])["train"]
+    assert rows["target"] == [[]] and rows["crowds"] == [[{"bbox": [0, 0, 2, 2], "category": "a"}]]
+    assert pictures.faults == {"crowds": ["a.png: a at 0 0 2 2"], "images_without_objects": ["a.png"]}
+    with pytest.raises(ValueError, match="train: 1 of 1 images are from files without annotations"):
+        (tmp_path / "train.json").write_text(json.dumps({"images": [{"id": 1, "file_name": "a.png"}]}))
+        read_objects(DetectionArguments(train_file=str(tmp_path / "train.json")))
+
+
+THREE = {  # an object and a crowd of its category; an object; nothing
+    "images": [{"id": number, "file_name": f"{number}.png"} for number in (4, 5, 6)],
+    "categories": [{"id": 8, "name": "a"}],
+    "annotations": [
+        {"id": 1, "image_id": 4, "category_id": 8, "bbox": [0, 0, 10, 10], "area": 100, "iscrowd": 0},
+        {"id": 2, "image_id": 4, "category_id": 8, "bbox": [10, 0, 20, 20], "area": 400, "iscrowd": 1},
+        {"id": 3, "image_id": 5, "category_id": 8, "bbox": [0, 0, 10, 10], "area": 100, "iscrowd": 0},
+    ],
+}
+FOUND = {  # box and score; those of image 4 but the first lie in the crowd
+    4: [([0, 0, 10, 10], 0.6), ([10, 0, 10, 10], 0.9), ([12, 2, 12, 12], 0.8)],
+    5: [([0, 0, 10, 9], 0.7)],
+    6: [([3, 3, 6, 6], 0.65)],
+}
+
+
+def by_pycocotools():
+    """mAP of `FOUND`, with the parameters that pycocotools has by itself."""
+    truth = COCO()
+    truth.dataset = {"info": {}, **THREE}
+    truth.createIndex()
+    found = [
+        {"image_id": image, "category_id": 8, "bbox": box, "score": score}
+        for image, boxes in FOUND.items()
+        for box, score in boxes
+    ]
+    evaluation = COCOeval(truth, truth.loadRes(found), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    return evaluation.stats
+
+
+@pytest.mark.parametrize("kind", ["coco", "table"])
+def test_what_is_found_in_a_crowd_counts_as_pycocotools_counts_it(tmp_path, kind):
+    save(tmp_path, {f"{number}.png": picture(number, (32, 24)) for number in (4, 5, 6)})
+    if kind == "coco":
+        (tmp_path / "test.json").write_text(json.dumps(THREE))
+        rows, pictures = read_objects(DetectionArguments(test_file=str(tmp_path / "test.json")))["test"]
+    else:
+        table = [
+            {
+                "image": f"{image['id']}.png",
+                "objects": [
+                    {"bbox": one["bbox"], "category": "a", "iscrowd": one["iscrowd"]}
+                    for one in THREE["annotations"]
+                    if one["image_id"] == image["id"]
+                ],
+            }
+            for image in THREE["images"]
+        ]
+        rows, pictures = read_objects(DetectionArguments(test_file=write_rows(tmp_path / "test.jsonl", table)))["test"]
+    assert [len(names) for names in pictures.faults.values()] == [1, 1]
+    assert set(pictures.faults) == {"crowds", "images_without_objects"}
+    predictions = [[{"bbox": box, "category": "a", "score": score} for box, score in own] for own in FOUND.values()]
+    task = object.__new__(ObjectDetection)
+    task.labels = ["a"]
+    found = task.score(predictions, list(rows))
+    # In order of score: right (at overlaps up to .9), wrong, right; those in the crowd are none of them.
+    at_half = (51 + 50 * 2 / 3) / 101
+    assert found["map_50"] == pytest.approx(at_half)
+    at_last = 51 * (1 / 3) / 101  # where the third alone is right
+    assert found["map"] == pytest.approx((9 * at_half + at_last) / 10)
+    stats = by_pycocotools()
+    for name, place in (("map", 0), ("map_50", 1), ("map_75", 2), ("mar_100", 8)):
+        assert found[name] == pytest.approx(stats[place])
+
+
+def test_images_without_annotations_are_predicted_and_not_scored(learned, folder, tmp_path):
+    content = json.loads((folder / "test" / "_annotations.coco.json").read_text())
+    del content["annotations"]
+    (tmp_path / "images.json").write_text(json.dumps(content))
+    output = tmp_path / "out"
+    results = run(model_name_or_path=learned[0], use_cpu=True, disable_tqdm=True, do_predict=True, output_dir=output,
+                  test_file=tmp_path / "images.json", image_dir=folder / "test")  # fmt: skip
+    assert not any(name in results for name in ("test_map", "test_loss", "baseline_map"))
+    lines = [json.loads(line) for line in (output / "generated_predictions.jsonl").read_text().splitlines()]
+    known = [json.loads(line) for line in (learned[0] / "generated_predictions.jsonl").read_text().splitlines()]
+    assert [len(line["prediction"]) for line in lines] == [len(line["prediction"]) for line in known]
+    assert lines[0]["prediction"][0]["bbox"] == pytest.approx(known[0]["prediction"][0]["bbox"], abs=0.02)
+    report = json.loads((output / "data_report.json").read_text())["test"]
+    assert report["images_without_annotations"]["count"] == 5 and "images_without_objects" not in report
 
 
 def test_numbered_categories_get_their_names(tmp_path):

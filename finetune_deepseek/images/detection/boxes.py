@@ -43,14 +43,14 @@ def as_labels(corners: torch.Tensor, classes: torch.Tensor, height: int, width: 
 
 class BoxCollator(ImageCollator):
     """Images with `labels`, a list of what `as_labels` gives; those that are scored with `size` [B, 2] too, height and
-    width of the image before it was scaled."""
+    width of the image before it was scaled, and `is_annotated` [B]."""
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().__call__(features)
         width, height = self.pixels.size
         batch["labels"] = [as_labels(corners, classes, height, width) for corners, classes in batch["labels"]]
         if "row" in batch:
-            batch["size"] = torch.tensor([feature["size"] for feature in features])
+            batch |= {name: torch.tensor([feature[name] for feature in features]) for name in ("size", "is_annotated")}
         return batch
 
     def labels(self, features: list[dict[str, Any]]) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -1,8 +1,9 @@
 """Images with objects, out of annotations in COCO's format, tables and data sets of the Hub.
 
 A row has `source`, the image's name, `target`, a list of {bbox, category} with x, y, width and height in pixels of the
-image, `image_id`, and the image's `height` and `width`. Boxes are cut to their image; those that have no area then are
-left out, counted and named.
+image, `crowds`, the same of boxes with many objects, `image_id`, the image's `height` and `width`, and `is_annotated`:
+whether it is known what is in it. Boxes are cut to their image; those that have no area then are left out, counted and
+named.
 """
 
 import math
@@ -23,7 +24,6 @@ from ...data.table import read_columns
 from ..reading import Columns, Named, NoImage, Pictures, gathered, split_folders, table_cells
 from .arguments import DetectionArguments
 
-COCO_KEYS = {"images", "annotations", "categories"}
 ROUNDING = 1.0  # pixels that a box may stand out of its image without mention
 
 
@@ -36,6 +36,7 @@ def read_objects(arguments: DetectionArguments) -> dict[str, tuple[Dataset, Pict
     found = {}
     for split, (parts, categories) in _named_cells(arguments).items():
         rows, pictures = gathered(split, parts, _target)
+        check_annotated(rows["is_annotated"], split)
         used = {one["category"] for target in rows["target"] for one in target}
         pictures.empty = [name for name in categories if name not in used]
         pictures.category_ids = dict(categories)
@@ -47,7 +48,8 @@ def _target(objects: Mapping[str, Any], name: str, size: tuple[int, int], pictur
     """A row's own columns: the objects that are in the image, and what is wrong with the others noted."""
     height, width = size
     kept: list[dict[str, Any]] = []
-    for box, category in objects["objects"]:
+    crowds: list[dict[str, Any]] = []
+    for box, category, is_crowd in objects["objects"] or ():
         x, y, right, bottom = box[0], box[1], box[0] + box[2], box[1] + box[3]
         x0, y0, x1, y1 = max(x, 0.0), max(y, 0.0), min(right, float(width)), min(bottom, float(height))
         shown = f"{name}: {category} at {' '.join(f'{side:g}' for side in box)}"
@@ -57,13 +59,31 @@ def _target(objects: Mapping[str, Any], name: str, size: tuple[int, int], pictur
         if min(x, y) < -ROUNDING or right > width + ROUNDING or bottom > height + ROUNDING:
             pictures.note("boxes_outside", shown)
         one = {"bbox": [x0, y0, x1 - x0, y1 - y0], "category": category}
-        if one in kept:
+        if one in kept and not is_crowd:
             pictures.note("duplicate_boxes", shown)
             continue
-        kept.append(one)
+        if is_crowd:
+            pictures.note("crowds", shown)
+        (crowds if is_crowd else kept).append(one)
+    is_annotated = objects["objects"] is not None
     if not kept:
-        pictures.note("images_without_objects", name)
-    return {"target": kept, "image_id": objects["image_id"], "height": height, "width": width}
+        pictures.note("images_without_objects" if is_annotated else "images_without_annotations", name)
+    own = {"target": kept, "crowds": crowds, "is_annotated": is_annotated, "image_id": objects["image_id"]}
+    return own | {"height": height, "width": width}
+
+
+def check_annotated(found: Sequence[bool], split: str) -> None:
+    """Refuse images without annotations where they would be learned from or scored.
+
+    Raises:
+        ValueError: for any in other splits than test, and for a test split that has both.
+    """
+    absent = len(found) - sum(found)
+    if absent and (split != "test" or absent < len(found)):
+        raise ValueError(
+            f"{split}: {absent:,} of {len(found):,} images are from files without annotations; such are predicted "
+            "only, as a --test_file of their own."
+        )
 
 
 # Where they come from ------------------------------------------------------------------------------------------------
@@ -97,8 +117,8 @@ def _of_files(paths: Sequence[str], arguments: DetectionArguments, split: str) -
     limit, categories = arguments.limits[split], dict[str, int]()
     cells: list[Named] = []
     for path in paths:
-        content = json_of(read_text(path), path) if path.endswith(".json") else None
-        if isinstance(content, dict) and content.keys() >= COCO_KEYS:
+        content: Any = json_of(read_text(path), path) if path.endswith(".json") else None
+        if _is_coco(content):
             named, own = _of_coco(content, path, arguments, limit)
         else:
             named, own = _of_tables([Part(path, read_columns(path, limit))], arguments)
@@ -107,23 +127,29 @@ def _of_files(paths: Sequence[str], arguments: DetectionArguments, split: str) -
     return (cell for named in cells for cell in named), categories
 
 
+def _is_coco(content: Any) -> bool:
+    """Whether a JSON file is in COCO's format: a list of images, each with its fields."""
+    images = content.get("images") if isinstance(content, dict) else None
+    return isinstance(images, list) and all(isinstance(one, dict) for one in images)
+
+
 def _of_coco(content: dict[str, Any], path: str, arguments: DetectionArguments, limit: int | None) -> Cells:
-    """Annotations in COCO's format; crowds, whose boxes have many objects, are left out.
+    """Annotations in COCO's format; None for an image's objects where the file has no annotations.
 
     Raises:
         ValueError: with one line, for annotations without what they need.
     """
     try:
-        categories = {str(one["name"]): int(one["id"]) for one in content["categories"]}
+        categories = {str(one["name"]): int(one["id"]) for one in content.get("categories", ())}
         names = {number: name for name, number in categories.items()}
-        objects: dict[Any, list[tuple[Any, Any]]] = {one["id"]: [] for one in content["images"]}
-        for one in content["annotations"]:
+        is_annotated = "annotations" in content
+        objects: dict[Any, Any] = {one["id"]: [] if is_annotated else None for one in content["images"]}
+        for one in content.get("annotations", ()):
             if one["category_id"] not in names or one["image_id"] not in objects:
                 kind = "category" if one["category_id"] not in names else "image"
                 raise ValueError(f"annotation {one.get('id')} names {kind} {one[f'{kind}_id']}, which isn't there")
-            if not one.get("iscrowd"):
-                where = f"annotation {one.get('id')}"
-                objects[one["image_id"]].append((_box(one["bbox"], where), names[one["category_id"]]))
+            box = _box(one["bbox"], f"annotation {one.get('id')}")
+            objects[one["image_id"]].append((box, names[one["category_id"]], bool(one.get("iscrowd"))))
         images = [(one["id"], str(one["file_name"])) for one in content["images"]][:limit]
     except (KeyError, TypeError, ValueError) as error:
         what = f"no {error} where COCO's format has one" if isinstance(error, KeyError) else error
@@ -172,20 +198,21 @@ def _targets(part: Part, arguments: DetectionArguments, names: Sequence[str]) ->
         yield None if cell is None else {"objects": _objects(cell, where, names), "image_id": image_id}
 
 
-def _objects(cell: Any, where: str, names: Sequence[str]) -> list[tuple[list[float], str]]:
-    """Boxes and categories of a cell: lists of both, or a list of pairs.
+def _objects(cell: Any, where: str, names: Sequence[str]) -> list[tuple[list[float], str, bool]]:
+    """Boxes and categories of a cell, lists of both or a list of pairs, and whether a box is a crowd's (`iscrowd`).
 
     Raises:
         ValueError: if it has none.
     """
     try:
         if isinstance(cell, Mapping):
-            pairs = list(zip(cell["bbox"], cell["category"], strict=True))
+            crowds = cell.get("iscrowd") or [0] * len(cell["bbox"])
+            found = list(zip(cell["bbox"], cell["category"], crowds, strict=True))
         else:
-            pairs = [(one["bbox"], one["category"]) for one in cell]
+            found = [(one["bbox"], one["category"], one.get("iscrowd")) for one in cell]
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{where} has no bbox and category for each object, in lists of equal length.") from None
-    return [(_box(box, where), _named(category, where, names)) for box, category in pairs]
+    return [(_box(box, where), _named(category, where, names), bool(is_crowd)) for box, category, is_crowd in found]
 
 
 def _box(box: Any, where: str) -> list[float]:

@@ -58,17 +58,28 @@ def coco_results(predictions: Sequence[Objects], image_ids: Sequence[Any], numbe
     ]
 
 
-def measured(predictions: Sequence[Objects], targets: Sequence[Objects], labels: Sequence[str]) -> Measured:
-    """Each image's predictions beside its objects."""
+def measured(
+    predictions: Sequence[Objects],
+    targets: Sequence[Objects],
+    labels: Sequence[str],
+    crowds: Sequence[Objects] | None = None,
+) -> Measured:
+    """Each image's predictions beside its objects.
+
+    Args:
+        crowds: boxes with many objects; predictions that lie in them count neither for nor against.
+    """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     numbers = {label: number for number, label in enumerate(labels)}
     images = range(len(targets))
     objects: list[dict[str, Any]] = [
-        {"image_id": image, "category_id": numbers[one["category"]], "bbox": one["bbox"], "iscrowd": 0}
-        for image, found in zip(images, targets, strict=True)
+        {"image_id": image, "category_id": numbers[one["category"]], "bbox": one["bbox"], "iscrowd": is_crowd}
+        for is_crowd, boxes in enumerate((targets, crowds or [[]] * len(targets)))
+        for image, found in zip(images, boxes, strict=True)
         for one in found
+        if one["category"] in numbers  # there may be crowds of what the model can't know
     ]
     for number, one in enumerate(objects, start=1):
         one |= {"id": number, "area": one["bbox"][2] * one["bbox"][3]}

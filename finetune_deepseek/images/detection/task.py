@@ -31,7 +31,16 @@ from .boxes import BoxCollator
 from .checks import FAULTS, categories_of, rarest_of
 from .figures import SHOWN, drawn
 from .reading import read_objects
-from .scores import CARD_METRICS, MOST_DETECTIONS, by_label, coco_results, measured, require_pycocotools, summary
+from .scores import (
+    CARD_METRICS,
+    MOST_DETECTIONS,
+    Measured,
+    by_label,
+    coco_results,
+    measured,
+    require_pycocotools,
+    summary,
+)
 
 # Letters: B images, G objects of an image, K predictions of an image.
 HEAD = "ObjectDetection"
@@ -110,7 +119,7 @@ class ObjectDetection(ImageTask):
 
     def features(self, rows: Rows, tokenizer: Any, is_training: bool) -> Rows:
         """The image's number in `pixels`, `corners` [G, 4] in shares of it, `classes` [G], its `size` before it is
-        scaled, `length` in tokens, and the row's `number`."""
+        scaled, `is_annotated`, `length` in tokens, and the row's `number`."""
         split = next(name for name, known in self.splits.items() if known is rows)
         ids = {label: number for number, label in enumerate(self.labels)}
         corners = [[_corners(one["bbox"], row["width"], row["height"]) for one in row["target"]] for row in iter(rows)]
@@ -120,6 +129,7 @@ class ObjectDetection(ImageTask):
                 "corners": corners,
                 "classes": [[ids[one["category"]] for one in target] for target in rows["target"]],
                 "size": [[row["height"], row["width"]] for row in iter(rows)],
+                "is_annotated": rows["is_annotated"],
                 "length": [self.length] * len(rows),
                 "number": list(range(len(rows))),
             }
@@ -145,7 +155,8 @@ class ObjectDetection(ImageTask):
         labels = inputs["labels"]
         outputs = model(pixel_values=inputs["pixel_values"], labels=labels)
         counts = torch.tensor([len(one["class_labels"]) for one in labels], device=outputs.loss.device)
-        counts[0] += counts.sum() == 0  # the loss of a batch without objects counts as that of one
+        # The loss of a batch without objects counts as that of one, if it is known that there is none.
+        counts[0] += (counts.sum() == 0) & inputs["is_annotated"].all().to(counts.device)
         found = self.processor.post_process_object_detection(outputs, 0.0, inputs["size"])
         predicted = torch.full((len(labels), MOST_DETECTIONS, 6), -1.0, device=counts.device)
         for row, one in zip(predicted, found, strict=True):
@@ -164,7 +175,10 @@ class ObjectDetection(ImageTask):
         return {"bbox": bbox, "category": self.labels[int(number)], "score": round(score, 5)}
 
     def score(self, predictions: list[Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-        return summary(measured(predictions, [row["target"] for row in rows], self.labels))
+        return summary(self._measured(predictions, rows))
+
+    def _measured(self, predictions: list[Any], rows: list[dict[str, Any]]) -> Measured:
+        return measured(predictions, [row["target"] for row in rows], self.labels, [row["crowds"] for row in rows])
 
     def baseline(self, train: Rows | None, rows: list[dict[str, Any]]) -> list[Any] | None:
         """The objects of the training image with the smallest squared difference, scaled to the image."""
@@ -176,7 +190,7 @@ class ObjectDetection(ImageTask):
     def report(self, predictions: list[Any], rows: list[dict[str, Any]], train: Rows | None) -> Scores:
         """Scores by label, predictions in COCO's results format, and some drawn onto their images."""
         targets = [row["target"] for row in rows]
-        table = by_label(measured(predictions, targets, self.labels), targets, self.labels)
+        table = by_label(self._measured(predictions, rows), targets, self.labels)
         pictures = self.pictures["test"]
         numbers = {label: number for number, label in enumerate(self.labels)} | pictures.category_ids
         results = coco_results(predictions, [row["image_id"] for row in rows], numbers)
