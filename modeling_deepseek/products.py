@@ -1,7 +1,8 @@
 """Products of float32 matrices on a CPU, for training.
 
 torch asks MKL for them, which on AMD's processors uses half of what AVX-512 can do; oneDNN, which torch has too, uses
-all. oneDNN prepares itself for each shape that it meets, which takes about half a millisecond, and keeps a thousand.
+all. oneDNN prepares itself for each shape that it meets, which takes half a millisecond and half a megabyte, and keeps
+a thousand.
 """
 
 from functools import cache
@@ -10,7 +11,9 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-LEAST = 2**20  # multiplications that a product has at least, so that oneDNN's longer way to its kernel pays
+# Multiplications that a product has at least, so that oneDNN's longer way to its kernel pays; one over all rows, for
+# which it copies a matrix first, has more.
+LEAST, LEAST_OUTER = 2**20, 2**22
 ROWS = 32  # experts' numbers of rows are filled up to multiples of it, so that few shapes come up
 
 
@@ -29,25 +32,32 @@ def has_onednn() -> bool:
     return is_amd_with_avx512() and are_both_there and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def goes_by_onednn(rows: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether `product` of these does."""
-    is_large = rows.numel() * len(weight) >= LEAST
+def goes_by_onednn(rows: torch.Tensor, weight: torch.Tensor, least: int | None = None) -> bool:
+    """Whether a product of these does, if it has at least so many multiplications, or `LEAST`."""
+    is_large = rows.numel() * weight.shape[0] >= (LEAST if least is None else least)
     return is_large and rows.dtype == weight.dtype == torch.float32 and rows.device.type == "cpu" and has_onednn()
+
+
+def onednn_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`product` by oneDNN."""
+    if not (weight.is_contiguous() or weight.mT.is_contiguous()):
+        weight = weight.contiguous()  # of others it takes its reference kernel, which is fifty times slower
+    return torch.ops.mkldnn._linear_pointwise.default(rows, weight, None, "none", [], "")
 
 
 def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """rows weight^T, of which autograd knows nothing: [..., in], [out, in] -> [..., out]."""
-    if goes_by_onednn(rows, weight):
-        if not (weight.is_contiguous() or weight.T.is_contiguous()):
-            weight = weight.contiguous()  # of others it takes its reference kernel, which is fifty times slower
-        return torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
-    return F.linear(rows, weight)
+    return (onednn_product if goes_by_onednn(rows, weight) else F.linear)(rows, weight)
 
 
 def outer_product(grad: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """The sum over all rows of their outer products, a weight's gradient: [..., out], [..., in] -> [out, in]."""
-    grad, rows = grad.flatten(0, -2), rows.flatten(0, -2)
-    return product(grad.T, rows.T) if goes_by_onednn(grad.T, rows.T) else grad.T @ rows
+    grad, rows = grad.flatten(0, -2).mT, rows.flatten(0, -2).mT
+    if not goes_by_onednn(grad, rows, LEAST_OUTER):
+        return grad @ rows.mT
+    if len(grad) <= len(rows):
+        return onednn_product(grad, rows)
+    return onednn_product(rows, grad).mT.contiguous()  # oneDNN copies the first into rows of its own: the smaller one
 
 
 def padded(order: torch.Tensor, counts: list[int], fill: int) -> tuple[torch.Tensor, list[int]]:
