@@ -47,15 +47,19 @@ def eager_attention(
     return output.transpose(1, 2), weights
 
 
-def can_attend_by_blocks(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
-    """Whether `CausalAttention` serves, which on CPUs trains faster than torch's kernels, and keeps weights: S^2 / 2
+def is_plainly_causal(module: nn.Module, attention_mask: torch.Tensor | None, is_causal: bool | None = None) -> bool:
+    """Whether a token sees all up to itself, none is dropped, and torch's kernels were asked for, or what stands in
+    for them."""
+    is_dropped = module.training and module.attention_dropout > 0
+    sees_back = bool(module.is_causal if is_causal is None else is_causal)
+    return sees_back and attention_mask is None and not is_dropped and module.config._attn_implementation == "sdpa"
+
+
+def can_attend_by_blocks(module: nn.Module, queries: int, keys: int, *tensors: torch.Tensor) -> bool:
+    """Whether `attend_by_blocks` serves, which on CPUs trains faster than torch's kernels, and keeps weights: S^2 / 2
     of each head, so of no longer sequences than those where all else that is kept weighs more."""
-    length = query.shape[2]
-    return (
-        query.dtype == torch.float32
-        and length == key.shape[2] <= LONGEST
-        and is_trained_as_it_is(module, query, key, value)
-    )
+    are_float32 = all(tensor.dtype == torch.float32 for tensor in tensors)
+    return are_float32 and queries == keys <= LONGEST and is_trained_as_it_is(module, *tensors)
 
 
 def attend(
@@ -78,13 +82,14 @@ def attend(
         Output [B, S, H, width of value], and the weights where the implementation gives them.
     """
     implementation, width = module.config._attn_implementation, value.shape[-1]
-    dropout = module.attention_dropout if module.training else 0.0
-    is_causal = module.is_causal if kwargs.get("is_causal") is None else kwargs["is_causal"]
-    is_causal = is_causal and attention_mask is None and not dropout
-    if implementation == "sdpa" and is_causal and can_attend_by_blocks(module, query, key, value):
+    is_causal, lengths = (
+        is_plainly_causal(module, attention_mask, kwargs.get("is_causal")),
+        (query.shape[2], key.shape[2]),
+    )
+    if is_causal and can_attend_by_blocks(module, *lengths, query, key, value):
         groups = query.shape[1] // key.shape[1]
         return CausalAttention.apply(query, repeat_heads(key, groups), repeat_heads(value, groups), scaling), None
-    missing = key.shape[-1] - width
+    missing, dropout = key.shape[-1] - width, module.attention_dropout if module.training else 0.0
     if missing > 0 and implementation != "eager" and (implementation != "sdpa" or query.shape[2] > 1):
         # Fused kernels want one width for keys and values; without it torch falls back to the slow one.
         value = F.pad(value, (0, missing))

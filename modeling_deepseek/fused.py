@@ -14,7 +14,8 @@ from torch.autograd.function import once_differentiable
 
 from .products import goes_by_onednn, outer_product, padded, product
 
-BLOCK = 64  # queries that CausalAttention treats at once
+Pairs = tuple[torch.Tensor, torch.Tensor]
+BLOCK = 32  # queries that CausalAttention treats at once
 SCORES, ROWS = 2**22, 256  # logits that LinearCrossEntropy holds at once, but no fewer rows than these
 
 
@@ -45,17 +46,30 @@ def full(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-class RMSNorm(Function):
-    """`DeepSeekRMSNorm`: x / sqrt(mean(x^2) + eps) * weight.
+def divided_by_rms(x: torch.Tensor, eps: float) -> Pairs:
+    """n = x / sqrt(mean(x^2) + eps), and the factor on x, both in `full` type."""
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=full(x)).square_()
+    scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
+    return x * scale, scale
 
-    With n = x / sqrt(...) and g = grad * weight, the gradient of x is (g - n mean(g n)) / sqrt(...).
+
+def through_rms(grad: torch.Tensor, normed: torch.Tensor, scale: torch.Tensor, weight: torch.Tensor) -> Pairs:
+    """The gradients of x and weight from that of n * weight.
+
+    With g = grad * weight, the gradient of x is (g - n mean(g n)) / sqrt(mean(x^2) + eps).
     """
+    by_normed = grad * normed
+    grad_weight = by_normed.flatten(0, -2).sum(0).to(weight.dtype)
+    mean = (by_normed @ weight.to(by_normed.dtype)).div_(len(weight)).unsqueeze(-1)
+    return torch.addcmul((grad * weight).to(normed.dtype), normed, mean, value=-1).mul_(scale), grad_weight
+
+
+class RMSNorm(Function):
+    """`DeepSeekRMSNorm`: x / sqrt(mean(x^2) + eps) * weight."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=full(x)).square_()
-        scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
-        normed = x * scale  # in the type of scale
+        normed, scale = divided_by_rms(x, eps)
         ctx.save_for_backward(normed, scale, weight)
         ctx.dtype = x.dtype
         return weight * normed.to(x.dtype)
@@ -63,15 +77,8 @@ class RMSNorm(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: torch.Tensor):
-        normed, scale, weight = ctx.saved_tensors
-        by_normed = grad * normed
-        grad_weight = by_normed.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        mean = by_normed.mul_(weight).mean(-1, keepdim=True)
-        grad_x = torch.addcmul((grad * weight).to(normed.dtype), normed, mean, value=-1).mul_(scale)
-        return grad_x.to(ctx.dtype), grad_weight, None
-
-
-Pairs = tuple[torch.Tensor, torch.Tensor]
+        grad_x, grad_weight = through_rms(grad, *ctx.saved_tensors)
+        return grad_x.to(ctx.dtype), grad_weight if ctx.needs_input_grad[1] else None, None
 
 
 def rotate(pairs: Pairs, cos: torch.Tensor, sin: torch.Tensor, out: Pairs) -> None:
@@ -85,6 +92,11 @@ def pairs_of(x: torch.Tensor, interleaved: bool) -> Pairs:
     """[..., W] -> the first members of all pairs and the second ones, [..., W / 2] each."""
     first, second = (x[..., 0::2], x[..., 1::2]) if interleaved else x.chunk(2, dim=-1)
     return first, second
+
+
+def by_head(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """[B, S, H W] -> [B, H, S, W], the same memory."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 class RotatedTail(Function):
@@ -113,29 +125,51 @@ class RotatedTail(Function):
         return grad_x, None, None, None
 
 
-class CausalAttention(Function):
-    """softmax(q k^T * scaling) v where token i sees tokens up to i; by blocks of queries, whose weights are kept.
+def attend_by_blocks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float, heads: int
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """softmax(q k^T * scaling) v where token i sees tokens up to i, a block of queries after the other: [B H, S, W]
+    twice, [B H, S, value width] -> [B, S, H, value width], and the weights of each block.
 
     A block meets only the keys that some query of it sees, so that about half of the products remain.
     """
+    length = query.shape[1]
+    output = query.new_empty(len(query) // heads, length, heads, value.shape[-1])
+    mask = query.new_full((min(BLOCK, length), length), float("-inf"))
+    blocks = []
+    for start in range(0, length, BLOCK):
+        end = min(start + BLOCK, length)
+        unseen = mask.triu(start + 1)[: end - start, :end]
+        scores = torch.baddbmm(unseen, query[:, start:end], key[:, :end].mT, alpha=scaling)
+        blocks.append(torch.softmax(scores, -1, out=scores))
+        output[:, start:end] = torch.bmm(scores, value[:, :end]).unflatten(0, (-1, heads)).transpose(1, 2)
+    return output, blocks
+
+
+def attend_back(grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, blocks, scaling):
+    """The gradients of query, key and value of `attend_by_blocks` from that of its output."""
+    grad = grad.transpose(1, 2).flatten(0, 1)
+    grad_query, grad_key, grad_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    for start, weights in zip(range(0, query.shape[1], BLOCK), blocks, strict=True):
+        seen, rows = weights.shape[-1], slice(start, start + BLOCK)
+        grad_value[:, :seen] += torch.bmm(weights.mT, grad[:, rows])
+        grad_weights = torch.bmm(grad[:, rows], value[:, :seen].mT)
+        grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype).mul_(scaling)
+        grad_query[:, rows] = torch.bmm(grad_scores, key[:, :seen])
+        grad_key[:, :seen] += torch.bmm(grad_scores.mT, query[:, rows])
+    return grad_query, grad_key, grad_value
+
+
+class CausalAttention(Function):
+    """softmax(q k^T * scaling) v where token i sees tokens up to i; the weights of all blocks are kept."""
 
     @staticmethod
     def forward(ctx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> torch.Tensor:
         """[B, H, S, W], [B, H, S, W], [B, H, S, value width] -> [B, S, H, value width]."""
-        batch, heads, length, _ = query.shape
+        ctx.scaling, ctx.heads = scaling, query.shape[:2]
         query, key, value = (states.flatten(0, 1) for states in (query, key, value))
-        output = query.new_empty(batch, length, heads, value.shape[-1])
-        mask = query.new_full((BLOCK, length), float("-inf"))
-        blocks = []
-        for start in range(0, length, BLOCK):
-            end = min(start + BLOCK, length)
-            unseen = mask.triu(start + 1)[: end - start, :end]
-            scores = torch.baddbmm(unseen, query[:, start:end], key[:, :end].transpose(1, 2), alpha=scaling)
-            blocks.append(torch.softmax(scores, -1, out=scores))
-            mixed = torch.bmm(scores, value[:, :end])
-            output[:, start:end] = mixed.unflatten(0, (batch, heads)).transpose(1, 2)
+        output, blocks = attend_by_blocks(query, key, value, scaling, ctx.heads[1])
         ctx.save_for_backward(query, key, value, *blocks)
-        ctx.scaling, ctx.heads = scaling, (batch, heads)
         return output
 
     @staticmethod
@@ -143,20 +177,65 @@ class CausalAttention(Function):
     @torch.autocast("cpu", enabled=False)
     def backward(ctx, grad: torch.Tensor):  # type: ignore[override]  # once_differentiable has no types
         query, key, value, *blocks = ctx.saved_tensors
-        grad = grad.transpose(1, 2).flatten(0, 1)
-        grad_query, grad_key, grad_value = (torch.empty_like(states) for states in (query, key, value))
-        beta = 0  # the last block, which is the first here, sees all keys and overwrites; the others add
-        for start in range((len(blocks) - 1) * BLOCK, -1, -BLOCK):
-            weights, own = blocks.pop(), grad[:, start : start + BLOCK]
-            seen = weights.shape[-1]
-            grad_value[:, :seen].baddbmm_(weights.transpose(1, 2), own, beta=beta)
-            grad_scores = torch.bmm(own, value[:, :seen].transpose(1, 2)).mul_(weights)
-            grad_scores.addcmul_(weights, grad_scores.sum(-1, keepdim=True), value=-1)
-            grad_query[:, start : start + BLOCK] = torch.bmm(grad_scores, key[:, :seen]).mul_(ctx.scaling)
-            rows = query[:, start : start + BLOCK]
-            grad_key[:, :seen].baddbmm_(grad_scores.transpose(1, 2), rows, beta=beta, alpha=ctx.scaling)
-            beta = 1
-        return *(states.unflatten(0, ctx.heads) for states in (grad_query, grad_key, grad_value)), None
+        grads = attend_back(grad, query, key, value, blocks, ctx.scaling)
+        return *(states.unflatten(0, ctx.heads) for states in grads), None
+
+
+class LatentAttention(Function):
+    """From the projections of queries and latents to the mixed values, as latent attention expands them.
+
+    It stands for the norm of the latents, their up-projection, both rotations, the keys put together and
+    `CausalAttention`. Widths of a head: n without position, r rotated, v of values; R of the latent.
+    """
+
+    @staticmethod
+    def forward(ctx, query, rows, norm, up, cos, sin, widths: tuple[int, int, bool], eps: float, scaling: float):
+        """[B, S, H (n + r)], [B, S, R + r], [R], [H (n + v), R], angles [B or 1, S, r / 2], (H, n, whether pairs are
+        interleaved) -> [B, S, H v]."""
+        heads, nope, interleaved = widths
+        cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        latent, rope = rows[..., : len(norm)], rows[..., len(norm) :].unsqueeze(1)
+        normed, scale = divided_by_rms(latent, eps)
+        expanded = by_head(product(normed * norm, up), heads)
+        queries = by_head(query, heads)
+        query, key = torch.empty_like(queries, memory_format=torch.contiguous_format), queries.new_empty(queries.shape)
+        query[..., :nope], key[..., :nope] = queries[..., :nope], expanded[..., :nope]
+        rotate(pairs_of(queries[..., nope:], interleaved), cos, sin, pairs_of(query[..., nope:], False))
+        rotated = torch.empty_like(rope)
+        rotate(pairs_of(rope, interleaved), cos, sin, pairs_of(rotated, False))
+        key[..., nope:] = rotated
+        query, key, value = (x.flatten(0, 1) for x in (query, key, expanded[..., nope:]))
+        output, blocks = attend_by_blocks(query, key, value, scaling, heads)
+        ctx.save_for_backward(norm, up, cos, sin, normed, scale, query, key, value, *blocks)
+        ctx.widths, ctx.scaling = widths, scaling
+        return output.flatten(2)
+
+    @staticmethod
+    @once_differentiable
+    @torch.autocast("cpu", enabled=False)
+    def backward(ctx, grad: torch.Tensor):  # type: ignore[override]  # once_differentiable has no types
+        norm, up, cos, sin, normed, scale, query, key, value, *blocks = ctx.saved_tensors
+        heads, nope, interleaved = ctx.widths
+        grads = attend_back(grad.unflatten(-1, (heads, -1)), query, key, value, blocks, ctx.scaling)
+        by_query, by_key, by_value = (x.unflatten(0, (-1, heads)) for x in grads)
+        rotary, values = by_key.shape[-1] - nope, by_value.shape[-1]
+        batch, length, latents = normed.shape
+        grad_query = grad.new_empty(batch, length, heads * (nope + rotary))
+        grad_up_rows = grad.new_empty(batch, length, heads * (nope + values))
+        grad_rows = grad.new_empty(batch, length, latents + rotary)
+        queries, expanded = by_head(grad_query, heads), by_head(grad_up_rows, heads)
+        queries[..., :nope], expanded[..., :nope], expanded[..., nope:] = (
+            by_query[..., :nope],
+            by_key[..., :nope],
+            by_value,
+        )
+        rotate(pairs_of(by_query[..., nope:], False), cos, -sin, pairs_of(queries[..., nope:], interleaved))
+        by_rope = by_key[..., nope:].sum(1, keepdim=True)
+        rotate(pairs_of(by_rope, False), cos, -sin, pairs_of(grad_rows[..., latents:].unsqueeze(1), interleaved))
+        grad_up = outer_product(grad_up_rows, normed * norm) if ctx.needs_input_grad[3] else None
+        by_latent = product(grad_up_rows, up.T)
+        grad_rows[..., :latents], grad_norm = through_rms(by_latent, normed, scale, norm)
+        return grad_query, grad_rows, grad_norm, grad_up, None, None, None, None, None
 
 
 class Linear(Function):
@@ -182,14 +261,16 @@ def clamped(gate: torch.Tensor, up: torch.Tensor, limit: float | None) -> Pairs:
 
 
 def through_silu(
-    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, silu: torch.Tensor, limit: float | None
-) -> Pairs:
-    """The gradients of gate and up from that of silu(gate) * up, clamped, which is overwritten."""
+    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, silu: torch.Tensor, limit: float | None, out: Pairs
+) -> None:
+    """Write the gradients of gate and up, from that of silu(gate) * up, clamped, into `out`; the last may be `grad`."""
     inner_gate, inner_up = clamped(gate, up, limit)
-    grad_gate, grad_up = torch.ops.aten.silu_backward(grad * inner_up, inner_gate), grad.mul_(silu)
+    grad_gate, grad_up = out
+    torch.ops.aten.silu_backward.grad_input(grad * inner_up, inner_gate, grad_input=grad_gate)
+    torch.mul(grad, silu, out=grad_up)
     if limit is not None:
-        grad_gate, grad_up = grad_gate.masked_fill_(gate > limit, 0.0), grad_up.masked_fill_(up.abs() > limit, 0.0)
-    return grad_gate, grad_up
+        grad_gate.masked_fill_(gate > limit, 0.0)
+        grad_up.masked_fill_(up.abs() > limit, 0.0)
 
 
 class SwiGLU(Function):
@@ -212,25 +293,16 @@ class SwiGLU(Function):
         inner_gate, inner_up = clamped(gate, up, ctx.limit)
         silu = nn.functional.silu(inner_gate)
         grad_down = outer_product(grad, silu * inner_up) if needs_down else None
-        grad_gate, grad_up = through_silu(product(grad, down_proj.T), gate, up, silu, ctx.limit)
+        grad_gate, grad_up = torch.empty_like(gate), product(grad, down_proj.T)
+        through_silu(grad_up, gate, up, silu, ctx.limit, out=(grad_gate, grad_up))
         grad_x = product(grad_gate, gate_proj.T).add_(product(grad_up, up_proj.T)) if needs_x else None
         grad_gate_proj = outer_product(grad_gate, x) if needs_gate else None
         return grad_x, grad_gate_proj, outer_product(grad_up, x) if needs_up else None, grad_down, None
 
 
-def products(rows: torch.Tensor, weights: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """Each expert's rows, so many of [P, in], times its matrix in [E, out, in] -> [P, out]."""
-    pairs = [pair for pair in zip(rows.split(counts), weights.unbind(), strict=True) if len(pair[0])]
-    return torch.cat([product(*pair) for pair in pairs]) if pairs else rows.new_empty(0, weights.shape[1])
-
-
-def outer_products(grad: torch.Tensor, rows: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """[P, out], [P, in] -> [E, out, in], the sum over each expert's rows of their outer products."""
-    return torch.stack([outer_product(*own) for own in zip(grad.split(counts), rows.split(counts), strict=True)])
-
-
 class SortedExperts(Function):
-    """`DeepSeekExperts` with SiLU, for pairs of a token and an expert that are sorted by expert.
+    """`DeepSeekExperts` with SiLU, for pairs of a token and an expert that are sorted by expert; one expert after the
+    other, whose rows are then still in the processor's cache when the next product asks for them.
 
     With a = silu(gate) * up and an expert's output w (a down^T), the gradient of a routing weight w is the dot product
     of a and (grad down), so that no output is kept. Rows that fill up an expert's are of the last token and weigh 0.
@@ -243,45 +315,58 @@ class SortedExperts(Function):
             order, counts = padded(order, counts, top_k_weights.numel())
         tokens = (order // top_k_weights.shape[-1]).clamp_(max=len(x) - 1)
         weights = nn.functional.pad(top_k_weights.flatten(), (0, 1)).index_select(0, order).unsqueeze(-1)
-        joined = products(x.index_select(0, tokens), gate_up_proj, counts)  # [P, 2 I]
-        gate, up = joined.chunk(2, dim=-1)
-        gate, up = clamped(gate, up, limit)
-        inner = nn.functional.silu(gate).mul_(up).mul_(weights)
-        ctx.save_for_backward(x, weights, gate_up_proj, down_proj, order, tokens, joined)
+        total, all_joined = torch.zeros_like(x, dtype=full(x)), []
+        for own, weight, gate_up, down in of_experts(counts, tokens, weights, gate_up_proj, down_proj):
+            joined = product(x.index_select(0, own), gate_up)  # [p, 2 I]
+            gate, up = clamped(*joined.chunk(2, dim=-1), limit)
+            inner = nn.functional.silu(gate).mul_(up).mul_(weight)
+            total.index_add_(0, own, product(inner, down).to(total.dtype))
+            all_joined.append(joined)
+        ctx.save_for_backward(x, weights, gate_up_proj, down_proj, order, tokens, *all_joined)
         ctx.counts, ctx.choices, ctx.limit = counts, top_k_weights.shape, limit
-        return sum_by_token(products(inner, down_proj, counts), tokens, x)
+        return total.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     @torch.autocast("cpu", enabled=False)
     def backward(ctx, grad: torch.Tensor):  # type: ignore[override]  # once_differentiable has no types
-        x, weights, gate_up_proj, down_proj, order, tokens, joined = ctx.saved_tensors
+        x, weights, gate_up_proj, down_proj, order, tokens, *all_joined = ctx.saved_tensors
         needs_x, needs_choice, needs_gate_up, needs_down, *_ = ctx.needs_input_grad
-        gate, up = joined.chunk(2, dim=-1)
-        inner_gate, inner_up = clamped(gate, up, ctx.limit)
-        silu = nn.functional.silu(inner_gate)
-        inner, grad_outputs = silu * inner_up, grad.index_select(0, tokens)
-        grad_inner = products(grad_outputs, down_proj.mT, ctx.counts)
-        grad_weights = grad_x = grad_gate_up = grad_down = None
+        grad_x = torch.zeros_like(x, dtype=full(x)) if needs_x else None
+        grad_gate_up = torch.empty_like(gate_up_proj) if needs_gate_up else None
+        grad_down = torch.empty_like(down_proj) if needs_down else None
+        found = weights.new_empty(len(order), 1)
+        experts = of_experts(ctx.counts, tokens, weights, gate_up_proj, down_proj, found, all_joined)
+        for expert, (own, weight, gate_up, down, found_own, joined) in enumerate(experts):
+            gate, up = joined.chunk(2, dim=-1)
+            inner_gate, inner_up = clamped(gate, up, ctx.limit)
+            silu = nn.functional.silu(inner_gate)
+            inner, grad_outputs = silu * inner_up, grad.index_select(0, own)
+            grad_inner = product(grad_outputs, down.mT)
+            if needs_choice:
+                torch.sum(grad_inner * inner, -1, keepdim=True, dtype=weights.dtype, out=found_own)
+            if grad_down is not None:
+                outer_product(grad_outputs, inner.mul_(weight), out=grad_down[expert])
+            if grad_x is None and grad_gate_up is None:
+                continue
+            grad_joined = torch.empty_like(joined)
+            through_silu(grad_inner.mul_(weight), gate, up, silu, ctx.limit, out=pairs_of(grad_joined, False))
+            if grad_gate_up is not None:
+                outer_product(grad_joined, x.index_select(0, own), out=grad_gate_up[expert])
+            if grad_x is not None:
+                grad_x.index_add_(0, own, product(grad_joined, gate_up.mT).to(grad_x.dtype))
+        grad_weights = None
         if needs_choice:
-            found = (grad_inner * inner).sum(-1, dtype=weights.dtype)
-            by_pair = weights.new_zeros(ctx.choices.numel() + 1).index_put_((order,), found)
+            by_pair = weights.new_zeros(ctx.choices.numel() + 1).index_put_((order,), found.squeeze(-1))
             grad_weights = by_pair[:-1].view(ctx.choices)
-        if needs_down:
-            grad_down = outer_products(grad_outputs, inner.mul_(weights), ctx.counts)
-        if needs_x or needs_gate_up:
-            grad_joined = torch.cat(through_silu(grad_inner.mul_(weights), gate, up, silu, ctx.limit), dim=-1)
-        if needs_gate_up:
-            grad_gate_up = outer_products(grad_joined, x.index_select(0, tokens), ctx.counts)
-        if needs_x:
-            grad_x = sum_by_token(products(grad_joined, gate_up_proj.mT, ctx.counts), tokens, x)
-        return grad_x, grad_weights, grad_gate_up, grad_down, None, None, None
+        return None if grad_x is None else grad_x.to(x.dtype), grad_weights, grad_gate_up, grad_down, None, None, None
 
 
-def sum_by_token(outputs: torch.Tensor, tokens: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """[P, D], [P] -> [N, D], added up in float32 at least."""
-    total = torch.zeros_like(like, dtype=full(like))
-    return total.index_add_(0, tokens, outputs.to(total.dtype)).to(like.dtype)
+def of_experts(counts: list[int], tokens, weights, gate_up_proj, down_proj, *more):
+    """What one expert has of each, after the other's; of what is a list already, its own member."""
+    rows = (part if isinstance(part, list) else part.split(counts) for part in (tokens, weights, *more))
+    tokens, weights, *more = rows
+    return zip(tokens, weights, gate_up_proj.unbind(), down_proj.unbind(), *more, strict=True)
 
 
 class LinearCrossEntropy(Function):

@@ -83,6 +83,11 @@ class DeepSeekRMSNorm(nn.Module):
         return f"{self.weight.numel()}, eps={self.variance_epsilon}"
 
 
+def is_plain_norm(module: nn.Module) -> bool:
+    """Whether the module is a norm whose weight alone says what it does, as `is_plain_linear`."""
+    return type(module) is DeepSeekRMSNorm and not has_hooks(module)
+
+
 class DeepSeekFloat32RMSNorm(DeepSeekRMSNorm):
     """As V4 has it: multiplied by the weight in float32 too, and rounded once."""
 

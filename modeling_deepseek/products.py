@@ -50,14 +50,14 @@ def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return (onednn_product if goes_by_onednn(rows, weight) else F.linear)(rows, weight)
 
 
-def outer_product(grad: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def outer_product(grad: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """The sum over all rows of their outer products, a weight's gradient: [..., out], [..., in] -> [out, in]."""
     grad, rows = grad.flatten(0, -2).mT, rows.flatten(0, -2).mT
     if not goes_by_onednn(grad, rows, LEAST_OUTER):
-        return grad @ rows.mT
-    if len(grad) <= len(rows):
-        return onednn_product(grad, rows)
-    return onednn_product(rows, grad).mT.contiguous()  # oneDNN copies the first into rows of its own: the smaller one
+        return torch.mm(grad, rows.mT, out=out)
+    # oneDNN copies the first into rows of its own: the smaller one
+    found = onednn_product(grad, rows) if len(grad) <= len(rows) else onednn_product(rows, grad).mT
+    return found.contiguous() if out is None else out.copy_(found)
 
 
 def padded(order: torch.Tensor, counts: list[int], fill: int) -> tuple[torch.Tensor, list[int]]:

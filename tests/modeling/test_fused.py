@@ -10,6 +10,7 @@ from configuration_deepseek import preset
 from modeling_deepseek import DeepSeekForCausalLM, attention_core, fused, layers, losses, moe, products, rope
 from modeling_deepseek.fused import (
     CausalAttention,
+    LatentAttention,
     Linear,
     LinearCrossEntropy,
     RMSNorm,
@@ -55,6 +56,25 @@ def limited(gate, up, limit):
     return (gate, up) if limit is None else (gate.clamp(max=limit), up.clamp(-limit, limit))
 
 
+def fused_latent_attention(interleaved: bool):
+    return lambda query, rows, norm, up: LatentAttention.apply(
+        query, rows, norm, up, *angles(query.dtype), (2, 4, interleaved), 1e-6, 0.3
+    ).unflatten(-1, (2, -1))
+
+
+def latent_attention(interleaved: bool):
+    """Two heads of 4 channels without position, 6 rotated ones and 3 of values, from latents of 7."""
+
+    def run(query, rows, norm, up):
+        turn = lambda x: rotated(x, *angles(x.dtype), interleaved)  # noqa: E731
+        keys, values = (rms_norm(rows[..., :7], norm) @ up.T).unflatten(-1, (2, 7)).split((4, 3), dim=-1)
+        keys = torch.cat((keys, rows[..., 7:].unsqueeze(2).expand(-1, -1, 2, -1)), dim=-1)
+        return attention(turn(query.unflatten(-1, (2, 10))), turn(keys), values.transpose(1, 2))
+
+    return run
+
+
+
 def experts(x, weights, gate_up, down, chosen=EXPERT, limit=None):
     rows = []
     for token, own, indices in zip(x, weights, chosen, strict=True):
@@ -97,6 +117,12 @@ CASES = {
     "rotary": (*rotary(True), [(2, 5, 3, 10)]),
     "whole heads": (*rotary(False), [(2, 5, 3, 6)]),
     "attention": (lambda q, k, v: CausalAttention.apply(q, k, v, 0.3), attention, HEADS),
+    "latents": (fused_latent_attention(True), latent_attention(True), [(2, 5, 20), (2, 5, 13), (7,), (14, 7)]),
+    "latents, halves": (
+        fused_latent_attention(False),
+        latent_attention(False),
+        [(2, 5, 20), (2, 5, 13), (7,), (14, 7)],
+    ),
     "product": (Linear.apply, lambda x, w: x @ w.T, [(3, 5, 7), (4, 7)]),
     "feed-forward": (SwiGLU.apply, feed_forward, [(3, 5, 7), (6, 7), (6, 7), (7, 6)]),
     "experts": (fused_experts, experts, [(5, 6), (5, 2), (4, 8, 6), (4, 6, 4)]),
@@ -132,6 +158,7 @@ def library(request, monkeypatch):
     if request.param == "oneDNN" and not torch.backends.mkldnn.is_available():
         pytest.skip("torch has no oneDNN here")
     monkeypatch.setattr(products, "LEAST", 1)
+    monkeypatch.setattr(products, "LEAST_OUTER", 1)
     monkeypatch.setattr(products, "has_onednn", lambda: request.param == "oneDNN")
     return request.param
 
@@ -151,7 +178,7 @@ def test_gradients_by_differences(case, layout):
 def test_no_less_exact_than_autograd(case, dtype, library):
     torch.manual_seed(1)
     function, plain, shapes = CASES[case]
-    if case == "attention" and dtype != torch.float32:
+    if case in ("attention", "latents", "latents, halves") and dtype != torch.float32:
         pytest.skip("half precision goes by torch's kernels")
     given = [leaf(*shape, dtype=dtype) for shape in shapes]
     exact = [x.detach().double().requires_grad_() for x in given]
@@ -195,11 +222,11 @@ def test_frozen_experts_cost_no_products(frozen, monkeypatch):
     expected = torch.autograd.grad(experts(*given).sum(), given)
     asked = []
     monkeypatch.setattr(
-        fused, "outer_products", lambda *a, original=fused.outer_products: asked.append(a) or original(*a)
+        fused, "outer_product", lambda *a, original=fused.outer_product: asked.append(a) or original(*a)
     )
     given[frozen].requires_grad_(False)
     fused_experts(*given).sum().backward()
-    assert given[frozen].grad is None and len(asked) == 2 - (frozen >= 2)
+    assert given[frozen].grad is None and len(asked) == 4 * (2 - (frozen >= 2))  # of four experts
     for i, x in enumerate(given):
         if i != frozen:
             assert_close(x.grad, expected[i])
@@ -280,7 +307,16 @@ def plainly(monkeypatch):
 def counted(monkeypatch) -> list[str]:
     """Names of the functions that ran."""
     ran: list[str] = []
-    for function in (RMSNorm, RotatedTail, CausalAttention, SortedExperts, Linear, SwiGLU, LinearCrossEntropy):
+    for function in (
+        RMSNorm,
+        RotatedTail,
+        CausalAttention,
+        LatentAttention,
+        SortedExperts,
+        Linear,
+        SwiGLU,
+        LinearCrossEntropy,
+    ):
         original = function.forward
         monkeypatch.setattr(
             function, "forward", staticmethod(lambda *a, f=original, n=function.__name__: ran.append(n) or f(*a))
@@ -297,8 +333,10 @@ def test_step(name, padding, library, plainly, monkeypatch):
     model = trained(name) if name != "tiny_llm" else DeepSeekForCausalLM(preset(name)).train()
     expected, ran = plainly(model, **given), counted(monkeypatch)
     assert_same_step(step(model, **given), expected)
-    assert {"RMSNorm", "RotatedTail", "SwiGLU"} <= set(ran) and ("Linear" in ran) == (library == "oneDNN")
-    assert ("CausalAttention" in ran) != (padding or name == "tiny_v32")
+    attends = {"tiny_v2": "LatentAttention", "tiny_v3": "LatentAttention"}.get(name, "CausalAttention")
+    assert {"RMSNorm", "SwiGLU"} <= set(ran) and ("Linear" in ran) == (library == "oneDNN")
+    assert (attends in ran) != (padding or name == "tiny_v32")
+    assert ("RotatedTail" in ran) == (attends not in ran or attends == "CausalAttention")
     assert ("SortedExperts" in ran) == (name != "tiny_llm")
 
 
@@ -376,15 +414,16 @@ def test_gradient_checkpointing(reentrant, library):
     assert all(torch.equal(gradients[name], expected[1][name]) for name in gradients)
 
 
+@pytest.mark.parametrize("kinds", [torch.nn.Linear, layers.DeepSeekRMSNorm], ids=["projections", "norms"])
 @pytest.mark.parametrize("kind", ["forward_pre", "forward", "full_backward"])
-def test_hooks_on_projections_are_called(kind, library, plainly):
+def test_hooks_on_parts_are_called(kind, kinds, library, plainly):
     model, seen = trained(), set()
     expected = plainly(model)
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear):
-            getattr(module, f"register_{kind}_hook")(lambda *given, name=name: seen.add(name))
+    listened = {name for name, module in model.named_modules() if isinstance(module, kinds)}
+    for name in listened:
+        getattr(model.get_submodule(name), f"register_{kind}_hook")(lambda *given, name=name: seen.add(name))
     assert_same_step(step(model), expected)
-    assert seen == {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert seen == listened
 
 
 def test_products_of_processors(monkeypatch):
@@ -399,6 +438,7 @@ def test_products_of_processors(monkeypatch):
     rows, weight = torch.ones(1024, 32), torch.ones(32, 32)
     assert products.goes_by_onednn(rows, weight)
     assert not products.goes_by_onednn(rows[:1023], weight)
+    assert not products.goes_by_onednn(rows, weight, products.LEAST_OUTER)
     assert not products.goes_by_onednn(rows.bfloat16(), weight.bfloat16())
     assert not products.goes_by_onednn(rows.to("meta"), weight.to("meta"))
 
@@ -422,7 +462,7 @@ def test_autocast_is_as_before(plainly, monkeypatch):
         ran = counted(monkeypatch)
         ours = step(model)
         half = step(model, logits_to_keep="loss")
-    assert {"CausalAttention", "SortedExperts"}.isdisjoint(ran) and "LinearCrossEntropy" in ran
+    assert {"CausalAttention", "LatentAttention", "SortedExperts"}.isdisjoint(ran) and "LinearCrossEntropy" in ran
     exact = step(model)
     for got in (ours, half):
         assert relative_error(got[0], exact[0]) <= 2 * relative_error(expected[0], exact[0]) + 1e-3
@@ -450,4 +490,4 @@ def test_dropout_of_attention_and_long_sequences_take_other_kernels(monkeypatch)
     step(trained(attention_dropout=0.5))
     monkeypatch.setattr(attention_core, "LONGEST", 12)
     step(trained())
-    assert "CausalAttention" not in ran and "SortedExperts" in ran
+    assert {"CausalAttention", "LatentAttention"}.isdisjoint(ran) and "SortedExperts" in ran
