@@ -263,7 +263,7 @@ def clamped(gate: torch.Tensor, up: torch.Tensor, limit: float | None) -> Pairs:
 def through_silu(
     grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, silu: torch.Tensor, limit: float | None, out: Pairs
 ) -> None:
-    """Write the gradients of gate and up, from that of silu(gate) * up, clamped, into `out`; the last may be `grad`."""
+    """Write the gradients of gate and up, from that of silu(gate) * up, clamped, into `out`, whose last may be `grad`."""
     inner_gate, inner_up = clamped(gate, up, limit)
     grad_gate, grad_up = out
     torch.ops.aten.silu_backward.grad_input(grad * inner_up, inner_gate, grad_input=grad_gate)
