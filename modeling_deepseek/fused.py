@@ -7,6 +7,8 @@ them can be differentiated twice. Letters: B batch, H heads, S tokens, W head wi
 of a token and an expert, E experts, D hidden width, I inner width of a feed-forward, V vocabulary.
 """
 
+from functools import wraps
+
 import torch
 from torch import nn
 from torch.autograd import Function
@@ -39,6 +41,19 @@ def is_trained(module: nn.Module, *tensors: torch.Tensor) -> bool:
 def is_trained_as_it_is(module: nn.Module, *tensors: torch.Tensor) -> bool:
     """`is_trained`, and no autocast changes the tensors' types on their way into products."""
     return is_trained(module, *tensors) and not torch.is_autocast_enabled("cpu")
+
+
+def without_autocast(backward):
+    """Keep a caller's autocast from changing types in a backward pass; the context costs what a small product does."""
+
+    @wraps(backward)
+    def run(*given):
+        if not torch.is_autocast_enabled("cpu"):
+            return backward(*given)
+        with torch.autocast("cpu", enabled=False):
+            return backward(*given)
+
+    return run
 
 
 def full(x: torch.Tensor) -> torch.dtype:
@@ -174,7 +189,7 @@ class CausalAttention(Function):
 
     @staticmethod
     @once_differentiable
-    @torch.autocast("cpu", enabled=False)
+    @without_autocast
     def backward(ctx, grad: torch.Tensor):  # type: ignore[override]  # once_differentiable has no types
         query, key, value, *blocks = ctx.saved_tensors
         grads = attend_back(grad, query, key, value, blocks, ctx.scaling)
@@ -212,7 +227,7 @@ class LatentAttention(Function):
 
     @staticmethod
     @once_differentiable
-    @torch.autocast("cpu", enabled=False)
+    @without_autocast
     def backward(ctx, grad: torch.Tensor):  # type: ignore[override]  # once_differentiable has no types
         norm, up, cos, sin, normed, scale, query, key, value, *blocks = ctx.saved_tensors
         heads, nope, interleaved = ctx.widths
@@ -248,7 +263,7 @@ class Linear(Function):
 
     @staticmethod
     @once_differentiable
-    @torch.autocast("cpu", enabled=False)
+    @without_autocast
     def backward(ctx, grad: torch.Tensor):  # type: ignore[override]  # once_differentiable has no types
         x, weight = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad
@@ -263,7 +278,7 @@ def clamped(gate: torch.Tensor, up: torch.Tensor, limit: float | None) -> Pairs:
 def through_silu(
     grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, silu: torch.Tensor, limit: float | None, out: Pairs
 ) -> None:
-    """Write the gradients of gate and up, from that of silu(gate) * up, clamped, into `out`, whose last may be `grad`."""
+    """Write the gradients of gate and up from that of silu(gate) * up, clamped, into `out`, the last may be `grad`."""
     inner_gate, inner_up = clamped(gate, up, limit)
     grad_gate, grad_up = out
     torch.ops.aten.silu_backward.grad_input(grad * inner_up, inner_gate, grad_input=grad_gate)
@@ -274,25 +289,24 @@ def through_silu(
 
 
 class SwiGLU(Function):
-    """`DeepSeekMLP` with SiLU and without biases; only the products with gate and up are kept."""
+    """`DeepSeekMLP` with SiLU and without biases; the products with gate and up are kept, and silu(gate)."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, gate_proj, up_proj, down_proj, limit: float | None = None) -> torch.Tensor:
         gate, up = product(x, gate_proj), product(x, up_proj)
-        ctx.save_for_backward(x, gate, up, gate_proj, up_proj, down_proj)
+        inner_gate, inner_up = clamped(gate, up, limit)
+        silu = nn.functional.silu(inner_gate)
+        ctx.save_for_backward(x, gate, up, silu, gate_proj, up_proj, down_proj)
         ctx.limit = limit
-        gate, up = clamped(gate, up, limit)
-        return product(nn.functional.silu(gate).mul_(up), down_proj)
+        return product(silu * inner_up, down_proj)
 
     @staticmethod
     @once_differentiable
-    @torch.autocast("cpu", enabled=False)
+    @without_autocast
     def backward(ctx, grad: torch.Tensor):  # type: ignore[override]  # once_differentiable has no types
-        x, gate, up, gate_proj, up_proj, down_proj = ctx.saved_tensors
+        x, gate, up, silu, gate_proj, up_proj, down_proj = ctx.saved_tensors
         needs_x, needs_gate, needs_up, needs_down, *_ = ctx.needs_input_grad
-        inner_gate, inner_up = clamped(gate, up, ctx.limit)
-        silu = nn.functional.silu(inner_gate)
-        grad_down = outer_product(grad, silu * inner_up) if needs_down else None
+        grad_down = outer_product(grad, silu * clamped(gate, up, ctx.limit)[1]) if needs_down else None
         grad_gate, grad_up = torch.empty_like(gate), product(grad, down_proj.T)
         through_silu(grad_up, gate, up, silu, ctx.limit, out=(grad_gate, grad_up))
         grad_x = product(grad_gate, gate_proj.T).add_(product(grad_up, up_proj.T)) if needs_x else None
@@ -315,33 +329,31 @@ class SortedExperts(Function):
             order, counts = padded(order, counts, top_k_weights.numel())
         tokens = (order // top_k_weights.shape[-1]).clamp_(max=len(x) - 1)
         weights = nn.functional.pad(top_k_weights.flatten(), (0, 1)).index_select(0, order).unsqueeze(-1)
-        total, all_joined = torch.zeros_like(x, dtype=full(x)), []
+        total, kept = torch.zeros_like(x, dtype=full(x)), []
         for own, weight, gate_up, down in of_experts(counts, tokens, weights, gate_up_proj, down_proj):
             joined = product(x.index_select(0, own), gate_up)  # [p, 2 I]
             gate, up = clamped(*joined.chunk(2, dim=-1), limit)
-            inner = nn.functional.silu(gate).mul_(up).mul_(weight)
-            total.index_add_(0, own, product(inner, down).to(total.dtype))
-            all_joined.append(joined)
-        ctx.save_for_backward(x, weights, gate_up_proj, down_proj, order, tokens, *all_joined)
+            silu = nn.functional.silu(gate)
+            total.index_add_(0, own, product((silu * up).mul_(weight), down).to(total.dtype))
+            kept += joined, silu
+        ctx.save_for_backward(x, weights, gate_up_proj, down_proj, order, tokens, *kept)
         ctx.counts, ctx.choices, ctx.limit = counts, top_k_weights.shape, limit
         return total.to(x.dtype)
 
     @staticmethod
     @once_differentiable
-    @torch.autocast("cpu", enabled=False)
+    @without_autocast
     def backward(ctx, grad: torch.Tensor):  # type: ignore[override]  # once_differentiable has no types
-        x, weights, gate_up_proj, down_proj, order, tokens, *all_joined = ctx.saved_tensors
+        x, weights, gate_up_proj, down_proj, order, tokens, *kept = ctx.saved_tensors
         needs_x, needs_choice, needs_gate_up, needs_down, *_ = ctx.needs_input_grad
         grad_x = torch.zeros_like(x, dtype=full(x)) if needs_x else None
         grad_gate_up = torch.empty_like(gate_up_proj) if needs_gate_up else None
         grad_down = torch.empty_like(down_proj) if needs_down else None
         found = weights.new_empty(len(order), 1)
-        experts = of_experts(ctx.counts, tokens, weights, gate_up_proj, down_proj, found, all_joined)
-        for expert, (own, weight, gate_up, down, found_own, joined) in enumerate(experts):
+        experts = of_experts(ctx.counts, tokens, weights, gate_up_proj, down_proj, found, kept[::2], kept[1::2])
+        for expert, (own, weight, gate_up, down, found_own, joined, silu) in enumerate(experts):
             gate, up = joined.chunk(2, dim=-1)
-            inner_gate, inner_up = clamped(gate, up, ctx.limit)
-            silu = nn.functional.silu(inner_gate)
-            inner, grad_outputs = silu * inner_up, grad.index_select(0, own)
+            inner, grad_outputs = silu * clamped(gate, up, ctx.limit)[1], grad.index_select(0, own)
             grad_inner = product(grad_outputs, down.mT)
             if needs_choice:
                 torch.sum(grad_inner * inner, -1, keepdim=True, dtype=weights.dtype, out=found_own)

@@ -32,17 +32,23 @@ def has_onednn() -> bool:
     return is_amd_with_avx512() and are_both_there and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
+@cache
+def linear_pointwise():
+    """oneDNN's product, as an operator of torch; looked up once."""
+    return torch.ops.mkldnn._linear_pointwise.default
+
+
 def goes_by_onednn(rows: torch.Tensor, weight: torch.Tensor, least: int | None = None) -> bool:
     """Whether a product of these does, if it has at least so many multiplications, or `LEAST`."""
     is_large = rows.numel() * weight.shape[0] >= (LEAST if least is None else least)
-    return is_large and rows.dtype == weight.dtype == torch.float32 and rows.device.type == "cpu" and has_onednn()
+    return is_large and rows.dtype == weight.dtype == torch.float32 and rows.is_cpu and has_onednn()
 
 
 def onednn_product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`product` by oneDNN."""
     if not (weight.is_contiguous() or weight.mT.is_contiguous()):
         weight = weight.contiguous()  # of others it takes its reference kernel, which is fifty times slower
-    return torch.ops.mkldnn._linear_pointwise.default(rows, weight, None, "none", [], "")
+    return linear_pointwise()(rows, weight, None, "none", [], "")
 
 
 def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
