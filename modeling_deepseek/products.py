@@ -14,7 +14,7 @@ from torch.nn import functional as F
 # Multiplications that a product has at least, so that oneDNN's longer way to its kernel pays; one over all rows, for
 # which it copies a matrix first, has more.
 LEAST, LEAST_OUTER = 2**20, 2**22
-ROWS = 32  # experts' numbers of rows are filled up to multiples of it, so that few shapes come up
+ROWS = 64  # experts' numbers of rows are filled up to multiples of it, so that few shapes come up
 
 
 @cache
