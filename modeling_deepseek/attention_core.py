@@ -82,14 +82,12 @@ def attend(
         Output [B, S, H, width of value], and the weights where the implementation gives them.
     """
     implementation, width = module.config._attn_implementation, value.shape[-1]
-    is_causal, lengths = (
-        is_plainly_causal(module, attention_mask, kwargs.get("is_causal")),
-        (query.shape[2], key.shape[2]),
-    )
-    if is_causal and can_attend_by_blocks(module, *lengths, query, key, value):
+    is_causal = is_plainly_causal(module, attention_mask, kwargs.get("is_causal"))
+    if is_causal and can_attend_by_blocks(module, query.shape[2], key.shape[2], query, key, value):
         groups = query.shape[1] // key.shape[1]
         return CausalAttention.apply(query, repeat_heads(key, groups), repeat_heads(value, groups), scaling), None
-    missing, dropout = key.shape[-1] - width, module.attention_dropout if module.training else 0.0
+    dropout = module.attention_dropout if module.training else 0.0
+    missing = key.shape[-1] - width
     if missing > 0 and implementation != "eager" and (implementation != "sdpa" or query.shape[2] > 1):
         # Fused kernels want one width for keys and values; without it torch falls back to the slow one.
         value = F.pad(value, (0, missing))

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from .products import goes_by_onednn, outer_product, padded, product
 
 Pairs = tuple[torch.Tensor, torch.Tensor]
-BLOCK = 32  # queries that CausalAttention treats at once
+BLOCK = 32  # queries that meet their keys at once
 SCORES, ROWS = 2**22, 256  # logits that LinearCrossEntropy holds at once, but no fewer rows than these
 
 
@@ -134,9 +134,9 @@ class RotatedTail(Function):
     def backward(ctx, grad: torch.Tensor):
         (cos, sin), nope = ctx.saved_tensors, ctx.nope
         grad_x = torch.empty_like(grad.transpose(1, 2), memory_format=torch.contiguous_format)
-        by_head = grad_x.transpose(1, 2)
-        by_head[..., :nope] = grad[..., :nope]
-        rotate(pairs_of(grad[..., nope:], False), cos, -sin, pairs_of(by_head[..., nope:], ctx.interleaved))
+        turned = grad_x.transpose(1, 2)
+        turned[..., :nope] = grad[..., :nope]
+        rotate(pairs_of(grad[..., nope:], False), cos, -sin, pairs_of(turned[..., nope:], ctx.interleaved))
         return grad_x, None, None, None
 
 
@@ -213,7 +213,7 @@ class LatentAttention(Function):
         normed, scale = divided_by_rms(latent, eps)
         expanded = by_head(product(normed * norm, up), heads)
         queries = by_head(query, heads)
-        query, key = torch.empty_like(queries, memory_format=torch.contiguous_format), queries.new_empty(queries.shape)
+        query, key = queries.new_empty(queries.shape), queries.new_empty(queries.shape)
         query[..., :nope], key[..., :nope] = queries[..., :nope], expanded[..., :nope]
         rotate(pairs_of(queries[..., nope:], interleaved), cos, sin, pairs_of(query[..., nope:], False))
         rotated = torch.empty_like(rope)
@@ -239,11 +239,8 @@ class LatentAttention(Function):
         grad_up_rows = grad.new_empty(batch, length, heads * (nope + values))
         grad_rows = grad.new_empty(batch, length, latents + rotary)
         queries, expanded = by_head(grad_query, heads), by_head(grad_up_rows, heads)
-        queries[..., :nope], expanded[..., :nope], expanded[..., nope:] = (
-            by_query[..., :nope],
-            by_key[..., :nope],
-            by_value,
-        )
+        queries[..., :nope] = by_query[..., :nope]
+        expanded[..., :nope], expanded[..., nope:] = by_key[..., :nope], by_value
         rotate(pairs_of(by_query[..., nope:], False), cos, -sin, pairs_of(queries[..., nope:], interleaved))
         by_rope = by_key[..., nope:].sum(1, keepdim=True)
         rotate(pairs_of(by_rope, False), cos, -sin, pairs_of(grad_rows[..., latents:].unsqueeze(1), interleaved))
@@ -329,10 +326,11 @@ class SortedExperts(Function):
             order, counts = padded(order, counts, top_k_weights.numel())
         tokens = (order // top_k_weights.shape[-1]).clamp_(max=len(x) - 1)
         weights = nn.functional.pad(top_k_weights.flatten(), (0, 1)).index_select(0, order).unsqueeze(-1)
-        total, kept = torch.zeros_like(x, dtype=full(x)), []
+        total = torch.zeros_like(x, dtype=full(x))
+        kept: list[torch.Tensor] = []
         for own, weight, gate_up, down in of_experts(counts, tokens, weights, gate_up_proj, down_proj):
             joined = product(x.index_select(0, own), gate_up)  # [p, 2 I]
-            gate, up = clamped(*joined.chunk(2, dim=-1), limit)
+            gate, up = clamped(*pairs_of(joined, False), limit)
             silu = nn.functional.silu(gate)
             total.index_add_(0, own, product((silu * up).mul_(weight), down).to(total.dtype))
             kept += joined, silu
@@ -352,7 +350,7 @@ class SortedExperts(Function):
         found = weights.new_empty(len(order), 1)
         experts = of_experts(ctx.counts, tokens, weights, gate_up_proj, down_proj, found, kept[::2], kept[1::2])
         for expert, (own, weight, gate_up, down, found_own, joined, silu) in enumerate(experts):
-            gate, up = joined.chunk(2, dim=-1)
+            gate, up = pairs_of(joined, False)
             inner, grad_outputs = silu * clamped(gate, up, ctx.limit)[1], grad.index_select(0, own)
             grad_inner = product(grad_outputs, down.mT)
             if needs_choice:
@@ -376,9 +374,10 @@ class SortedExperts(Function):
 
 def of_experts(counts: list[int], tokens, weights, gate_up_proj, down_proj, *more):
     """What one expert has of each, after the other's; of what is a list already, its own member."""
-    rows = (part if isinstance(part, list) else part.split(counts) for part in (tokens, weights, *more))
-    tokens, weights, *more = rows
-    return zip(tokens, weights, gate_up_proj.unbind(), down_proj.unbind(), *more, strict=True)
+    own_tokens, own_weights, *others = (
+        part if isinstance(part, list) else part.split(counts) for part in (tokens, weights, *more)
+    )
+    return zip(own_tokens, own_weights, gate_up_proj.unbind(), down_proj.unbind(), *others, strict=True)
 
 
 class LinearCrossEntropy(Function):
