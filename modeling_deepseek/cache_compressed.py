@@ -202,6 +202,9 @@ class IndexedCompressedLayer(WindowLayer):
     _layer_type = "deepseek_compressed_indexed"
 
 
+WORDS = tuple(layer._layer_type for layer in (WindowLayer, CompressedLayer, IndexedCompressedLayer))
+
+
 def _refuse_static(self, *args, **kwargs):
     raise ValueError(
         "compressed attention has no static cache: what it keeps grows by one entry in so many tokens; use "
@@ -242,7 +245,9 @@ def layer_of(cache: Cache, layer_idx: int) -> WindowLayer:
         while len(cache.layers) <= layer_idx:
             cache.layers.append(WindowLayer())
     layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
-    if type(layer) is DynamicLayer and not layer.is_initialized:
+    # transformers' table has the layers of that copy of this file which was imported last
+    is_other_copy = getattr(layer, "_layer_type", None) in WORDS and not isinstance(layer, WindowLayer)
+    if (type(layer) is DynamicLayer and not layer.is_initialized) or (is_other_copy and not layer.seen):
         layer = cache.layers[layer_idx] = WindowLayer()
     if not isinstance(layer, WindowLayer):
         raise ValueError(

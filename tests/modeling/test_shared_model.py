@@ -1,12 +1,15 @@
 """V4.1's text model against its formulas, whole: outputs and gradients; and its parts against what they promise."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from transformers import DynamicCache
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING
 
 from configuration_deepseek import preset
-from modeling_deepseek import DeepSeekForCausalLM, attention_shared
+from modeling_deepseek import DeepSeekForCausalLM, attention_shared, cache_compressed
 from modeling_deepseek.row_tokens import row_tokens
 from tests.modeling.conftest import token_ids
 from tests.reference.compare import TOLERANCE, assert_close, twin
@@ -144,6 +147,19 @@ def test_guesses_that_are_taken_back_change_no_token(model):
     assert torch.equal(model.generate(prompt, prompt_lookup_num_tokens=3, **arguments), expected)
     beams = model.generate(prompt.repeat(2, 1), num_beams=3, **arguments)
     assert torch.equal(beams[0], beams[1])
+
+
+def test_a_copy_of_the_files_that_came_later_makes_no_cache_of_this_one(model, monkeypatch):
+    """As where folders of two models are opened with trust_remote_code."""
+    expected = model.generate(token_ids(1, 9), max_new_tokens=3, do_sample=False)
+    words = [word for word in DYNAMIC_LAYER_TYPE_MAPPING if word.startswith("deepseek_")]
+    for mapping in (DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING):
+        for word in words:
+            monkeypatch.setitem(mapping, word, mapping[word])  # put back afterwards
+    source = Path(cache_compressed.__file__).read_text("utf-8").replace("from .", "from modeling_deepseek.")
+    exec(compile(source, "copy", "exec"), {"__name__": "copy"})
+    assert DYNAMIC_LAYER_TYPE_MAPPING["deepseek_window"] is not cache_compressed.WindowLayer
+    assert torch.equal(model.generate(token_ids(1, 9), max_new_tokens=3, do_sample=False), expected)
 
 
 def test_scores_of_indexers_can_be_learnt_from(model):
