@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AutoProcessor,
     AutoTokenizer,
 )
 from transformers.models.auto.auto_factory import _BaseAutoModelClass, _LazyAutoMapping
@@ -23,6 +24,7 @@ from configuration_deepseek import DeepSeekConfig
 from configuration_deepseek.configuration_deepseek import HEADS_BY_OWN_AUTO_CLASS
 from configuration_deepseek.official import SOURCES
 from tokenization_deepseek import DeepSeekTokenizer
+from tokenization_deepseek.processing_deepseek import DeepSeekProcessor
 
 from .detection_head import DeepSeekForObjectDetection
 from .embedding_head import DeepSeekForEmbedding
@@ -95,7 +97,9 @@ def register(native: bool = False) -> None:
     """
     AutoConfig.register(DeepSeekConfig.model_type, DeepSeekConfig, exist_ok=True)
     AutoTokenizer.register(DeepSeekConfig, tokenizer_class=DeepSeekTokenizer, exist_ok=True)
+    AutoProcessor.register(DeepSeekConfig, DeepSeekProcessor, exist_ok=True)
     DeepSeekConfig.register_for_auto_class()
+    DeepSeekProcessor.register_for_auto_class()
     register_default_targets()
     for auto_class, model_class in MODELS_BY_AUTO_CLASS.items():
         auto_class.register(DeepSeekConfig, model_class, exist_ok=True)

@@ -1,5 +1,7 @@
 """Text to ids and back: the tokenizer, its training, chat formats, and control tokens kept out of users' text."""
 
+from typing import Any
+
 from .answer_parsing import AnswerParser
 from .chat import CHAT_TEMPLATES, template_name
 from .chat_encoding import AnsweredChat, encode_answers, encode_chat, generation_prompt
@@ -12,6 +14,7 @@ __all__ = [
     "AnswerParser",
     "AnsweredChat",
     "Control",
+    "DeepSeekProcessor",
     "DeepSeekTokenizer",
     "control_tokens",
     "encode_answers",
@@ -22,3 +25,12 @@ __all__ = [
     "template_name",
     "train_tokenizer",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`DeepSeekProcessor`, imported when it is asked for: it brings what transformers has for images."""
+    if name != "DeepSeekProcessor":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .processing_deepseek import DeepSeekProcessor
+
+    return DeepSeekProcessor

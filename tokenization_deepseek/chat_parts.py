@@ -14,6 +14,14 @@ def refuse(what: str) -> str:
     return "{{ raise_exception('this chat format has no place for ' ~ " + what + ") }}"
 
 
+# What may follow a text part among the parts of a content: of generations that see, where somebody sees to the pixels.
+TEXT_PART = r"""
+      {% elif part['type'] == 'text' %}{{ part['text'] }}
+"""
+IMAGE = "<｜deepseek_image｜>"
+IMAGE_PART = f"""
+      {{% elif part['type'] in ['image', 'image_url'] and with_images %}}{{{{ '{IMAGE}' }}}}
+"""
 # Contents are texts, lists of text parts, or absent. `thinking` is undefined where nobody asked for it.
 TEXT = (
     r"""
@@ -24,9 +32,9 @@ TEXT = (
     + refuse("'a content that is neither a text nor a list of parts'")
     + r"""{% else %}
     {% for part in content or [] %}
-      {% if part is string %}{{ part }}
-      {% elif part['type'] == 'text' %}{{ part['text'] }}
-      {% else %}"""
+      {% if part is string %}{{ part }}"""
+    + TEXT_PART
+    + r"""{% else %}"""
     + refuse("'a part of type ' ~ part['type']")
     + r"""{% endif %}
       {% if not loop.last %}{{ joint }}{% endif %}

@@ -6,7 +6,8 @@
 "v4-0731"   the release of 2026-07-31: "low" or none writes nothing, "high" what "max" is above, "max" another text.
 "v4.1"      V4.1: `<｜System｜>` before system messages (a later one counts as a user's turn) and before the effort, a
             number from 1 to 100 or low, high, max for 50, 75, 100 (xhigh is 75 too); "high" if none. Names of tags in
-            DSML begin with a blank.
+            DSML begin with a blank. With `with_images` an image among the parts of a content is
+            `<｜deepseek_image｜>`.
 
 The same word of effort is another prompt in each; it is written in thinking mode alone. `thinking` is as in V3.2.
 Reasoning of earlier turns and developer messages before the last user's are dropped in thinking mode, unless there are
@@ -15,7 +16,18 @@ Further fields of messages: `tools` and `response_format` (system, developer), `
 domain, title, read_url: what is asked for in place of an answer), `wo_eos` (the answer goes on).
 """
 
-from .chat_parts import ANSWER, RESPONSE_FORMAT, RESULT_WITHOUT_CALL, TEXT, UNKNOWN_ROLE, dsml_calls, one_line, refuse
+from .chat_parts import (
+    ANSWER,
+    IMAGE_PART,
+    RESPONSE_FORMAT,
+    RESULT_WITHOUT_CALL,
+    TEXT,
+    TEXT_PART,
+    UNKNOWN_ROLE,
+    dsml_calls,
+    one_line,
+    refuse,
+)
 
 _TOOLS = r"""
 {% macro described(tools) %}
@@ -191,12 +203,17 @@ _MESSAGES = (
 )
 
 
-def _template(effort: str, tags: tuple[str, str, str], turns: str = "", opening: str = "", system: str = "") -> str:
-    """tags: names of the block, of a call and of a parameter. turns: what else counts as a user's turn."""
+def _template(
+    effort: str, tags: tuple[str, str, str], turns: str = "", opening: str = "", system: str = "", part: str = ""
+) -> str:
+    """tags: names of the block, of a call and of a parameter. turns: what else counts as a user's turn. part: what
+    else a content may have."""
     block, invoke, parameter = tags
     described = _TOOLS.replace("BLOCK", block).replace("INVOKE", invoke).replace("PARAMETER", parameter)
     described = described.replace("$NAME_OF_ONE", "$PARAMETER_NAME").replace("$VALUE_OF_ONE", "$PARAMETER_VALUE")
-    form = effort + _V4 + described + RESPONSE_FORMAT + dsml_calls(*tags) + _MESSAGES
+    form = (
+        effort + _V4.replace(TEXT_PART, TEXT_PART + part) + described + RESPONSE_FORMAT + dsml_calls(*tags) + _MESSAGES
+    )
     opening += "{% if thinks %}{{ effort }}{% endif %}"
     return one_line(form.replace("TURNS", turns).replace("OPENING", opening).replace("SYSTEM", system))
 
@@ -212,5 +229,6 @@ V4_TEMPLATES: dict[str, str] = {
         turns="or (message['role'] == 'system' and loop.index0 > 0)",
         opening="{% if thinks or role == 'system' %}" + _TOKEN + "{% endif %}",
         system="{% if here > 0 %}" + _TOKEN + "{% endif %}",
+        part=IMAGE_PART,
     ),
 }

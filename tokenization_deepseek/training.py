@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sized
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from .chat import CHAT_TEMPLATES
+from .chat_parts import IMAGE
 from .pre_tokenization import pre_tokenizer
 from .tokenization_deepseek import SPECIAL_TOKENS, DeepSeekTokenizer
 
@@ -24,7 +25,7 @@ MARKS = {
     "v3.2": ("｜DSML｜",),
     "v4": _V4_MARKS,
     "v4-0731": _V4_MARKS,
-    "v4.1": (*_V4_MARKS, "<｜System｜>"),
+    "v4.1": (*_V4_MARKS, "<｜System｜>", IMAGE),
 }
 
 
@@ -56,7 +57,7 @@ def train_tokenizer(
     Raises ValueError: a vocabulary too small for the bytes and special tokens, texts that are empty, no strings, or
     one string where several are meant, an unknown generation or chat template.
     """
-    special = SPECIAL_TOKENS | dict.fromkeys(MARKS.get(chat_template or "", ()), False)
+    special = SPECIAL_TOKENS | {token: token == IMAGE for token in MARKS.get(chat_template or "", ())}
     if vocab_size < 256 + len(special):
         raise ValueError(
             f"vocab_size {vocab_size} is too small: 256 bytes and {len(special)} special tokens "

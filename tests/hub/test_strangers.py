@@ -17,6 +17,7 @@ HEADS = {
     "DeepSeekForTokenClassification": "AutoModelForTokenClassification",
     "DeepSeekForQuestionAnswering": "AutoModelForQuestionAnswering",
 }
+EYES = {"DeepSeekForImageTextToText": "AutoModelForImageTextToText"}
 
 
 def outputs(model):
@@ -29,6 +30,39 @@ def outputs(model):
     with torch.no_grad():
         result = model.eval()(input_ids=ids, attention_mask=mask, use_cache=False)
     return torch.cat([value.flatten() for value in result.to_tuple() if torch.is_tensor(value)])
+
+
+def seen(model, processor, folder):
+    """What the model says of a picture between two letters."""
+    import torch
+    from PIL import Image
+
+    picture = Image.frombytes("RGB", (9, 5), bytes(range(135)))
+    picture.save(f"{folder}/picture.png")
+    with torch.no_grad():
+        inputs = processor(images=picture, text="a<｜deepseek_image｜>b", return_tensors="pt")
+        return model.eval()(**inputs, use_cache=False).logits
+
+
+def save_eyes(folder):
+    """Save a model of images and text with its processor; what it says of a picture."""
+    import torch
+
+    from configuration_deepseek import preset
+    from modeling_deepseek import DeepSeekForImageTextToText
+    from tokenization_deepseek import DeepSeekProcessor, train_tokenizer
+
+    tokenizer = train_tokenizer(["ab"] * 3, 290, chat_template="v4.1")
+    image = tokenizer.convert_tokens_to_ids("<｜deepseek_image｜>")
+    tower = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 4}
+    pixels = {"patch_size": 2, "downsample_ratio": 3, "max_image_tokens": 20, "min_pixels": 4}
+    vision = tower | pixels | {"rope_theta": 10000}
+    torch.manual_seed(0)
+    config = preset("tiny_v4.1", vocab_size=290, image_token_id=image, vision_config=vision, initializer_range=0.2)
+    model, processor = DeepSeekForImageTextToText(config), DeepSeekProcessor(tokenizer, image, **pixels)
+    model.save_pretrained(f"{folder}/eyes")
+    processor.save_pretrained(f"{folder}/eyes")
+    return seen(model, processor, folder)
 
 
 def save_all(folder):
@@ -72,6 +106,7 @@ def save_all(folder):
         disabled = outputs(adapted)
     adapted.merge_and_unload().save_pretrained(f"{folder}/merged")
     expected["merged"] = merged
+    expected["eyes"] = save_eyes(folder)
     torch.save(expected, f"{folder}/expected.pt")
 
     def difference(left, right):
@@ -134,6 +169,12 @@ def load_all(folder, trust_remote_code):
     again = load("again", "AutoModelForCausalLM")
     facts["differences"]["again"] = (outputs(again) - expected[causal]).abs().max().item()
     compare("merged", outputs(load("merged", "AutoModelForCausalLM")))
+    processor = transformers.AutoProcessor.from_pretrained(f"{folder}/eyes", **trust)
+    compare("eyes", seen(load("eyes", "AutoModelForImageTextToText"), processor, folder))
+    load("eyes", "AutoModelForCausalLM")
+    reads = transformers.pipeline("image-text-to-text", model=f"{folder}/eyes", processor=processor, **trust)
+    part = {"type": "image", "url": f"{folder}/picture.png"}
+    facts["read"] = reads(text=[{"role": "user", "content": [part]}], max_new_tokens=3, return_full_text=False)
     return facts
 
 
@@ -175,13 +216,13 @@ def test_a_stranger_has_none_of_our_packages(run_client, run_stranger):
 def test_every_class_gives_equal_outputs_by_every_fitting_auto_class(saved, loaded, process):
     names = [f"{preset}/{head}" for preset in saved["presets"] for head in HEADS]
     names += [f"{name}'s trunk" for name in names]
-    names += ["generated", "adapter", "adapter with its base", "merged", "again"]
+    names += ["generated", "adapter", "adapter with its base", "merged", "again", "eyes"]
     assert loaded[process]["differences"] == dict.fromkeys(names, 0.0)
 
 
 @pytest.mark.parametrize(("process", "home"), [("ours", "modeling_deepseek"), ("stranger", "transformers_modules")])
 def test_the_class_is_the_one_asked_for(loaded, process, home):
-    heads = {auto_class: head for head, auto_class in HEADS.items()}
+    heads = {auto_class: head for head, auto_class in (HEADS | EYES).items()}
     for what, (module, name) in loaded[process]["classes"].items():
         assert name == heads[what.rpartition(" ")[2]], what
         assert module.split(".")[0] == home, what
@@ -206,6 +247,11 @@ def test_a_head_on_a_causal_lm_checkpoint_is_all_that_is_new(loaded, process):
     }
 
 
+def test_a_pipeline_reads_a_picture_in_either_process(loaded):
+    ours, theirs = (loaded[process]["read"][0]["generated_text"] for process in ("ours", "stranger"))
+    assert ours == theirs and isinstance(ours, str)
+
+
 def test_adapters_merge_and_unmerge(saved):
     assert saved["adapter changes"] > 0.01
     assert saved["merged"] < 1e-5
@@ -215,16 +261,21 @@ def test_adapters_merge_and_unmerge(saved):
 
 def test_the_folder_holds_all_that_travels(saved, folder):
     head = folder / "tiny_v3" / "DeepSeekForQuestionAnswering"
-    config = json.loads((head / "config.json").read_text())
-    assert config["auto_map"].keys() == {"AutoConfig", *HEADS.values()}
-    for auto_class, reference in config["auto_map"].items():
-        module, _, name = reference.partition(".")
-        assert f"class {name}(" in (head / f"{module}.py").read_text(), auto_class
+    for path, more in ((head, {}), (folder / "eyes", EYES)):
+        config = json.loads((path / "config.json").read_text())
+        assert config["auto_map"].keys() == {"AutoConfig", *HEADS.values(), *more.values()}
+        for auto_class, reference in config["auto_map"].items():
+            module, _, name = reference.partition(".")
+            assert f"class {name}(" in (path / f"{module}.py").read_text(), auto_class
+
+
+LANGUAGE = "ahead draft_loss drafting language_heads losses pooling"
+SEEING = f"{LANGUAGE} image_text_head vision_tower processing_deepseek chat_parts"
 
 
 @pytest.mark.parametrize(
     ("head", "extra"),
-    [("DeepSeekForCausalLM", "ahead draft_loss drafting language_heads losses pooling"), ("DeepSeekModel", "")],
+    [("tiny_v3/DeepSeekForCausalLM", LANGUAGE), ("tiny_v3/DeepSeekModel", ""), ("eyes", SEEING)],
 )
 def test_a_folder_holds_no_file_that_its_class_does_not_need(saved, folder, head, extra):
     trunk = """adapters configuration_deepseek fields official modeling_deepseek pretrained outputs attention_core
@@ -233,4 +284,4 @@ def test_a_folder_holds_no_file_that_its_class_does_not_need(saved, folder, head
         products quantization requiring residual rope routers row_tokens sharing tested_versions
         transformers_names validation vision weight_names weight_state whole_folders"""
     needed = {f"{name}.py" for name in f"{trunk} {extra}".split()}
-    assert {file.name for file in (folder / "tiny_v3" / head).glob("*.py")} == needed
+    assert {file.name for file in (folder / head).glob("*.py")} == needed

@@ -114,6 +114,6 @@ def test_marks_of_the_chat_template_are_tokens_that_decoding_keeps(corpus):
     system, dsml = tokenizer.convert_tokens_to_ids(["<｜System｜>", "｜DSML｜"])
     assert ids.count(system) == 1 and dsml not in ids
     assert "".join(marks) == tokenizer.decode(tokenizer.convert_tokens_to_ids(marks), skip_special_tokens=True)
-    with pytest.raises(ValueError, match="vocab_size 277 is too small: 256 bytes and 29 special tokens take 285"):
+    with pytest.raises(ValueError, match="vocab_size 277 is too small: 256 bytes and 30 special tokens take 286"):
         train_tokenizer(corpus, 277, chat_template="v4.1")
     assert len(train_tokenizer(corpus, 277)) == 277
