@@ -38,12 +38,14 @@ def chat(argv: Sequence[str]) -> None:
 
     from ..language.serving.chat_format import ChatFormat, choose_template
     from ..language.serving.conversation import Conversation
-    from ..language.serving.language_model import TALKING, LanguageModel, open_tokenizer, opened
+    from ..language.serving.language_model import TALKING, LanguageModel, open_tokenizer, opened, require_predictions
     from ..language.serving.terminal import Terminal
 
     if not sys.stdin.isatty():
         disable_progress_bar()  # the bar of loading weights
     saved = opened(name, arguments.model_revision, arguments.trust_remote_code)
+    if arguments.use_mtp:
+        require_predictions(saved)
     tokenizer = open_tokenizer(saved, arguments)
     choose_template(tokenizer, arguments.chat_template, name)
     ChatFormat(tokenizer, name, arguments.thinking)  # refuses what doesn't fit before the weights are read

@@ -38,6 +38,11 @@ class TalkArguments:
                   "metavar": "TEXT"},
     )  # fmt: skip
     seed: int = field(default=0, metadata={"help": "Of what is drawn."})
+    use_mtp: bool = field(
+        default=False,
+        metadata={"help": "Guess tokens by the model's prediction layers or draft stages (V3 and on) and check several "
+                          "in one step: the same text, one at a time."},
+    )  # fmt: skip
     system: str | None = field(default=None, metadata={"help": "A system message before the conversation."})
     chat_template: str | None = field(
         default=None,
@@ -117,6 +122,8 @@ class GenerateArguments(TalkArguments):
             self._check_beams()
 
     def _check_beams(self) -> None:
+        if self.use_mtp:
+            raise ValueError("--use_mtp guesses how one text goes on, --num_beams writes several; keep one of them.")
         drawn = [name for name in SAMPLING if getattr(self, name)]
         if self.do_sample or drawn:
             raise ValueError(f"--{drawn[0] if drawn else 'do_sample'} draws, --num_beams doesn't; keep one of them.")

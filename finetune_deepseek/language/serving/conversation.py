@@ -42,14 +42,16 @@ class Turn(NamedTuple):
 
 
 class Ear(StoppingCriteria):
-    """Hears each token as it comes, and stops when it has heard enough."""
+    """Hears each token behind the prompt as it comes, and stops when it has heard enough."""
 
-    def __init__(self, heard: Callable[[int], bool]):
-        self.heard, self.is_done = heard, False
+    def __init__(self, heard: Callable[[int], bool], length: int):
+        self.heard, self.length, self.is_done = heard, length, False
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """[1, S + N] ids -> [1] whether that is enough; tokens behind the last one count for nothing."""
-        self.is_done = self.is_done or self.heard(int(input_ids[0, -1]))
+        """[1, S + N] ids -> [1] whether that is enough; tokens behind the last one count for nothing. Where tokens are
+        guessed, several come at once."""
+        new, self.length = input_ids[0, self.length :].tolist(), input_ids.shape[1]
+        self.is_done = self.is_done or any(map(self.heard, new))
         return torch.tensor([self.is_done], device=input_ids.device)
 
 
@@ -171,14 +173,14 @@ class Conversation:
                 self.lm.defaults, self.sampling, self.lm.pad, self.lm.ends, room, is_output=True
             ),
             logits_processor=answer.processors(self.sampling.stream(self.turns)),
-            stopping_criteria=StoppingCriteriaList([Ear(answer.heard)]),
+            stopping_criteria=StoppingCriteriaList([Ear(answer.heard, len(ids))]),
         )
         self.cache = cache
         self.read = sequence[: cache.get_seq_length()] if cache is not None else []
         message = answer.message()
         self.messages.append(message)
         left_out = sum(part["role"] == "user" for part in self.messages[before : self.first])
-        return Turn(message, answer.finish_reason, len(sequence) - len(ids), len(ids) - kept, left_out)
+        return Turn(message, answer.finish_reason, answer.tokens, len(ids) - kept, left_out)
 
     def _fitting(self) -> tuple[list[int], int]:
         """The conversation's ids without its oldest turns, if they leave too little room, and the room there is."""
@@ -227,7 +229,7 @@ class _Answer:
         self.stopper = Stopper(conversation.sampling.stop)
         self.sampling, self.ends, self.finite = conversation.sampling, set(self.lm.ends), Finite()
         self.finish_reason: Literal["stop", "length", "interrupted"] = "length"
-        self.end = ""
+        self.end, self.tokens = "", 0
 
     def processors(self, stream: Any) -> LogitsProcessorList:
         return LogitsProcessorList([self.finite, *self.sampling.processors([stream])])
@@ -236,6 +238,7 @@ class _Answer:
         """Show what a token adds; whether it is the last."""
         if self.finite.first(1) is not None:
             raise self.lm.broken(ANSWER)
+        self.tokens += 1
         self.show(self.parser.feed(self.stopper.put(self.stream.put(token))))
         if token in self.ends or self.stopper.has_stopped:
             self.finish_reason, self.end = "stop", self.mark if token in self.ends else ""

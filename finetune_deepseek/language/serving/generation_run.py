@@ -16,7 +16,7 @@ from ...training.saved import Saved
 from .arguments import GenerateArguments
 from .chat_format import ChatFormat, choose_template, encode_raw, has_template, likely_template
 from .generation import Completion, Generator
-from .language_model import TALKING, LanguageModel, device_of, open_tokenizer, opened
+from .language_model import TALKING, LanguageModel, device_of, open_tokenizer, opened, require_predictions
 from .prompts import Prompt, read_prompts
 from .sampling import Sampling
 from .written import WrittenLines
@@ -37,6 +37,8 @@ def run(name: str, arguments: GenerateArguments) -> None:
     if not prompts:
         raise ValueError("There is no prompt; write it behind the model, in quotes, or name a file by --input.")
     saved = opened(name, arguments.model_revision, arguments.trust_remote_code)
+    if arguments.use_mtp:
+        require_predictions(saved)
     tokenizer = open_tokenizer(saved, arguments)
     is_chat = needs_format(arguments, prompts, has_template(tokenizer) and saved.task in TALKING)
     if not (is_chat or arguments.raw or has_template(tokenizer)) and (own := likely_template(name)):
@@ -45,7 +47,8 @@ def run(name: str, arguments: GenerateArguments) -> None:
     encoded = [encode(prompt) for prompt in prompts]
     disable_progress_bar()  # the bar of loading weights; ours counts completions
     lm = LanguageModel.open(saved, tokenizer, arguments)
-    generator = Generator(lm, Sampling.of(arguments, lm.defaults), arguments.batch_size)
+    batch_size = 1 if arguments.use_mtp else arguments.batch_size
+    generator = Generator(lm, Sampling.of(arguments, lm.defaults), batch_size)
     generator.check_lengths(encoded, [prompt.where for prompt in prompts])
     written = None
     if arguments.output:

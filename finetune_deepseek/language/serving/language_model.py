@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from configuration_deepseek.official import from_official
 from modeling_deepseek.transformers_names import CACHE_WORD
 
 from ...training.arguments import ModelArguments
@@ -37,6 +38,20 @@ def opened(name: str, revision: str, trust_remote_code: bool = False) -> Saved:
             f"{name}: it is a {saved.architecture or saved.head}, which writes no text; name a language model{verb}."
         )
     return saved
+
+
+def require_predictions(saved: Saved) -> None:
+    """Refuse a model that has nothing to guess tokens by, before its weights are read.
+
+    Raises:
+        ValueError: naming it.
+    """
+    fields = from_official(dict(saved.config)) if saved.is_ours else saved.config
+    if not fields.get("num_nextn_predict_layers"):
+        raise ValueError(
+            f"--use_mtp: {saved.name} has neither prediction layers nor draft stages (num_nextn_predict_layers) to "
+            "guess tokens by; leave it out."
+        )
 
 
 def _flat(names: Any) -> list[str]:

@@ -50,6 +50,7 @@ class Sampling:
     seed: int
     num_beams: int = 1
     num_return_sequences: int = 1
+    use_mtp: bool = False
 
     @classmethod
     def of(cls, arguments: TalkArguments, defaults: GenerationConfig) -> "Sampling":
@@ -75,6 +76,7 @@ class Sampling:
             seed=arguments.seed,
             num_beams=num_beams,
             num_return_sequences=getattr(arguments, "num_return_sequences", 1),
+            use_mtp=arguments.use_mtp,
         )
 
     def processors(self, streams: Sequence[random.Random]) -> LogitsProcessorList:
@@ -97,21 +99,27 @@ class Sampling:
         found |= {"seed": self.seed} if self.do_sample else {}
         found |= {"num_beams": self.num_beams} if self.num_beams > 1 else {}
         found |= {"repetition_penalty": self.repetition_penalty} if self.repetition_penalty != 1 else {}
-        return ", ".join([how, *(f"{name} {value}" for name, value in found.items())])
+        guessed = ["guessed ahead"] if self.use_mtp else []
+        return ", ".join([how, *(f"{name} {value}" for name, value in found.items()), *guessed])
 
 
 class Draw(LogitsProcessor):
-    """Leaves one token of each row, drawn by the scores with the row's own random numbers."""
+    """Leaves one token of each row, drawn by the scores with the row's own random numbers, one for each place in the
+    text: a place that is guessed, and then checked, is drawn alike."""
 
     def __init__(self, streams: Sequence[random.Random]):
-        self.streams = streams
+        self.streams, self.first = streams, -1
+        self.numbers: list[list[list[float]]] = []  # of each place from the first one on, [B, 1]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """[B, V] scores; 0 for the drawn token and minus infinity for all others."""
         shares = scores.softmax(-1)
         sums = shares.cumsum(-1)
-        drawn = [[stream.randrange(STEPS) / STEPS] for stream in self.streams]
-        points = torch.tensor(drawn, dtype=sums.dtype, device=sums.device) * sums[:, -1:]
+        self.first = input_ids.shape[1] if self.first < 0 else self.first
+        place = input_ids.shape[1] - self.first
+        while len(self.numbers) <= place:
+            self.numbers.append([[stream.randrange(STEPS) / STEPS] for stream in self.streams])
+        points = torch.tensor(self.numbers[place], dtype=sums.dtype, device=sums.device) * sums[:, -1:]
         found = torch.searchsorted(sums, points, right=True).clamp(max=sums.shape[-1] - 1)
         # Rounding at the upper end, or of a parallel sum, may point to a token that was ruled out.
         found = torch.where(shares.gather(1, found) > 0, found, shares.argmax(-1, keepdim=True))
@@ -147,7 +155,7 @@ def settled(
     """
     changes = dict.fromkeys((*SAMPLING, "max_length", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"))
     changes |= ONLY_IDS | {"do_sample": False, "num_beams": sampling.num_beams}
-    changes |= {"return_dict_in_generate": is_output}
+    changes |= {"return_dict_in_generate": is_output, "use_mtp": sampling.use_mtp or None}
     changes |= {"num_return_sequences": sampling.num_return_sequences if sampling.num_beams > 1 else 1}
     changes |= {
         "repetition_penalty": sampling.repetition_penalty,

@@ -153,6 +153,10 @@ def test_bytes_that_are_no_text_are_named_by_line(folders, main):
         (["plain"], "its tokenizer has no chat format; name the one that it was trained on, --chat_template v3 say"),
         (["v3", "--chat_template", "r2"], "--chat_template r2: no such format or file"),
         (["v3", "--temperature", "-1"], "--temperature -1: it must be 0 or more."),
+        (
+            ["v3", "--use_mtp"],
+            "v3 has neither prediction layers nor draft stages (num_nextn_predict_layers) to guess t",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_before_the_weights_are_read(argv, message, folders, main, monkeypatch):

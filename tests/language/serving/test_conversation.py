@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from finetune_deepseek.language.serving.arguments import ChatArguments
-from finetune_deepseek.language.serving.conversation import Conversation, common, parser_of
+from finetune_deepseek.language.serving.conversation import Conversation, Ear, common, parser_of
 from finetune_deepseek.language.serving.streaming import HALF, Stopper, TextStream, held_back
 from finetune_deepseek.language.serving.terminal import stoppable
 from tests.language.serving.conftest import TINY, endless, tiny
@@ -40,6 +40,19 @@ def test_answers_on_the_kept_cache_are_those_of_a_whole_reading(name, template, 
     assert kept[0].read == whole[0].read
     assert all(one.read < other.read for one, other in zip(kept[1:], whole[1:], strict=True))
     assert kept[-1].read < whole[-1].read - 20
+
+
+def test_guessed_answers_are_those_without_guesses(tokenizer):
+    """Several tokens may come at once, and an answer may end among them."""
+    lm = endless(tiny("tiny_v3_mtp", tokenizer, max_position_embeddings=512), tokenizer)
+    stop = talk(lm, "v3").answer(SAID[0]).message["content"][2:4]
+    for flags in ({}, {"temperature": 0.8}, {"stop": [stop]}):
+        plain, guessed = (talk(lm, "v3", use_mtp=is_on, max_new_tokens=8, **flags) for is_on in (False, True))
+        assert answers(guessed) == answers(plain)
+    heard, ear = [], Ear(lambda token: heard.append(token) or token == 9, 2)
+    for ids in ([5, 6, 7], [5, 6, 7, 8, 9, 10], [5, 6, 7, 8, 9, 10, 11]):
+        is_done = ear(torch.tensor([ids]), None)
+    assert heard == [7, 8, 9] and is_done.tolist() == [True]
 
 
 @pytest.mark.parametrize("name", ["tiny_llm", "tiny_v3", "tiny_v3.2"])

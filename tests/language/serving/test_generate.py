@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from modeling_deepseek import DeepSeekForCausalLM, DeepSeekForEmbedding, DeepSeekModel
+from modeling_deepseek.drafting import LayerDrafter
 from tests.language.serving.conftest import tiny
 
 SHORT = ("--max_new_tokens", 5)
@@ -50,6 +51,23 @@ def test_words_lines_and_rows_are_the_same_prompts(folders, main, trained, tmp_p
     for name in ("a.parquet", "a.jsonl"):
         out = main("generate", folders / "plain", "--input", tmp_path / name, *SHORT)[1]
         assert texts(out) == expected and [row["id"] for row in rows(out)] == ["a", "b", "c", "d"]
+
+
+def test_tokens_are_guessed_by_the_layers_that_the_model_has(trained, main, tmp_path, monkeypatch):
+    trained.save_pretrained(tmp_path)
+    model = tiny("tiny_v3_mtp", trained)
+    model.save_pretrained(tmp_path)
+    guess, counts = LayerDrafter.guess, []
+    monkeypatch.setattr(LayerDrafter, "guess", lambda *args: counts.append(1) or guess(*args))
+    expected = main("generate", tmp_path, "hello", "seven", "--max_new_tokens", 6)[1]
+    code, out, err = main("generate", tmp_path, "hello", "seven", "--max_new_tokens", 6, "--use_mtp")
+    assert (code, out) == (0, expected) and counts and "next token: the likeliest token, guessed ahead." in err, err
+    model.model.layers, model.config.num_nextn_predict_layers = model.model.layers[:3], 0
+    model.save_pretrained(tmp_path)  # without them, whatever config.json says
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 2}))
+    code, out, err = main("generate", tmp_path, "hello", "--use_mtp")
+    assert (code, out) == (2, "") and "no prediction layers to guess by; leave use_mtp out" in err.splitlines()[-1]
 
 
 def test_a_chat_format_is_used_where_there_is_one(folders, main, trained):
@@ -127,6 +145,11 @@ def test_what_is_no_conversation_is_refused_with_its_row(name, folders, main, tm
         ),
         (["v3", "x", "--num_beams", "2", "--top_p", "0.5"], "--top_p draws, --num_beams doesn't"),
         (["v3", "x", "--num_beams", "2", "--num_return_sequences", "3"], "2 beams have no more than 2 completions"),
+        (["v3", "x", "--use_mtp"], "v3 has neither prediction layers nor draft stages (num_nextn_predict_layers) to"),
+        (
+            ["v3", "x", "--use_mtp", "--num_beams", "2"],
+            "--use_mtp guesses how one text goes on, --num_beams writes se",
+        ),
         (["v3", "x", "--do_sample", "false", "--top_k", "2"], "--top_k has no effect with --do_sample false"),
         (["v3", "x", "--top_p", "0"], "--top_p 0: it must be above 0 and at most 1."),
         (["v3", "x", "--stop", ""], "--stop '': an empty text is everywhere"),

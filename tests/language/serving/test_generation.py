@@ -11,6 +11,7 @@ from finetune_deepseek.language.serving.generation import Generator
 from finetune_deepseek.language.serving.sampling import STEPS, Draw, Sampling
 from finetune_deepseek.training.batches import batches_with_room
 from tests.language.serving.conftest import TINY, endless, tiny
+from tests.modeling.test_dspark import DRAFTS
 
 PROMPTS = [[0, 40, 50, 60, 70, 80, 90], [0, 41], [0, 200, 42, 43], [0], [0, 44, 45, 46, 47], [0, 41]]
 
@@ -41,6 +42,24 @@ def test_a_batch_of_unequal_lengths_writes_what_each_prompt_does_alone(name, tok
     assert texts(completed(lm, batch_size=2)) == expected and len({text for (text,) in expected}) > 3
     assert {found.finish_reason for (found,) in completed(lm)} == {"length"}
     assert {found.tokens for (found,) in completed(lm)} == {9}
+
+
+GUESSING = {
+    "tiny_v3_mtp": {},
+    "tiny_v4.1": {**DRAFTS, "dspark_target_layer_ids": [1, 4], "mtp_loss_weight": 0.0, "eos_token_id": None},
+}
+
+
+@pytest.mark.parametrize("name", GUESSING)
+def test_guessed_tokens_are_those_without_guesses_drawn_ones_too(name, tokenizer):
+    lm = endless(tiny(name, tokenizer, **GUESSING[name]), tokenizer)
+    stop = completed(lm, PROMPTS[:1])[0][0].text[3:5]
+    for flags in ({}, {"temperature": 0.8, "num_return_sequences": 2}, {"repetition_penalty": 3.0}, {"stop": [stop]}):
+        expected, calls = completed(lm, PROMPTS[:3], **flags), []
+        hook = lm.model.model.layers[-1].register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        assert completed(lm, PROMPTS[:3], batch_size=1, use_mtp=True, **flags) == expected
+        hook.remove()
+        assert calls
 
 
 def test_what_is_drawn_depends_on_seed_place_and_number_alone(lm):
