@@ -6,7 +6,7 @@ Letters: B batch, T tokens of a row, V vocabulary.
 import json
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.nn import functional as F
@@ -45,6 +45,23 @@ def multi_step_schedule(optimizer: torch.optim.Optimizer, args: TrainingArgument
     warmup_steps = args.get_warmup_steps(num_training_steps)
     share = partial(multi_step_share, warmup_steps=warmup_steps, milestones=milestones, factor=args.lr_factor)
     return LambdaLR(optimizer, share)
+
+
+def wsd_settings(args: TrainingArguments, num_training_steps: int) -> dict[str, Any]:
+    """What the schedule warmup_stable_decay is told: `num_decay_steps`, at least one, and --lr_scheduler_kwargs.
+
+    Raises:
+        ValueError: for warm-up and decay of more steps than there are, between which the rate would jump.
+    """
+    decay = {"num_decay_steps": max(round(args.lr_decay_share * num_training_steps), 1)}
+    settings = decay | cast(dict, args.lr_scheduler_kwargs or {})
+    warmup_steps, decay_steps = args.get_warmup_steps(num_training_steps), settings["num_decay_steps"]
+    if warmup_steps + decay_steps > num_training_steps:
+        raise ValueError(
+            f"--lr_scheduler_type warmup_stable_decay: {num_training_steps} steps don't hold {warmup_steps} of "
+            f"warm-up (--warmup_steps) and {decay_steps} of decay (--lr_decay_share); lower one, or train longer."
+        )
+    return settings
 
 
 def follow_the_clock(scheduler: LambdaLR, clock: Any, num_training_steps: int, warmup_steps: int) -> None:

@@ -37,6 +37,7 @@ from .optimization import (
     l1_norm,
     multi_step_schedule,
     smooth_labels,
+    wsd_settings,
 )
 from .scoring.eval_loss import LossOfSplit
 from .task import Task, prefixed
@@ -221,10 +222,9 @@ class FinetuneTrainer(Seq2SeqTrainer):
             assert optimizer is not None
             self.lr_scheduler = multi_step_schedule(optimizer, self.args, num_training_steps)
         else:
-            if self.args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
-                decay = {"num_decay_steps": round(self.args.lr_decay_share * num_training_steps)}
-                self.args.lr_scheduler_kwargs = decay | cast(dict, self.args.lr_scheduler_kwargs or {})
             try:
+                if self.args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
+                    self.args.lr_scheduler_kwargs = wsd_settings(self.args, num_training_steps)
                 super().create_scheduler(num_training_steps, optimizer)
             except TypeError as error:  # wrong or missing names
                 raise ValueError(

@@ -19,7 +19,7 @@ from finetune_deepseek.training import trainer_arguments
 from finetune_deepseek.training.arguments import ModelArguments
 from finetune_deepseek.training.callbacks import plot_metrics
 from finetune_deepseek.training.loading import with_dropout
-from finetune_deepseek.training.optimization import smoothing_term, target_losses
+from finetune_deepseek.training.optimization import smoothing_term, target_losses, wsd_settings
 from finetune_deepseek.training.trainer_arguments import TrainingArguments
 from finetune_deepseek.training.weights.freezing import freeze_weights
 from finetune_deepseek.training.weights.groups import GROUPS, OTHER, group_of
@@ -149,6 +149,15 @@ def test_learning_rate_over_the_steps(settings, expected, continued):
     folder, _ = continued(max_steps=10, warmup_steps=2, learning_rate=0.001, **settings)
     found = [rate / 0.001 for rate in logged(folder, "learning_rate")]
     assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_of_two_steps_one_lowers_the_rate():
+    args = TrainingArguments(output_dir="unread", lr_decay_share=0.2, warmup_steps=1, use_cpu=True)
+    assert wsd_settings(args, 2) == {"num_decay_steps": 1} and wsd_settings(args, 10) == {"num_decay_steps": 2}
+    args.lr_scheduler_kwargs = {"num_decay_steps": 9}
+    assert wsd_settings(args, 10) == {"num_decay_steps": 9}
+    with pytest.raises(ValueError, match="^--lr_scheduler_type warmup_stable_decay: 9 steps don't hold 1 of warm-up"):
+        wsd_settings(args, 9)
 
 
 def test_a_resumed_step_schedule_goes_on_where_it_was(continued, tmp_path):
@@ -450,6 +459,10 @@ BY_SCORE |= {"eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
         (
             {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": '{"steps": 4}'},
             "got an unexpected keyword argument 'steps'",
+        ),
+        (
+            {"lr_scheduler_type": "warmup_stable_decay", "lr_decay_share": 0.3, "warmup_steps": 4},
+            "4 steps don't hold 4 of warm-up (--warmup_steps) and 1 of decay (--lr_decay_share)",
         ),
         ({"lr_scheduler_kwargs": '{"decay": 3}'}, "unexpected keyword argument 'decay'"),
         ({"lr_scheduler_type": "multi_step", "lr_milestones": ["inf"]}, "--lr_milestones inf: each must be above 0"),

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +14,12 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from finetune_deepseek.commands.finetune import score
+from finetune_deepseek.commands.parsing.runs import parse_command
 from finetune_deepseek.language.conversation.arguments import ConversationArguments
 from finetune_deepseek.language.conversation.masks import Encoder
 from finetune_deepseek.language.conversation.task import Conversation, Found
 from finetune_deepseek.language.conversation.templates import trained_template
+from finetune_deepseek.training.run import run_stages
 from modeling_deepseek import DeepSeekForCausalLM
 from tests.small_runs import flags
 from tokenization_deepseek import DeepSeekTokenizer
@@ -204,3 +207,18 @@ def test_answers_that_stand_where_generation_puts_something_else_are_said(conver
         lines = list(found.header_lines("train", tokenizer))
         assert len(lines) == said, (template, lines)
         assert not said or "generate by --thinking true" in lines[0]
+
+
+def test_self_instruct_is_read_whole_and_learned(tmp_path, capsys):
+    """The data set's own files, in Alpaca's layout: every row is kept, and a few steps beat equal shares."""
+    folder = Path(os.environ.get("DEEPSEEK_HF_DATA", "")) / "self_instruct"
+    if not folder.is_dir():
+        pytest.skip("DEEPSEEK_HF_DATA names no folder with self_instruct")
+    settings = OURS | {
+        **{"train_file": folder / "seed.jsonl.gz", "test_file": folder / "user_oriented.jsonl.gz"},
+        **{"output_dir": tmp_path / "out", "max_steps": 6, "max_predict_samples": 20, "max_replies": 1},
+    }
+    results = run_stages(Conversation, parse_command("conversation", ConversationArguments, flags(settings)))
+    assert results["train_samples"] == 175 and results["test_samples"] == 20
+    assert results["test_loss"] < math.log(300)
+    assert "seed.jsonl.gz: 175 conversation(s), layout alpaca" in capsys.readouterr().out

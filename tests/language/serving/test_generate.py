@@ -25,9 +25,9 @@ def texts(out):
     return [[completion["text"] for completion in row["completions"]] for row in rows(out)]
 
 
-def written(folders, name, ids, count=5):
+def written(folders, name, ids, count=5, dtype=torch.float32):
     """What transformers writes behind these ids."""
-    model = DeepSeekForCausalLM.from_pretrained(folders / name)
+    model = DeepSeekForCausalLM.from_pretrained(folders / name, dtype=dtype)
     found = model.generate(torch.tensor([ids]), max_new_tokens=count, do_sample=False, pad_token_id=2)
     return found[0, len(ids) :]
 
@@ -206,6 +206,18 @@ def test_an_adapter_writes_what_it_does_on_its_base(folders, main, trained, tmp_
     assert code == 0, err
     assert texts(out) == [[trained.decode(expected[0, len(ids) :], skip_special_tokens=True)]]
     assert texts(out) != texts(main("generate", folders / "v3", "--raw", "hello", *SHORT)[1])
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_writes_what_transformers_does(folders, main, trained, dtype):
+    code, out, err = main("generate", folders / "v3", "--raw", "hello", "--dtype", dtype, *SHORT)
+    assert code == 0, err
+    expected = written(folders, "v3", trained("hello").input_ids, dtype=getattr(torch, dtype))
+    assert texts(out) == [[trained.decode(expected, skip_special_tokens=True)]]
+    code, answer, err = main("chat", folders / "v3", "--dtype", dtype, *SHORT, stdin="hello\n")
+    ids = trained.apply_chat_template(HELLO, add_generation_prompt=True)["input_ids"]
+    expected = written(folders, "v3", ids, dtype=getattr(torch, dtype))
+    assert code == 0 and answer.strip() == trained.decode(expected, skip_special_tokens=True).strip()
 
 
 def test_standard_output_that_nobody_reads_is_no_fault(folders, main, monkeypatch):
