@@ -40,8 +40,8 @@ class TalkArguments:
     seed: int = field(default=0, metadata={"help": "Of what is drawn."})
     use_mtp: bool = field(
         default=False,
-        metadata={"help": "Guess tokens by the model's prediction layers or draft stages (V3 and on) and check several "
-                          "in one step: the same text, one at a time."},
+        metadata={"help": "Guess tokens by the model's prediction layers or draft stages (V3 and on) and check "
+                          "several in one step: the same text, one at a time."},
     )  # fmt: skip
     system: str | None = field(default=None, metadata={"help": "A system message before the conversation."})
     chat_template: str | None = field(
