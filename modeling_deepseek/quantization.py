@@ -112,6 +112,8 @@ class DequantizedSlice:
         return "F32"
 
     def __getitem__(self, index: Any) -> torch.Tensor:
+        if isinstance(index, slice) and self.block[0] == 1:  # each row has scales of its own
+            return dequantize_blocks(self.weight[index], self.scale[index], self.block)
         return dequantize_blocks(self.weight[...], self.scale[...], self.block)[index]
 
 

@@ -45,6 +45,9 @@ ARCHITECTURES = {
     "deepseek_v32": "deepseek32",
     "deepseek_v4": "deepseek4",
 }
+NOT_IN_LLAMA_CPP = {  # its own converter can't help either
+    "deepseek_v41": "llama.cpp (llama-cpp-python 0.3.36) has no V4.1; export --to native or bundle, for other engines",
+}
 INDEXER_NAMES = {"wq_b": "attn_q_b", "wk": "attn_k", "k_norm": "k_norm", "weights_proj": "proj"}
 PRE_TOKENIZERS = {"llm": "deepseek-llm", "coder": "deepseek-coder", "v3": "deepseek-v3"}
 TYPES = {
@@ -82,10 +85,8 @@ def architecture_of(config: DeepSeekConfig) -> str:
     """
     model_type = official_model_type(config.to_dict())
     if model_type not in ARCHITECTURES:
-        raise ValueError(
-            f"gguf is written for {', '.join(ARCHITECTURES)}, not for {model_type}; export --to native, and use "
-            "llama.cpp's own converter"
-        )
+        advice = NOT_IN_LLAMA_CPP.get(model_type, "export --to native, and use llama.cpp's own converter")
+        raise ValueError(f"gguf is written for {', '.join(ARCHITECTURES)}, not for {model_type}; {advice}")
     architecture = ARCHITECTURES[model_type]
     rope = config.rope_parameters
     has_experts = config.n_routed_experts is not None

@@ -1,9 +1,9 @@
 """Logits of a checkpoint on disk, with one weight in memory at a time: what exports are compared by.
 
 The model has no storage (meta device). Each module is lent its weights, in float32, while it computes, so that a
-model of any size costs the memory of its largest weight, and of its routed experts only those are read that some token
-chose. An adapter is applied by PEFT's own layers and never merged, except on fused experts, where its products are
-added to those of the weights.
+model of any size costs the memory of its largest weight. Of its routed experts only those are read that some token
+chose, of its tables of n-grams the rows that are looked up. An adapter is applied by PEFT's own layers and never
+merged, except on fused experts, where its products are added to those of the weights.
 """
 
 from collections.abc import Callable
@@ -31,6 +31,7 @@ from .tensors import LazyTensor, Tensors
 TOKENS = 8
 LARGEST = 1e30  # beyond are numbers that only mark what can't be chosen
 LATENTS = ".latents"
+TABLE = ".engram.embed"
 UNITS = (LoraLayer, TrainableTokensLayer)  # read the weights of what is in them without calling it
 ITEM_TABLES = ("model.embed_tokens", "item_head", "item_texts")
 Find = Callable[[str], LazyTensor]
@@ -64,6 +65,8 @@ def spot_logits(whole: PreTrainedModel | PeftModel, tensors: Tensors, adapter: A
             )
         elif isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), DeepSeekExperts):
             module.forward = module.base_layer.__call__  # type: ignore[attr-defined]  # `additions` do its work
+        elif name.endswith(TABLE):
+            module.forward = partial(_rows, find=find, name=f"{name}.weight")
         elif not name.startswith(unit):
             unit = f"{name}." if isinstance(module, UNITS) else unit
             # a recommender reads its table of items without calling it
@@ -154,6 +157,15 @@ class _Loan:
         """An LSTM computes with a list of its weights."""
         if isinstance(self.module, nn.RNNBase):
             self.module._flat_weights = [getattr(self.module, name) for name in self.module._flat_weights_names]
+
+
+def _rows(ids: torch.Tensor, *, find: Find, name: str) -> torch.Tensor:
+    """What a table has at these rows, read one by one where its file can be read so."""
+    stored = find(name)
+    if stored.cut is None:
+        return F.embedding(ids, stored.read().float())
+    rows, places = ids.unique(return_inverse=True)
+    return F.embedding(places, torch.cat([stored[row : row + 1] for row in rows.tolist()]).float())
 
 
 Additions = dict[str, list[tuple[Factors, float]]]

@@ -106,7 +106,9 @@ class LazyTensor:
 
     def to(self, word: str) -> "LazyTensor":
         """This tensor in another type."""
-        return self.map(lambda value: value.to(replace(self, word=word).dtype), word=word)
+        cut, dtype = self.cut, lambda: replace(self, word=word).dtype
+        made = self.map(lambda value: value.to(dtype()), word=word)
+        return made if cut is None else replace(made, cut=lambda index: cut(index).to(dtype()))
 
 
 Tensors: TypeAlias = dict[str, LazyTensor]
@@ -287,7 +289,7 @@ def dequantize(tensors: Tensors, config: DeepSeekFields) -> Tensors:
     from modeling_deepseek.quantization import DequantizedSlice, dequantized  # its package takes seconds
 
     return {
-        name: LazyTensor(tuple(entry.get_shape()), "F32", partial(entry.__getitem__, ...))
+        name: LazyTensor(tuple(entry.get_shape()), "F32", partial(entry.__getitem__, ...), entry.__getitem__)
         if isinstance(entry, DequantizedSlice)
         else entry
         for name, entry in dequantized(tensors, config).items()

@@ -1,6 +1,7 @@
 """Exports of V4.1 and what `inspect` says of it: names and types of the release, there and back."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ from finetune_deepseek.checkpoints.cache_size import by_attention, cache_bytes
 from finetune_deepseek.checkpoints.export import export_native
 from finetune_deepseek.checkpoints.inspection import inspect_checkpoint
 from finetune_deepseek.checkpoints.opening import open_model
-from finetune_deepseek.checkpoints.spot_logits import spot_logits
-from modeling_deepseek import DeepSeekForCausalLM
+from finetune_deepseek.checkpoints.spot_logits import TABLE, spot_logits
+from finetune_deepseek.checkpoints.tensors import unread
+from modeling_deepseek import DeepSeekForCausalLM, quantization
 from tests.checkpoints.conftest import header
 from tests.reference.compare import assert_close
 from tests.reference.shared_model import ENGRAM
@@ -56,15 +58,23 @@ def test_spot_logits_are_those_of_the_model(saved):
     model, folder = saved
     checkpoint = open_model(folder / "own")
     ours = spot_logits(checkpoint.skeleton(), checkpoint.tensors)
+    tables = {name: replace(tensor, read=unread) for name, tensor in checkpoint.tensors.items() if TABLE in name}
+    assert len(tables) == 2
+    assert torch.equal(spot_logits(checkpoint.skeleton(), checkpoint.tensors | tables), ours)  # by rows alone
     ids = [i for i in (7919 * i % 97 for i in range(1, 40)) if i not in (0, 1, 2)][:8]
     with torch.no_grad():
         assert_close(ours, model(torch.tensor([ids]), use_cache=False).logits[0])
 
 
 @pytest.mark.skipif(not hasattr(torch, "float8_e8m0fnu"), reason="torch has no float8_e8m0fnu")
-def test_quantized_as_released_and_the_vision_tower_is_handed_on(saved, tmp_path):
+def test_quantized_as_released_and_the_vision_tower_is_handed_on(saved, tmp_path, monkeypatch):
     model, folder = saved
+    read, dequantize_blocks = [], quantization.dequantize_blocks
+    monkeypatch.setattr(
+        quantization, "dequantize_blocks", lambda w, *args: read.append(tuple(w.shape)) or dequantize_blocks(w, *args)
+    )
     export_native(folder / "own", tmp_path / "fp8", dtype="fp8")
+    assert (1, 6) in read and not {(260, 6), (700, 6)} & set(read)  # of tables, the rows that were looked up
     kinds = {name: kind for name, (kind, _) in header(tmp_path / "fp8").items()}
     assert set(kinds) == set(v41_names(SIZES))
     for kind, names in {
