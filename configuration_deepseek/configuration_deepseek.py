@@ -8,6 +8,7 @@ with every saved model.
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from transformers.configuration_utils import PreTrainedConfig
 
 from .fields import DeepSeekFields
@@ -114,3 +115,26 @@ class DeepSeekConfig(DeepSeekFields, PreTrainedConfig):
     def validate_architecture(self) -> None:
         """Part of transformers' strict validation: refuse what cannot work, naming the values that clash."""
         validate(self)
+
+
+class FieldTypeError(StrictDataclassFieldValidationError, ValueError):
+    """A value of another type than the field has, in one line."""
+
+    def __init__(self, name: str, value: Any, wanted: Any, cause: Exception):
+        super().__init__(name, cause)
+        wanted = getattr(wanted, "__name__", None) if isinstance(wanted, type) else str(wanted)
+        self.args = (f"DeepSeekConfig: {name}={value!r:.60} is a {type(value).__name__} that does not fit {wanted}",)
+
+
+_set_checked = DeepSeekConfig.__setattr__
+
+
+def _set_in_one_line(config: DeepSeekConfig, name: str, value: Any) -> None:
+    try:
+        _set_checked(config, name, value)
+    except StrictDataclassFieldValidationError as error:
+        wanted = DeepSeekConfig.__dataclass_fields__[name].type
+        raise FieldTypeError(name, value, wanted, error) from None
+
+
+DeepSeekConfig.__setattr__ = _set_in_one_line  # type: ignore[method-assign]  # `strict` has put its own there

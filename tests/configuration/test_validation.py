@@ -211,12 +211,20 @@ def test_fields_of_ones_own_are_kept():
 
 @pytest.mark.parametrize(
     "fields",
-    [{"hidden_size": "32"}, {"attention_bias": 3}, {"num_hidden_layers": 2.5}, {"rope_parameters": [1]}],
+    [
+        *({"hidden_size": "32"}, {"attention_bias": 3}, {"num_hidden_layers": 2.5}, {"rope_parameters": [1]}),
+        *({"compress_ratios": "0,4,3"}, {"compress_ratios": [0, 4.0, 3]}, {"compress_ratios": [0, [4], 3]}),
+        *({"compress_ratios": 4}, {"compress_ratios": [0, None, 3]}, {"engram_layer_ids": "1"}),
+    ],
     ids=str,
 )
-def test_values_of_a_wrong_type_are_refused(fields):
-    with pytest.raises(StrictDataclassFieldValidationError, match=next(iter(fields))):
-        preset("tiny_v3", **fields)
+def test_values_of_a_wrong_type_are_refused_in_one_line(fields):
+    (name, value), config = *fields.items(), preset("tiny_v4")
+    for make in (preset, lambda _, **changes: DeepSeekConfig.from_dict({**config.to_dict(), **changes})):
+        with pytest.raises(StrictDataclassFieldValidationError) as refused:
+            make("tiny_v4", **fields)
+        assert str(refused.value).startswith(f"DeepSeekConfig: {name}={value!r} is a {type(value).__name__} that does")
+        assert "\n" not in str(refused.value) and isinstance(refused.value, ValueError)
 
 
 def test_groups_do_not_matter_to_a_greedy_router():
