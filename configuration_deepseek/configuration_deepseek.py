@@ -137,4 +137,4 @@ def _set_in_one_line(config: DeepSeekConfig, name: str, value: Any) -> None:
         raise FieldTypeError(name, value, wanted, error) from None
 
 
-DeepSeekConfig.__setattr__ = _set_in_one_line  # type: ignore[method-assign]  # `strict` has put its own there
+DeepSeekConfig.__setattr__ = _set_in_one_line  # type: ignore[method-assign,assignment]  # as `strict` does

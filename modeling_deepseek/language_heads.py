@@ -397,11 +397,10 @@ class DeepSeekForQuestionAnswering(DeepSeekPreTrainedModel):
             ValueError: for kinds of tokens if the model knows none.
         """
         if hasattr(self, "token_type_embeddings"):
-            if inputs_embeds is None:
-                inputs_embeds, input_ids = self.model.embed_tokens(input_ids), None
             if token_type_ids is None:
-                token_type_ids = torch.zeros((1, 1), dtype=torch.long, device=inputs_embeds.device)
-            inputs_embeds = inputs_embeds + self.token_type_embeddings(token_type_ids)
+                device = self.token_type_embeddings.weight.device
+                token_type_ids = torch.zeros((1, 1), dtype=torch.long, device=device)
+            kwargs["added_embeds"] = self.token_type_embeddings(token_type_ids)
         elif token_type_ids is not None:
             raise ValueError("this model knows no kinds of tokens; set config.type_vocab_size or leave token_type_ids")
         outputs = self.model(

@@ -131,6 +131,25 @@ def gated(act_fn, gate: torch.Tensor, up: torch.Tensor, limit: float | None) -> 
     return act_fn(gate) * up
 
 
+def embedded(table: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
+    """[B, S] token ids -> [B, S, D].
+
+    Raises:
+        ValueError: for an id without a row; on an accelerator its own error comes, since a look would wait for it.
+    """
+    try:
+        return table(input_ids)
+    except IndexError:
+        rows = table.weight.shape[0]
+        wrong = input_ids[(input_ids < 0) | (input_ids >= rows)]
+        if not wrong.numel():
+            raise
+        raise ValueError(
+            f"input_ids hold {int(wrong[0])}, but the model's tokens are 0 to {rows - 1} (vocab_size={rows}); give "
+            "ids of its own tokenizer, or resize_token_embeddings"
+        ) from None
+
+
 class DeepSeekMLP(nn.Module):
     """SwiGLU feed-forward (arXiv 2002.05202): down(act(gate(x)) * up(x)). Dense layers and shared experts."""
 

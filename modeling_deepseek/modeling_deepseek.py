@@ -33,7 +33,7 @@ from .configuration_deepseek import HEADS_BY_OWN_AUTO_CLASS, DeepSeekConfig
 from .dspark import DeepSeekDraftAttention, DraftBlocks, DraftStage, ShiftedDraftStage, Taps, blocks_behind
 from .engram import DeepSeekEngram, first_ids
 from .indexer import DeepSeekIndexer
-from .layers import DeepSeekMLP, norm_of
+from .layers import DeepSeekMLP, embedded, norm_of
 from .masks import after_cached, with_documents
 from .moe import DeepSeekHashMoE, DeepSeekMoE
 from .mtp import MultiTokenPrediction, StreamPrediction, shift_left
@@ -206,6 +206,7 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
         output_draft_states: bool = False,
         grid_positions: torch.Tensor | None = None,
         image_embeds: torch.Tensor | None = None,
+        added_embeds: torch.Tensor | None = None,
         **kwargs,
     ) -> DeepSeekModelOutput:
         """Run the trunk.
@@ -221,6 +222,7 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
             output_draft_states: return what prediction layers read of each token, too, as `draft_states`.
             grid_positions: [B or 1, S, 2]; rows and columns of an image's tokens, which are rotated by these.
             image_embeds: [N, D]; what stands in row by row for the embeddings of the N tokens `config.image_token_id`.
+            added_embeds: [B or 1, S or 1, D]; added to the tokens' embeddings.
             kwargs: `output_hidden_states`, `output_attentions`, `output_router_logits`, `output_index_scores` (of the
                 sparse layers, [B, S, T] each and differentiable in their indexers), and what attention
                 implementations take.
@@ -235,7 +237,9 @@ class DeepSeekModel(DeepSeekPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+            inputs_embeds = embedded(self.embed_tokens, input_ids)
+        if added_embeds is not None:
+            inputs_embeds = inputs_embeds + added_embeds.to(inputs_embeds.device)
         if image_embeds is not None:
             is_image: Any = input_ids == self.config.image_token_id
             inputs_embeds = inputs_embeds.masked_scatter(is_image.unsqueeze(-1), image_embeds.to(inputs_embeds))

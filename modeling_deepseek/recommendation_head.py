@@ -82,6 +82,12 @@ class DeepSeekForRecommendation(DeepSeekPreTrainedModel):
     def __init__(self, config: DeepSeekConfig):
         if config.pad_token_id is None:
             config.pad_token_id = 0
+        reads_ids = config.engram_layer_ids or any(spec.feed_forward == "hash_moe" for spec in config.specs)
+        if reads_ids:
+            raise ValueError(
+                "DeepSeekForRecommendation reads vectors of items, but hash layers (num_hash_layers) and Engram "
+                "(engram_layer_ids) read token ids; set num_hash_layers=0 and leave engram_layer_ids out"
+            )
         super().__init__(config)
         self.model = DeepSeekModel(config)
         if config.num_items is not None:
