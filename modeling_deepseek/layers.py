@@ -137,6 +137,8 @@ def embedded(table: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: for an id without a row; on an accelerator its own error comes, since a look would wait for it.
     """
+    if is_traced() or torch.compiler.is_compiling():
+        return table(input_ids)
     try:
         return table(input_ids)
     except IndexError:
