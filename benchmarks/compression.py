@@ -4,8 +4,9 @@
 
 A model is trained once, by the first stage of a recipe or by a system of another table, unless its folder lies in
 --output; --model NAME=FOLDER takes one that is there. Then every way makes a folder beside it, those that prune a
-second one with `--recover-steps`. The models are timed in turn, one batch of random input each, so that what else the
-machine does meets all of them. Tables and JSON go into docs/results.
+second one with `--recover-steps`; what lies there isn't made again. The models are timed in turn, one batch of random
+input each, by the CPU time of one thread, which other work on the machine hardly changes. Tables and JSON go into
+docs/results.
 """
 
 import argparse
@@ -77,14 +78,14 @@ def opened(folder: Path) -> torch.nn.Module:
 
 @torch.no_grad()
 def milliseconds(models: list[torch.nn.Module], inputs: dict[str, torch.Tensor], rounds: int) -> list[float]:
-    """The median time of a batch, of each model, all being asked in turn."""
+    """The median CPU time of a batch, of each model, all being asked in turn."""
     times: list[list[float]] = [[] for _ in models]
     for number in range(rounds + 2):
         for own, model in zip(times, models, strict=True):
-            begun = time.perf_counter()
+            begun = time.process_time()
             model(**inputs)
             if number >= 2:  # the first ones prepare themselves
-                own.append(1000 * (time.perf_counter() - begun))
+                own.append(1000 * (time.process_time() - begun))
     return [statistics.median(own) for own in times]
 
 

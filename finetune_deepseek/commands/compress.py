@@ -146,7 +146,7 @@ def stage_maker(name: str, flags: Any, rest: Sequence[str], saved: Any) -> Any:
     revision = [] if saved.commit is None else [f"--model_revision={saved.commit}"]
 
     def make(model: str | Path, folder: str | Path, **training: Any) -> Any:
-        given = [*rest, f"--model_name_or_path={model}", f"--output_dir={folder}"]
+        given = [*rest, f"--model_name_or_path={model}", f"--output_dir={folder}", "--push_to_hub=false"]
         given += revision if model == saved.name else []
         words = [f"--{flag}={value}" for flag, value in training.items()]
         drafts = draft_command(name, flags, [*given, *words], defaults=defaults)

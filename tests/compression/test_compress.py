@@ -10,13 +10,15 @@ from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 
 from finetune_deepseek.__main__ import guarded
-from finetune_deepseek.commands.compress import compress
-from finetune_deepseek.commands.finetune import finetune
+from finetune_deepseek.commands.compress import check_rest, compress, parser
+from finetune_deepseek.commands.finetune import finetune, task_flags
+from finetune_deepseek.commands.parsing.runs import parse_command
 from finetune_deepseek.commands.translate import translate
 from finetune_deepseek.compression import numbers
 from finetune_deepseek.compression.sparsity import has_pattern
 from finetune_deepseek.training import loading
 from modeling_deepseek import DeepSeekForCausalLM
+from tests.recommendation.test_benchmarks import BENCHMARKS, benchmark
 from tests.small_runs import PAIRS, TINY, flags, write_jsonl
 
 OVERRIDES = "n_group=1,topk_group=1,num_hidden_layers=3"
@@ -230,3 +232,13 @@ def test_without_torchao(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(loading, "is_torchao_available", lambda: False)
     assert guarded(["translation", str(tmp_path / "made"), *data, f"--output_dir={tmp_path / 'out'}"], "evaluate") == 2
     assert "made: its numbers of fewer bits need torchao: pip install" in capsys.readouterr().err
+
+
+def test_the_flags_of_the_benchmark_are_known(tmp_path, monkeypatch):
+    module = benchmark(monkeypatch, "compression")
+    for entry in module.read_table(BENCHMARKS / "compression.yaml")["models"].values():
+        task, places = entry["task"], {"data": "data"}
+        settings = module.training_of(entry, BENCHMARKS) | {"output_dir": tmp_path, "use_cpu": True}
+        (stage,) = parse_command(task, task_flags(task), module.flags(settings, places))
+        assert stage.training.do_train and set(entry["ways"]) <= set(module.WAYS)
+        check_rest(parser(), task, task_flags(task), module.flags(entry["flags"], places))
