@@ -156,7 +156,9 @@ def row_tokens(
     if position_ids is not None and length > 1 and not seen:
         begins = where_documents_begin(is_token, position_ids)
     has_padding = is_packed = True
-    if not is_traced():  # a graph takes the general form
+    # A graph takes the general form. Else one wait for the device a call: a batch without padding goes without its
+    # gathers in every layer, and who generates has waited for the last token, so that nothing else is under way.
+    if not is_traced():
         has_padding, is_packed = torch.stack((~is_token.all(), begins.any())).tolist()
     totals, starts = getattr(counted, "totals", None), getattr(counted, "starts", None)
     if totals is None and not has_padding and not is_packed:

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import DynamicCache
 
 from configuration_deepseek import preset
+from finetune_deepseek.checkpoints.opening import open_model
 from modeling_deepseek import DeepSeekForCausalLM
 from modeling_deepseek.cache_compressed import WindowLayer
 from modeling_deepseek.engram import EngramHash, engram_ids, histories, ids_of, is_prime, primes_of
@@ -220,3 +222,15 @@ def test_what_engram_refuses(model):
         DeepSeekForCausalLM(preset("tiny_v4.1")).load_engram_ids(tokenizer_of("a"))
     with pytest.raises(ValueError, match="gives 1 ids of n-grams"):
         engram_ids(tokenizer_of("a"), model.config)
+
+
+def test_a_table_that_is_missing_or_has_other_rows_is_refused_in_one_line(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    key, stored = "model.layers.3.engram.embed.weight", load_file(tmp_path / "model.safetensors")
+    table = stored.pop(key)
+    for weights in (stored, stored | {key: table[:-1].clone()}):
+        save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+        for opened in (DeepSeekForCausalLM.from_pretrained, open_model):
+            with pytest.raises(ValueError) as refused:
+                opened(tmp_path)
+            assert key in str(refused.value) and "\n" not in str(refused.value)
