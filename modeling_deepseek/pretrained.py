@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import tempfile
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 from transformers import initialization as init
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.modeling_utils import PreTrainedModel
+from transformers.utils import logging
 
 from .adapters import PLACE, tell_what_differs, with_changes
 from .attention_compressed import DeepSeekWindowAttention, GroupedLinear
@@ -27,6 +29,7 @@ from .weight_names import LAYER, CheckpointError, take_mtp_keys, with_our_names
 from .whole_folders import current, writing_beside
 
 register_conversions()
+logger = logging.get_logger(__name__)
 VISION = r"^(?:vision\.|aligner\.|image_(?:start|newline|end)$)"  # V4.1's, which heads for text alone leave
 
 
@@ -165,6 +168,10 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
             raise CheckpointError(
                 "quantized weights cannot be loaded under DeepSpeed ZeRO-3 or with offload to disk; load the model "
                 "without, and save it dequantized first"
+            )
+        if not self._own_weights and any(re.match(VISION, name) for name in weights):
+            logger.warning_once(
+                f"{type(self).__name__} reads no images: the vision tower of the checkpoint is left out"
             )
         rest, ahead = take_mtp_keys(weights, self.config)
         return {**rest, **self.slices_ahead(ahead, rest, load_config.pretrained_model_name_or_path)}

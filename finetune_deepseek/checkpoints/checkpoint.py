@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .merging import Adapter
 
 HEADS = tuple(name.removeprefix("DeepSeek") for name in FILES_BY_CLASS)
+WRITING = ("ForCausalLM", "ForImageTextToText")  # have a language model's head, and layers that predict ahead
 DTYPES = {"bf16": "BF16", "fp32": "F32", "fp8": "BF16"}  # fp8: of what isn't quantized
 FP8_BLOCKS = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 SMALL_NUMBER = "._weight_"  # in the names of what torchao writes for a weight of fewer bits
@@ -157,12 +158,12 @@ def drop_absent_predictions(checkpoint: Checkpoint) -> None:
     others are than the config says."""
     config = checkpoint.config
     ahead = take_mtp_keys(checkpoint.tensors, config)[1]
-    if checkpoint.head != "ForCausalLM" or not ahead or are_other_predictions(ahead, config):
+    if checkpoint.head not in WRITING or not ahead or are_other_predictions(ahead, config):
         config.without_predictions()
 
 
 def is_of_vision(name: str, config: DeepSeekFields) -> bool:
-    """Whether a weight is of V4.1's vision tower, which no model here has: it is handed on as it is."""
+    """Whether a weight is of V4.1's vision tower, which a language model without it hands on as it is."""
     return config.vision_config is not None and name.startswith(("vision.", "aligner.", "image_"))
 
 
@@ -182,7 +183,7 @@ def check_weights(checkpoint: Checkpoint, trained: Tensors) -> Tensors:
     for name, tensor in checkpoint.tensors.items():
         layer = LAYER.match(name)
         is_ahead = layer is not None and int(layer[1]) >= config.num_hidden_layers
-        is_unused_head = name == "lm_head.weight" and (config.tie_word_embeddings or checkpoint.head != "ForCausalLM")
+        is_unused_head = name == "lm_head.weight" and (config.tie_word_embeddings or checkpoint.head not in WRITING)
         if name in expected or is_of_vision(name, config):
             found[name] = tensor
         elif not (is_ahead or is_unused_head or name.endswith("rotary_emb.inv_freq")):

@@ -17,12 +17,14 @@ from typing import Any, TypeAlias
 
 import torch
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.utils import PROCESSOR_NAME
 
 from configuration_deepseek import DeepSeekConfig
 from configuration_deepseek.fields import FIELD_NAMES
 from configuration_deepseek.official import ARCHITECTURES, official_model_type, to_official, with_quantization
 from configuration_deepseek.weight_names import with_release_names
 from modeling_deepseek.whole_folders import writing_beside
+from tokenization_deepseek import DeepSeekProcessor
 
 from ..data.files import read_json
 from ..training.saved import ADAPTER_FILE, Saved
@@ -43,6 +45,7 @@ NATIVE_HEADS = {
     "deepseek_v2": ("ForSequenceClassification",),
     "deepseek_v3": ("ForSequenceClassification", "ForTokenClassification"),
 }
+RELEASED_AS = {"ForImageTextToText": "ForCausalLM"}  # V4.1, whose tower is told by vision_config alone
 # Fields that releases don't have, and that change nothing in evaluation.
 NOT_IN_RELEASES = {"source_model_type", "source_quantization_config", "hidden_dropout", "output_router_logits"}
 NOT_IN_RELEASES |= {"mtp_loss_weight", "mtp_after_norm", "deepseek_format", "fused_experts"}
@@ -76,6 +79,7 @@ def native_config(checkpoint: Checkpoint) -> dict[str, Any]:
     config, head = checkpoint.config, checkpoint.head
     fields = config.to_dict()
     model_type = official_model_type(fields)
+    head = RELEASED_AS.get(head, head)
     if head not in ("ForCausalLM", *NATIVE_HEADS.get(model_type, ())):
         raise ValueError(f"transformers has no {ARCHITECTURES[model_type]}{head}; use --to bundle")
     official = to_official(fields)
@@ -154,7 +158,15 @@ def export_bundle(
             custom_object_save(checkpoint.skeleton(), beside, config=checkpoint.config)  # type: ignore[arg-type]
             checkpoint.config.save_pretrained(beside)
             copy_beside(checkpoint, folder)
+            copy_processor(checkpoint.folder, folder)
             verify_logits(checkpoint, folder)
+
+
+def copy_processor(source: Path, folder: Path) -> None:
+    """What makes images and texts ready, with its code; a release has none, for its config.json says the same."""
+    if (source / PROCESSOR_NAME).is_file():
+        shutil.copyfile(source / PROCESSOR_NAME, folder / PROCESSOR_NAME)
+        custom_object_save(DeepSeekProcessor, folder)
 
 
 def verify_logits(checkpoint: Checkpoint, folder: Path) -> None:
@@ -165,7 +177,8 @@ def verify_logits(checkpoint: Checkpoint, folder: Path) -> None:
     """
     config = DeepSeekConfig.from_pretrained(folder)
     tensors = dequantize_at(folder, open_model_weights(folder, config), config)
-    written = spot_logits(Checkpoint(folder, config, head_of(folder, config), tensors).skeleton(), tensors)
+    head = checkpoint.head if checkpoint.head in RELEASED_AS else head_of(folder, config)
+    written = spot_logits(Checkpoint(folder, config, head, tensors).skeleton(), tensors)
     adapter = checkpoint.adapter
     source = checkpoint.skeleton() if adapter is None else adapter.model
     apart = difference(written, spot_logits(source, checkpoint.source, adapter))

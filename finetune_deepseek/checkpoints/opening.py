@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from ..training.saved import Saved
 from .checkpoint import (
+    WRITING,
     Checkpoint,
     check_weights,
     config_of,
@@ -43,7 +44,7 @@ def open_model(
     folder, config = with_weights(base), config_of(base, saved)
     head = f"For{saved.head}" if adapter is not None and saved.head else head_of(source, config)
     if adapter is not None:
-        config.vocab_size = resized_vocabulary(saved, config, has_head=head == "ForCausalLM")
+        config.vocab_size = resized_vocabulary(saved, config, has_head=head in WRITING)
     stored = open_model_weights(folder, config)
     checkpoint = Checkpoint(folder, config, head, dequantize_at(folder, stored, config), saved=saved)
     loaded = None

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from modeling_deepseek import DeepSeekForRecommendation, DeepSeekForSequenceClassification
+from modeling_deepseek import DeepSeekForImageTextToText, DeepSeekForRecommendation, DeepSeekForSequenceClassification
 from modeling_deepseek.engram import EngramHash
 from modeling_deepseek.image_model import DeepSeekImageModel
 from modeling_deepseek.moe import DeepSeekExperts
@@ -80,6 +80,7 @@ def spot_logits(whole: PreTrainedModel | PeftModel, tensors: Tensors, adapter: A
         waves = torch.arange(4 * model.config.num_channels * 64).float().sin()  # four images of 8 x 8 pixels
         return model(pixel_values=waves.view(4, -1, 8, 8)).logits.float().flatten(0, -2)
     special = {model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id}
+    special |= {model.config.image_token_id}
     vocabulary = model.config.vocab_size
     if isinstance(model, DeepSeekForRecommendation) and model.config.num_items is not None:
         vocabulary = model.config.num_items
@@ -88,8 +89,20 @@ def spot_logits(whole: PreTrainedModel | PeftModel, tensors: Tensors, adapter: A
     rows = torch.tensor([ids])
     if isinstance(model, DeepSeekForSequenceClassification) and len(ids) == TOKENS:
         rows = rows.view(-1, 2)  # one label of one row may be near zero by chance
-    first = model(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False).to_tuple()[0].float()
+    pixels: dict[str, torch.Tensor] = {}
+    if isinstance(model, DeepSeekForImageTextToText):
+        rows, pixels = with_an_image(rows, model)
+    first = model(input_ids=rows, attention_mask=torch.ones_like(rows), use_cache=False, **pixels)
+    first = first.to_tuple()[0].float()
     return torch.where(first.abs() > LARGEST, 0.0, first).flatten(0, -2)
+
+
+def with_an_image(rows: torch.Tensor, model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """[1, S] tokens -> [1, places + S], with an image of 2 x 1 patches before them, and its pixels."""
+    grid, size = (2, 1), 3 * model.vision.fields.patch_size**2
+    places = torch.full((1, *model.places_of([grid])), model.config.image_token_id)
+    pixels = {"pixel_values": torch.arange(2 * size).float().sin().view(2, size)}
+    return torch.cat((places, rows), dim=1), pixels | {"image_grid_thw": torch.tensor([[1, *grid]])}
 
 
 def difference(one: torch.Tensor, other: torch.Tensor) -> float:

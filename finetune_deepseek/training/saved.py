@@ -41,6 +41,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 SMALL_FILES = ["*.json", "*.jinja", "*.model", CARD_FILE, "LICENSE*", "adapter_model.*"]
 HEADS = ("CausalLM", "SequenceClassification", "TokenClassification", "QuestionAnswering", "Embedding",
          "Recommendation", "ImageTextToText", "ImageClassification", "ObjectDetection")  # fmt: skip
+WRITING = ("CausalLM", "ImageTextToText")  # the second is a language model, too
 HEADS_BY_TASK_TYPE = {
     "CAUSAL_LM": "CausalLM",
     "SEQ_CLS": "SequenceClassification",
@@ -227,7 +228,7 @@ class Saved:
             ValueError: naming both.
         """
         is_trunk = not self.is_adapter and self.head is None and self.architecture.endswith("Model")
-        if is_trained and not self.is_adapter and (self.head == "CausalLM" or is_trunk):
+        if is_trained and not self.is_adapter and (self.head in WRITING or is_trunk):
             return
         if self.task not in (None, task):
             raise ValueError(f"{self.where}: it was made for {self.task}, not for {task}; name another model.")

@@ -5,21 +5,27 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import AutoProcessor
 
 from configuration_deepseek import preset
 from finetune_deepseek.checkpoints.cache_size import by_attention, cache_bytes
-from finetune_deepseek.checkpoints.export import export_native
+from finetune_deepseek.checkpoints.export import export_bundle, export_native
 from finetune_deepseek.checkpoints.inspection import inspect_checkpoint
 from finetune_deepseek.checkpoints.opening import open_model
 from finetune_deepseek.checkpoints.spot_logits import TABLE, spot_logits
 from finetune_deepseek.checkpoints.tensors import unread
-from modeling_deepseek import DeepSeekForCausalLM, quantization
+from finetune_deepseek.language.serving.language_model import opened
+from modeling_deepseek import DeepSeekForCausalLM, DeepSeekForImageTextToText, quantization
 from tests.checkpoints.conftest import header
+from tests.modeling.test_vision_tower import VISION
 from tests.reference.compare import assert_close
 from tests.reference.shared_model import ENGRAM
 from tests.reference.v41_names import v41_names
+from tokenization_deepseek import DeepSeekProcessor, train_tokenizer
 
+PIXELS = {"max_image_tokens": 30, "min_pixels": 4}
 SIZES = {
     **{"layers": 5, "experts": 8, "makers": [1, 2], "without_gate": [2], "choosers": [1, 2, 4], "engrams": [0, 3]},
 }
@@ -108,6 +114,67 @@ def test_quantized_as_released_and_the_vision_tower_is_handed_on(saved, tmp_path
     again = load_file(tmp_path / "again/model.safetensors")
     assert set(again) == {*weights, "vision.norm.weight", "image_start"}
     assert all(torch.equal(weights[name].view(torch.uint8), again[name].view(torch.uint8)) for name in weights)
+
+
+@pytest.fixture(scope="module")
+def sees(tmp_path_factory):
+    """A model of images and text with its processor, saved as ours."""
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(["ab"] * 3, 300, chat_template="v4.1")
+    image = tokenizer.convert_tokens_to_ids("<｜deepseek_image｜>")
+    fields = {"vocab_size": 300, "image_token_id": image, "vision_config": VISION | PIXELS, "initializer_range": 0.2}
+    model = DeepSeekForImageTextToText(preset("tiny_v4.1", **fields)).eval()
+    folder = tmp_path_factory.mktemp("sees") / "own"
+    model.save_pretrained(folder)
+    DeepSeekProcessor(tokenizer, image, 2, 3, 30, 4).save_pretrained(folder)
+    return model, folder
+
+
+def said(model, processor):
+    picture = Image.frombytes("RGB", (9, 5), bytes(range(135)))
+    inputs = processor(images=picture, text="a<｜deepseek_image｜>b", return_tensors="pt")
+    with torch.no_grad():
+        return model.eval()(**inputs, use_cache=False).logits
+
+
+@pytest.mark.parametrize("export", [export_native, export_bundle])
+def test_a_model_that_sees_goes_out_and_comes_back(sees, tmp_path, export):
+    model, folder = sees
+    export(folder, tmp_path / "out", dtype="fp32")
+    again, info = DeepSeekForImageTextToText.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values())
+    processor = DeepSeekProcessor.from_pretrained(tmp_path / "out")
+    assert_close(said(again, processor), said(model, DeepSeekProcessor.from_pretrained(folder)))
+    if export is export_native:
+        config = json.loads((tmp_path / "out/config.json").read_text())
+        assert config["architectures"] == ["DeepseekV41ForCausalLM"] and config["vision_config"] == VISION | PIXELS
+        names = set(load_file(tmp_path / "out/model.safetensors"))
+        assert names >= {
+            "image_start",
+            "aligner.w1.bias",
+            "vision.blocks.1.attn.wqkv.weight",
+            "layers.1.attn.wkv.weight",
+        }
+        assert not (tmp_path / "out/processor_config.json").exists()
+    else:
+        assert type(AutoProcessor.from_pretrained(tmp_path / "out")) is DeepSeekProcessor
+        assert (tmp_path / "out/processing_deepseek.py").is_file()
+
+
+def test_what_is_compared_of_a_model_that_sees(sees):
+    """With another tower the logits are others."""
+    model, folder = sees
+    checkpoint = open_model(folder)
+    ours = spot_logits(checkpoint.skeleton(), checkpoint.tensors)
+    ids = [i for i in (7919 * i % 300 for i in range(1, 40)) if i not in (0, 1, 2, model.config.image_token_id)][:8]
+    pixels = torch.arange(24).float().sin().view(2, 12)  # two patches of one token, which takes 4 places
+    inputs = {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 2, 1]])}
+    with torch.no_grad():
+        rows = torch.tensor([[model.config.image_token_id] * 4 + ids])
+        assert_close(ours, model(rows, **inputs, use_cache=False).logits[0])
+    opened(str(folder), "main")  # as a language model, by the verbs
+    found = inspect_checkpoint(str(folder))
+    assert found.total == sum(p.numel() for p in model.parameters()) + 5 * 2 * 8  # with the biases of routers
 
 
 def test_what_inspect_says(saved):

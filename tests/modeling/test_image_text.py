@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from modeling_deepseek import DeepSeekForCausalLM, DeepSeekForImageTextToText
+from tests.modeling.test_dspark import DRAFTS
 from tests.modeling.test_shared_model import model_of, official_twins
 from tests.modeling.test_vision_tower import VISION
 from tests.reference.compare import TOLERANCE, assert_close
@@ -223,6 +224,24 @@ def test_among_several_processes_a_batch_without_images_has_gradients_everywhere
     assert loss == expected
     eyes = {name: p.grad for name, p in model.named_parameters() if name.startswith(("vision", "aligner", "image_"))}
     assert len(eyes) == 26 and all(gradient is not None and not gradient.any() for gradient in eyes.values())
+
+
+def test_draft_stages_learn_and_guess_behind_images():
+    drafts = {
+        **DRAFTS,
+        "dspark_target_layer_ids": [1, 2],
+        "dspark_n_routed_experts": 4,
+        "dspark_num_experts_per_tok": 2,
+        "mtp_loss_weight": 0.3,
+    }
+    model = model_of(DeepSeekForImageTextToText, **FIELDS, **drafts)
+    inputs = batch(ROWS, "right")
+    outputs = model.train()(**inputs, labels=inputs["input_ids"], use_cache=False)
+    outputs.loss.backward()
+    assert outputs.mtp_loss > 0 and model.model.layers[5].main_proj.weight.grad.any()
+    arguments = {"max_new_tokens": 6, "do_sample": False}
+    expected = model.eval().generate(**ROWS[0], **arguments)
+    assert torch.equal(model.generate(**ROWS[0], **arguments, use_mtp=True), expected)
 
 
 # Saved ---------------------------------------------------------------------------------------------------------------

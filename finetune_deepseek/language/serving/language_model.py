@@ -12,7 +12,7 @@ from modeling_deepseek.transformers_names import CACHE_WORD
 
 from ...training.arguments import ModelArguments
 from ...training.loading import fitted, pretrained_model, saved_tokenizer, with_padding
-from ...training.saved import Saved
+from ...training.saved import WRITING, Saved
 from .arguments import TalkArguments
 
 TALKING = (None, "conversation")  # tasks of training after which a tokenizer's chat format is what the model knows
@@ -32,7 +32,7 @@ def opened(name: str, revision: str, trust_remote_code: bool = False) -> Saved:
     """
     saved = Saved.open(None, name, revision).require_model()
     is_known = saved.architecture in ("", *_flat(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())) or trust_remote_code
-    if saved.head != "CausalLM" and (saved.head or not is_known):
+    if saved.head not in WRITING and (saved.head or not is_known):
         verb = f" (deepseek-hf {VERBS[saved.head]} uses this one)" if saved.head in VERBS else ""
         raise ValueError(
             f"{name}: it is a {saved.architecture or saved.head}, which writes no text; name a language model{verb}."
