@@ -1,9 +1,12 @@
 """Names and shapes of weights as the config tells them are those of the model, whatever its mechanisms and head."""
 
+import math
+
 import pytest
 import torch
 
 from configuration_deepseek import PRESETS, DeepSeekConfig
+from configuration_deepseek.vision import vision_shapes
 from configuration_deepseek.weight_names import HEADS, with_release_names
 from finetune_deepseek.checkpoints.checkpoint import HEADS as ALL
 from finetune_deepseek.checkpoints.checkpoint import official_weights
@@ -57,6 +60,7 @@ def test_the_release_that_sees():
     config = DeepSeekConfig(**PRESETS["v4.1_flash"])
     shapes = config.weight_shapes("ForImageTextToText")
     assert shapes == of_model(config, "ForImageTextToText")
+    assert sum(map(math.prod, vision_shapes(config).values())) == 485_268_480 and len(vision_names(RELEASE)) == 266
     names = [*v41_names(RELEASE, scales=False), *draft_names(RELEASE, scales=False), *vision_names(RELEASE)]
     assert set(with_release_names(shapes, config)) == set(names)
 

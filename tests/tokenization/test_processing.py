@@ -1,6 +1,8 @@
 """The processor of images and text: sizes and pixels by hand, places in prompts and chats, saved and opened again."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy
 import pytest
@@ -9,9 +11,10 @@ from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer
 
 from configuration_deepseek import preset
-from modeling_deepseek import DeepSeekForCausalLM, DeepSeekForImageTextToText
+from modeling_deepseek import DeepSeekForCausalLM, DeepSeekForImageTextToText, register
 from tokenization_deepseek import DeepSeekProcessor, DeepSeekTokenizer, train_tokenizer
 
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 IMAGE = "<｜deepseek_image｜>"
 RELEASE = {"patch_size": 14, "downsample_ratio": 3, "max_image_tokens": 1024, "min_pixels": 295936}
 SMALL = {"patch_size": 2, "downsample_ratio": 3, "max_image_tokens": 30, "min_pixels": 4}
@@ -217,6 +220,18 @@ def test_a_release_has_no_file_of_a_processor(processor, folder, tmp_path):
     processor.tokenizer.save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(release))
     assert settings(DeepSeekProcessor.from_pretrained(tmp_path)) == settings(processor)
+
+
+@pytest.mark.parametrize("page", ["images_and_text.md", "images_and_text.zh-CN.md"])
+def test_the_page_s_example_runs(folder, tmp_path, capsys, page):
+    picture(6, 4).save(tmp_path / "photo.jpg")
+    code = re.search(r"```python\n(.*?)```", (DOCS / page).read_text("utf-8"), re.DOTALL)[1]
+    code = code.replace("deepseek-ai/DeepSeek-V4.1-Flash", str(folder / "model")).replace("photo", f"{tmp_path}/photo")
+    try:
+        exec(code.replace("max_new_tokens=64", "max_new_tokens=2"), {})
+    finally:
+        register()
+    assert capsys.readouterr().out
 
 
 def test_a_picture_becomes_text(folder):
