@@ -18,6 +18,11 @@ HEADS = {
     "DeepSeekForQuestionAnswering": "AutoModelForQuestionAnswering",
 }
 EYES = {"DeepSeekForImageTextToText": "AutoModelForImageTextToText"}
+N_GRAMS = {
+    **{"engram_layer_ids": [0, 3], "engram_num_embeddings": [260, 700], "engram_max_ngram_size": 4},
+    **{"engram_vocab_size": 20, "engram_n_heads": 2, "engram_head_dim": 6, "engram_compressed_vocab_size": 97},
+    "engram_pad_token_id": 2,
+}
 
 
 def outputs(model):
@@ -74,16 +79,16 @@ def save_all(folder):
     from configuration_deepseek import PRESETS, preset
 
     presets = [name for name in PRESETS if name.startswith("tiny_")]
+    made = {f"{name}/{head}": preset(name) for name in presets for head in HEADS}
+    made["hash_layers/DeepSeekForCausalLM"] = preset("tiny_v4", num_hash_layers=2)
+    made["n_grams/DeepSeekForCausalLM"] = preset("tiny_v4.1", **N_GRAMS)
     expected = {}
-    for name in presets:
-        for head in HEADS:
-            torch.manual_seed(0)
-            model = getattr(modeling_deepseek, head)(preset(name))
-            path = f"{name}/{head}"
-            model.save_pretrained(Path(folder, path))
-            expected[path] = outputs(model)
-            trunk = model if head == "DeepSeekModel" else model.model
-            expected[f"{path}'s trunk"] = outputs(trunk)
+    for path, config in made.items():
+        torch.manual_seed(0)
+        model = getattr(modeling_deepseek, path.partition("/")[2])(config)
+        model.save_pretrained(Path(folder, path))
+        expected[path] = outputs(model)
+        expected[f"{path}'s trunk"] = outputs(model.base_model)
 
     base = f"{folder}/tiny_v3/DeepSeekForCausalLM"
     model = modeling_deepseek.DeepSeekForCausalLM.from_pretrained(base)
@@ -113,7 +118,7 @@ def save_all(folder):
         return (left - right).abs().max().item()
 
     return {
-        "presets": presets,
+        "models": [*made],
         "adapter changes": difference(plain, expected["adapter"]),
         "merged": difference(merged, expected["adapter"]),
         "unmerged": difference(unmerged, expected["adapter"]),
@@ -214,8 +219,7 @@ def test_a_stranger_has_none_of_our_packages(run_client, run_stranger):
 
 @pytest.mark.parametrize("process", ["ours", "stranger"])
 def test_every_class_gives_equal_outputs_by_every_fitting_auto_class(saved, loaded, process):
-    names = [f"{preset}/{head}" for preset in saved["presets"] for head in HEADS]
-    names += [f"{name}'s trunk" for name in names]
+    names = saved["models"] + [f"{name}'s trunk" for name in saved["models"]]
     names += ["generated", "adapter", "adapter with its base", "merged", "again", "eyes"]
     assert loaded[process]["differences"] == dict.fromkeys(names, 0.0)
 
