@@ -44,20 +44,27 @@ def prune_layers(model: Any, number: int, calibration: Calibration) -> tuple[Any
             "--prune-layers: layers of this model (V4.1) read what others have made, so none can go alone."
         )
     there = list(range(model.config.num_hidden_layers))
-    can_go = max(len(there) - (model.config.image_stem is None), 0)  # a model of images may have none
+    stays = max(len(layers_needed(model.config)), int(model.config.image_stem is None))  # images may do without any
+    can_go = max(len(there) - stays, 0)
     if number > can_go:
         raise ValueError(f"--prune-layers {number}: the model has {len(there)} layers, of which {can_go} can go.")
     dropped = []
     for _ in range(number):
         changes = changes_by_layer(model, calibration)
-        # Prediction layers are made as the last layer is, and read what it gives.
-        candidates = range(len(changes) - (1 if model.config.num_nextn_predict_layers else 0))
+        candidates = set(range(len(changes))) - layers_needed(model.config)
         if not all(change == change for change in changes):
             raise ValueError("--prune-layers: the model's states are not numbers; it can't be calibrated.")
-        least = min(candidates, key=changes.__getitem__)
+        least = min(sorted(candidates), key=changes.__getitem__)
         model = without_layer(model, least)
         dropped.append(there.pop(least))
     return model, sorted(dropped)
+
+
+def layers_needed(config: DeepSeekConfig) -> set[int]:
+    """Layers that can't go: prediction layers are made as the last one is, and read what it gives; draft stages read
+    what their target layers give."""
+    last = {config.num_hidden_layers - 1} if config.num_nextn_predict_layers else set()
+    return last | set(config.dspark_target_layer_ids or ())
 
 
 def without_layer(model: Any, place: int) -> Any:
@@ -71,10 +78,11 @@ def without_layer(model: Any, place: int) -> Any:
 def fields_without(config: DeepSeekConfig, place: int) -> dict[str, Any]:
     """What the config says otherwise without this layer: numbers of layers, and what it lists by layer."""
     kept = [list(spec) for number, spec in enumerate(config.specs) if number != place]
-    ratios = config.compress_ratios
+    ratios, targets = config.compress_ratios, config.dspark_target_layer_ids
     fields: dict[str, Any] = {
         "num_hidden_layers": len(kept),
         "compress_ratios": ratios and [ratio for number, ratio in enumerate(ratios) if number != place],
+        "dspark_target_layer_ids": targets and [target - (place < target) for target in targets],
         "num_hash_layers": sum(spec[1] == "hash_moe" for spec in kept),
         "first_k_dense_replace": next((number for number, spec in enumerate(kept) if spec[1] != "dense"), len(kept)),
         "layer_specs": None,

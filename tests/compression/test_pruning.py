@@ -14,6 +14,7 @@ from finetune_deepseek.compression.sparsity import KeepZeros, has_pattern, make_
 from modeling_deepseek import DeepSeekForCausalLM, DeepSeekForSequenceClassification
 from tests.checkpoints.conftest import logits_of, tiny
 from tests.modeling.test_dspark import DRAFTS
+from tests.reference.compare import assert_close
 
 WITH_EXPERTS = ("tiny_moe", "tiny_v2", "tiny_v3", "tiny_v4")
 FIELDS = {"tiny_v2": {"num_experts_per_tok": 2}, "tiny_v3": {"n_routed_experts": 16, "n_group": 4}}
@@ -137,6 +138,20 @@ def test_the_layer_that_changes_least_goes_and_lists_by_layer_follow():
     assert dropped == [0] and pruned.config.first_k_dense_replace == 0 and pruned.config.layer_specs is None
     assert [spec.feed_forward for spec in pruned.config.specs] == ["moe", "moe"]
     assert pruned.generate(torch.tensor([[5, 6]]), max_new_tokens=2, min_new_tokens=2).shape == (1, 4)
+
+
+def test_draft_stages_read_the_layers_that_they_read_before():
+    model = tiny("tiny_v4", **{**DRAFTS, "mtp_loss_weight": 0.0, "num_hidden_layers": 5})
+    ids = torch.randint(3, 300, (1, 9), generator=torch.Generator().manual_seed(2))
+    pruned, dropped = prune_layers(model, 2, calibration())
+    targets = [target - sum(layer < target for layer in dropped) for target in (1, 3)]
+    assert not {1, 3} & set(dropped) and pruned.config.dspark_target_layer_ids == targets
+    for layer in dropped:
+        model.model.layers[layer].register_forward_hook(lambda module, args, output: args[0])
+    ours, expected = (one(ids, output_draft_states=True).draft_states for one in (pruned, model))
+    assert_close(ours, expected)
+    with pytest.raises(ValueError, match="of which 2 can go"):
+        prune_layers(tiny("tiny_v4", **{**DRAFTS, "num_hidden_layers": 5}), 3, calibration())
 
 
 def test_a_row_of_layers_that_fields_cannot_say_is_listed():
