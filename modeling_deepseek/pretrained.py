@@ -143,8 +143,12 @@ class DeepSeekPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys=None):
-        """As transformers', but weights are read one by one, quantized ones dequantized as they are read."""
-        if state_dict is None and checkpoint_files and checkpoint_files[0].endswith(".safetensors"):
+        """As transformers', but weights are read one by one, quantized ones dequantized as they are read.
+
+        An adapter, for which `load_adapter` says the keys, is none of a checkpoint: it lacks all that it leaves as is.
+        """
+        is_whole = state_dict is None and expected_keys is None
+        if is_whole and checkpoint_files and checkpoint_files[0].endswith(".safetensors"):
             try:
                 state_dict = model.official_slices(open_slices(checkpoint_files), load_config)
                 state_dict = with_engram_ids(state_dict, model, load_config)

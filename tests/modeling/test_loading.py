@@ -125,6 +125,26 @@ def test_adapters_are_saved_beside_the_weights(tmp_path):
     assert_close(outputs(loaded, ids), outputs(tiny("tiny_v3"), ids))
 
 
+@pytest.mark.skipif(
+    version.parse(peft.__version__) < version.parse(MIN_PEFT_VERSION),
+    reason=f"transformers' own load_adapter asks for peft {MIN_PEFT_VERSION}",
+)
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_an_adapter_leaves_the_prediction_layers_of_its_base(tmp_path, weight):
+    model = tiny("tiny_v3", num_nextn_predict_layers=1, mtp_loss_weight=weight)
+    model.save_pretrained(tmp_path / "base")
+    model = DeepSeekForCausalLM.from_pretrained(tmp_path / "base")
+    model.add_adapter(peft.LoraConfig(target_modules=["q_b_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter" / "model.safetensors").unlink(missing_ok=True)
+    (tmp_path / "adapter" / "config.json").unlink(missing_ok=True)
+    loaded = DeepSeekForCausalLM.from_pretrained(tmp_path / "adapter")
+    ids = token_ids(1, 7)
+    assert_close(outputs(loaded, ids), outputs(model, ids))
+    assert len(loaded.model.layers) == len(model.model.layers) == loaded.config.num_hidden_layers + 1
+    assert_close(loaded.model.layers[-1].eh_proj.weight, model.model.layers[-1].eh_proj.weight)
+
+
 FLOAT32 = re.compile(r"gate\.weight$|(attn|ffn)_hc\.|hc_head\.|attn_sink$|\.ape$")
 
 
