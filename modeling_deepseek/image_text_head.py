@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.generation import LogitsProcessorList, SuppressTokensLogitsProcessor
 from transformers.models.auto import modeling_auto
+from transformers.utils import logging
 
 from .cache import takes_cache
 from .configuration_deepseek import DeepSeekConfig
@@ -25,7 +26,11 @@ from .language_heads import DeepSeekForCausalLM
 from .layers import is_traced
 from .losses import IGNORED
 from .outputs import DeepSeekCausalLMOutput
+from .transformers_names import CACHE_WORD
 from .vision_tower import DeepSeekAligner, DeepSeekVisionTower, Grids
+
+logger = logging.get_logger(__name__)
+IMAGES = ("pixel_values", "image_grid_thw")
 
 
 def stretches(is_image: torch.Tensor) -> list[list[int]]:
@@ -58,6 +63,10 @@ def images_of_rows(input_ids: torch.Tensor, image_token_id: int, places: list[in
             "make input_ids and pixel_values by one call of the processor"
         )
     return counts
+
+
+class SuppressImages(SuppressTokensLogitsProcessor):
+    """A class of its own: transformers drops what `suppress_tokens` asks for if one of that class is given."""
 
 
 class DeepSeekForImageTextToText(DeepSeekForCausalLM):
@@ -96,14 +105,14 @@ class DeepSeekForImageTextToText(DeepSeekForCausalLM):
         pixel_values: [P, 3 * patch_size^2], the images' patches: of each, channel by channel, row by row; image after
             image, row of the batch after row.
         image_grid_thw: [I, 3]; 1, and height and width of each image in patches.
-        labels: those at places of images are left out.
+        labels: those at places of images are left out; who counts labels, as Trainer does, has to have them -100.
 
         Raises:
             ValueError: where image tokens and images do not fit together, or only one of the two is given.
         """
         embeds = self.image_embeds(input_ids, pixel_values, image_grid_thw)
         if labels is not None and input_ids is not None:
-            labels = labels.masked_fill(input_ids == self.config.image_token_id, IGNORED)
+            labels = self._of_text(labels, input_ids == self.config.image_token_id, **kwargs)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -117,6 +126,17 @@ class DeepSeekForImageTextToText(DeepSeekForCausalLM):
             image_embeds=embeds,
             **kwargs,
         )
+
+    def _of_text(
+        self, labels: torch.Tensor, is_image: torch.Tensor, num_items_in_batch: Any = None, **kwargs
+    ) -> torch.Tensor:
+        """[B, S] labels, those at places of images left out. What they were counted for is told once."""
+        if num_items_in_batch is not None and (labels[is_image] != IGNORED).any():
+            logger.warning_once(
+                "labels at places of images are left out of the loss, but who trains has counted them, so that loss "
+                "and gradients are too small; set labels to -100 where input_ids are image_token_id"
+            )
+        return labels.masked_fill(is_image, IGNORED)
 
     def image_embeds(
         self,
@@ -166,27 +186,32 @@ class DeepSeekForImageTextToText(DeepSeekForCausalLM):
             return []
         if pixel_values is None or image_grid_thw is None:
             raise ValueError("give pixel_values and image_grid_thw together, as the processor makes them")
-        grids, patch = image_grid_thw.tolist(), 3 * self.vision.fields.patch_size**2
+        given, patch = torch.as_tensor(image_grid_thw), 3 * self.vision.fields.patch_size**2
+        grids = given.tolist()
+        if given.ndim != 2 or given.shape[1] != 3 or given.is_floating_point():
+            raise ValueError(f"image_grid_thw={grids} must have shape [images, 3], of whole numbers")
         if any(time != 1 or height < 1 or width < 1 for time, height, width in grids):
             raise ValueError(f"image_grid_thw={grids} must hold 1, height and width of each image, in patches")
         shape = (sum(height * width for _, height, width in grids), patch)
-        if tuple(pixel_values.shape) != shape:
-            raise ValueError(
-                f"pixel_values has shape {tuple(pixel_values.shape)}, but image_grid_thw={grids} asks for {shape}"
-            )
+        found = tuple(getattr(pixel_values, "shape", ()))
+        if found != shape:
+            raise ValueError(f"pixel_values has shape {found}, but image_grid_thw={grids} asks for {shape}")
         return [(height, width) for _, height, width in grids]
 
     def prepare_inputs_for_generation(self, input_ids, *args, is_first_iteration=False, use_cache=True, **kwargs):
         """As `DeepSeekForCausalLM`'s; images are read once, and what a cache holds of them after that."""
+        cache, images = kwargs.get(CACHE_WORD), [kwargs.get(name) for name in IMAGES]
         if use_cache and not is_first_iteration:
-            kwargs |= {"pixel_values": None, "image_grid_thw": None}
+            kwargs |= dict.fromkeys(IMAGES)
+        elif use_cache and cache is not None and self.grids_of(*images):  # of a chat's turns before
+            kwargs |= self._behind(input_ids, cache.get_seq_length(), *images)
         return super().prepare_inputs_for_generation(
             input_ids, *args, is_first_iteration=is_first_iteration, use_cache=use_cache, **kwargs
         )
 
     def generate(self, inputs=None, generation_config=None, logits_processor=None, **kwargs):
         """As `DeepSeekForCausalLM.generate`; no place of an image is generated."""
-        suppress = SuppressTokensLogitsProcessor([self.config.image_token_id], device=self.device)
+        suppress = SuppressImages([self.config.image_token_id], device=self.device)
         processors = LogitsProcessorList([*(logits_processor or ()), suppress])
         return super().generate(inputs, generation_config, logits_processor=processors, **kwargs)
 
@@ -201,11 +226,26 @@ class DeepSeekForImageTextToText(DeepSeekForCausalLM):
         )
         if not grids:
             return input_ids, kwargs
-        patches = pixel_values.split([height * width for height, width in grids])
         rows = torch.arange(len(grids)).split(counts)
         order = [image for row in rows for _ in range(expand_size) for image in row.tolist()]
-        again = {"pixel_values": torch.cat([patches[i] for i in order]), "image_grid_thw": image_grid_thw[order]}
-        return input_ids, kwargs | again
+        return input_ids, kwargs | self._chosen(order, pixel_values, image_grid_thw)
+
+    def _chosen(self, order: list[int], pixel_values: torch.Tensor, image_grid_thw: torch.Tensor) -> dict[str, Any]:
+        """The images of these numbers, in this order; absent if there are none."""
+        patches = pixel_values.split([height * width for height, width in self.grids_of(pixel_values, image_grid_thw)])
+        chosen = [torch.cat([patches[image] for image in order]), image_grid_thw[order]] if order else [None, None]
+        return dict(zip(IMAGES, chosen, strict=True))
+
+    def _behind(
+        self, input_ids: torch.Tensor, seen: int, pixel_values: torch.Tensor, image_grid_thw: torch.Tensor
+    ) -> dict[str, Any]:
+        """The images that do not stand among the first `seen` tokens of their row."""
+        places = self.places_of(self.grids_of(pixel_values, image_grid_thw))
+        counts = images_of_rows(input_ids, self.config.image_token_id, places)
+        read = (input_ids[:, :seen] == self.config.image_token_id).sum(1).tolist()
+        rows = zip(torch.arange(len(places)).split(counts), torch.tensor(places).split(counts), read, strict=True)
+        left = [row[size.cumsum(0) > tokens] for row, size, tokens in rows]
+        return self._chosen(torch.cat(left).tolist(), pixel_values, image_grid_thw)
 
 
 # As those of the heads for text, where this package isn't installed, too. Trainer shifts the labels that it smooths

@@ -14,6 +14,7 @@ This file travels to the Hub: it imports numpy, Pillow and transformers only.
 """
 
 import math
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,6 +30,11 @@ from .chat_parts import IMAGE  # as templates write it; a tokenizer may spell th
 GREY = (127, 127, 127)
 SOURCES = ("image", "url", "path", "base64")  # where a part of a message has its image
 SETTINGS = ("patch_size", "downsample_ratio", "max_image_tokens", "min_pixels", "max_wh_ratio")
+FINISH = ("padding", "padding_side", "pad_to_multiple_of", "max_length", "return_tensors")  # once images have places
+TOKENIZED = (  # options that keep one row for each text
+    *("add_special_tokens", "split_special_tokens", "return_attention_mask", "return_token_type_ids"),
+    *("return_special_tokens_mask", "return_offsets_mapping", "verbose"),
+)
 PLACE = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 
 
@@ -90,24 +96,24 @@ class DeepSeekProcessor(ProcessorMixin):
             images: one image, or those of all texts in order, or a list of them for each text: of Pillow, of numpy
                 (uint8, [height, width, channels]), or a path, URL or base64 that transformers' `load_image` takes.
             text: a text or several; `<｜deepseek_image｜>` stands for an image.
-            options: `padding`, `pad_to_multiple_of`, `return_tensors`; others go to the tokenizer.
+            options: `padding`, `padding_side`, `max_length`, `pad_to_multiple_of`, `return_tensors`; and of the
+                tokenizer's those that leave a row for each text.
 
         Returns:
             What the tokenizer gives, images' tokens repeated, and of images `pixel_values` [P, 3 * patch_size^2],
             their patches, and `image_grid_thw` [I, 3], 1 with height and width in patches.
 
         Raises:
-            ValueError: for images and places in the texts that are not as many; for truncation, which would cut an
-                image.
+            ValueError: for images and places in the texts that are not as many; for what is no image or no text; for
+                truncation, which would cut an image, and other options that it doesn't know.
         """
         if text is None:
             raise ValueError(f"give a text too, with {IMAGE} where an image stands")
-        if options.pop("truncation", None):
-            raise ValueError("truncation would cut images off their places; make the texts shorter")
-        texts = [text] if isinstance(text, str) else list(text)
-        finish = {name: options.pop(name, None) for name in ("padding", "pad_to_multiple_of", "return_tensors")}
-        if finish["padding"] == "max_length":
-            finish["max_length"] = options.pop("max_length", None)
+        texts = [text] if isinstance(text, str) else list(text) if isinstance(text, (list, tuple)) else []
+        if not texts or not all(isinstance(one, str) for one in texts):
+            raise ValueError("text must be a text or a list of texts; images go first, or by name")
+        options = _known(options, *FINISH, *TOKENIZED)
+        finish = {name: options.pop(name) for name in FINISH if name in options}
         rows = self.tokenizer([one.replace(IMAGE, self.image_token) for one in texts], **options)
         return self.joined(dict(rows), images, **finish)
 
@@ -126,22 +132,27 @@ class DeepSeekProcessor(ProcessorMixin):
         Args:
             chat_template, kwargs: as the tokenizer's takes them.
             tokenize: give what `__call__` gives (with `return_dict`; else its `input_ids`), not a text.
-            processor_kwargs: `padding` and the like, and `images` where messages have none of their own.
+            processor_kwargs: `padding` and the like, which may stand among kwargs too, and `images` where messages
+                have none of their own.
 
         Raises:
-            ValueError: for an image without a source, and for one among a tool's results, which templates sort anew.
+            ValueError: for an image without a source, and for one among a tool's results, which templates sort anew;
+                for truncation.
         """
+        if not isinstance(conversation, (list, tuple)) or not conversation:
+            raise ValueError("a conversation is a list of messages, of one at least")
         template = self.tokenizer.get_chat_template(chat_template, kwargs.get("tools"))
         kwargs |= {"chat_template": template.replace(IMAGE, self.image_token), "with_images": True}
         is_batch = not isinstance(conversation[0], dict)
-        chats = conversation if is_batch else [conversation]
+        chats: Any = conversation if is_batch else [conversation]
         bare = [[_without_sources(message) for message in chat] for chat in chats]
         if not tokenize:
             return self.tokenizer.apply_chat_template(bare if is_batch else bare[0], tokenize=False, **kwargs)
-        finish = dict(processor_kwargs or {})
+        finish = {name: kwargs.pop(name) for name in (*FINISH, "truncation") if name in kwargs}
+        finish = _known(finish | (processor_kwargs or {}), *FINISH, "images")
         found = finish.pop("images", None) or [list(_images_of(chat)) for chat in chats]
         rows = self.tokenizer.apply_chat_template(bare, tokenize=True, return_dict=True, **kwargs)
-        made = self.joined(dict(rows), found, return_tensors=return_tensors, **finish)
+        made = self.joined(dict(rows), found, **{"return_tensors": return_tensors, **finish})
         return made if return_dict else made["input_ids"]
 
     def joined(
@@ -156,7 +167,7 @@ class DeepSeekProcessor(ProcessorMixin):
         Raises:
             ValueError: as `__call__`.
         """
-        found = [self.patches_of(image) for image in self._in_order(images, rows["input_ids"])]
+        found = [self._read(*image) for image in enumerate(self._in_order(images, rows["input_ids"]), 1)]
         places = iter([self.places_of(*grid) for _, grid in found])
         repeats = [[next(places) if token == self.image_token_id else 1 for token in row] for row in rows["input_ids"]]
         data: dict[str, Any] = {name: [_repeated(*pair) for pair in zip(values, repeats, strict=True)]
@@ -176,6 +187,8 @@ class DeepSeekProcessor(ProcessorMixin):
         counts = [row.count(self.image_token_id) for row in ids]
         flat = [] if images is None else list(images) if isinstance(images, (list, tuple)) else [images]
         is_by_text = any(isinstance(row, (list, tuple)) for row in flat)
+        if is_by_text and not all(isinstance(row, (list, tuple)) for row in flat):
+            raise ValueError("images must be a list for each text (empty where it has none), or those of all in order")
         needed, given = ([sum(counts)], [len(flat)]) if not is_by_text else (counts, list(map(len, flat)))
         if needed != given:
             places, images = (", ".join(map(str, numbers)) for numbers in (needed, given))
@@ -188,22 +201,25 @@ class DeepSeekProcessor(ProcessorMixin):
         self,
         data: dict[str, list[list[Any]]],
         padding: bool | str | None = None,
+        padding_side: str | None = None,
         max_length: int | None = None,
         pad_to_multiple_of: int | None = None,
     ) -> dict[str, list[list[Any]]]:
-        """Rows of one length, on the tokenizer's side."""
-        if padding in (None, False, "do_not_pad"):
-            return data
+        """Rows of one length, on the tokenizer's side or another."""
+        side = padding_side or self.tokenizer.padding_side
         if (padding == "max_length") != (max_length is not None):
             raise ValueError(f"padding={padding!r} with max_length={max_length}: give both of them, or padding=True")
+        if padding not in (None, False, True, "do_not_pad", "longest", "max_length") or side not in ("left", "right"):
+            raise ValueError(f"padding={padding!r}, padding_side={side!r}: give True or False, and left or right")
+        if padding in (None, False, "do_not_pad"):
+            return data
         length = max([max_length or 0, *map(len, data["input_ids"])])
         length += -length % (pad_to_multiple_of or 1)
-        is_left = self.tokenizer.padding_side == "left"
 
         def filled(name: str, row: list[Any]) -> list[Any]:
             blank = self.tokenizer.pad_token_id if name == "input_ids" else 0
             gap = [blank] * (length - len(row))
-            return gap + row if is_left else row + gap
+            return gap + row if side == "left" else row + gap
 
         return {name: [filled(name, row) for row in rows] for name, rows in data.items()}
 
@@ -235,10 +251,22 @@ class DeepSeekProcessor(ProcessorMixin):
         rows, columns = (-(-side // self.downsample_ratio) for side in (height, width))
         return rows * (columns + 1) + 2
 
+    def _read(self, number: int, image: Any) -> tuple[numpy.ndarray, tuple[int, int]]:
+        """`patches_of` of the image of a number.
+
+        Raises:
+            ValueError: if it is none, or broken.
+        """
+        try:
+            return self.patches_of(image)
+        except (OSError, TypeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            source = f" ({image})" if isinstance(image, (str, os.PathLike)) and len(str(image)) < 200 else ""
+            reason = " ".join(str(error).split())[:300]  # transformers' has all letters of what is no base64
+            raise ValueError(f"image {number}{source} can't be read: {reason}") from error
+
     def patches_of(self, image: Any) -> tuple[numpy.ndarray, tuple[int, int]]:
         """An image -> float32 [height width, 3 * patch_size^2], and height and width in patches."""
-        picture = Image.fromarray(image) if isinstance(image, numpy.ndarray) else load_image(image)
-        picture = picture.convert("RGB")
+        picture = _picture(image)
         height, width = self.size_of(*picture.size)
         size, patch = (width * self.patch_size, height * self.patch_size), self.patch_size
         if self.max_wh_ratio is not None and picture.width >= self.max_wh_ratio * picture.height:
@@ -294,6 +322,46 @@ class DeepSeekProcessor(ProcessorMixin):
         if lacking := {*SETTINGS[:-1], "image_token_id"} - {*own, *config}:
             raise ValueError(f"{pretrained_model_name_or_path}: config.json has no {min(lacking)} for images")
         return {"image_token_id": config["image_token_id"], **own, **found}, rest
+
+
+def _known(options: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Options that are given.
+
+    Raises:
+        ValueError: for one that would cut images or change nothing.
+    """
+    options = {name: value for name, value in options.items() if value is not None}
+    if options.pop("truncation", False) not in (False, "do_not_truncate"):
+        raise ValueError("truncation would cut images off their places; make the texts shorter")
+    if foreign := sorted(options.keys() - {*names}):
+        raise ValueError(f"the processor has no option {foreign[0]}; leave it out")
+    return options
+
+
+def _picture(image: Any) -> Image.Image:
+    """What is given as an image -> RGB. Of 16 bits a colour's upper 8 count, where Pillow would make white of it.
+
+    Raises:
+        ValueError: for an array that isn't one of bytes, and an image of real numbers, of which none says the range.
+    """
+    if isinstance(image, numpy.ndarray):
+        shape = image.shape[:2] if image.ndim == 3 and image.shape[2] == 1 else image.shape
+        is_image = len(shape) == 2 or len(shape) == 3 and shape[2] in (3, 4)
+        if image.dtype != numpy.uint8 or not image.size or not is_image:
+            raise ValueError(
+                f"an array {list(image.shape)} of {image.dtype} is no image; give uint8, [height, width, channels]"
+            )
+        image = Image.fromarray(image.reshape(shape))
+    is_file = isinstance(image, os.PathLike) or isinstance(image, str) and os.path.isfile(image)
+    picture = Image.open(image) if is_file else image if isinstance(image, Image.Image) else load_image(image)
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode == "F":
+        raise ValueError("it has real numbers; scale them to bytes")
+    if picture.mode.startswith("I"):  # "I" may be either, by what made it
+        levels = numpy.asarray(picture)
+        levels = levels >> (8 if picture.mode != "I" or levels.max() > 255 else 0)
+        picture = Image.fromarray(levels.clip(0, 255).astype(numpy.uint8))
+    return picture.convert("RGB")
 
 
 def _repeated(values: list[Any], repeats: list[int]) -> list[Any]:

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from modeling_deepseek import DeepSeekForCausalLM, DeepSeekForImageTextToText
+from modeling_deepseek.transformers_names import CACHE_WORD
 from tests.modeling.test_dspark import DRAFTS
 from tests.modeling.test_shared_model import model_of, official_twins
 from tests.modeling.test_vision_tower import VISION
@@ -146,6 +147,23 @@ def test_no_place_of_an_image_is_generated():
     assert IMAGE not in found.tolist()
 
 
+def test_tokens_that_the_caller_suppresses_stay_so(model):
+    first = model.generate(**ROWS[0], max_new_tokens=1, do_sample=False)[0, -1].item()
+    assert model.generate(**ROWS[0], max_new_tokens=1, do_sample=False, suppress_tokens=[first])[0, -1] != first
+
+
+def test_a_chat_goes_on_with_its_cache_and_another_image(model):
+    before = model.generate(**ROWS[0], max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
+    turn = seen(8, SMALL, 9, seed=4)
+    images = {name: torch.cat((ROWS[0][name], turn[name])) for name in ("pixel_values", "image_grid_thw")}
+    ids = torch.cat((before.sequences, turn["input_ids"]), dim=1)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images}
+    expected = model.generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert torch.equal(
+        model.generate(**inputs, cache=getattr(before, CACHE_WORD), max_new_tokens=4, do_sample=False), expected
+    )
+
+
 # Bad input -----------------------------------------------------------------------------------------------------------
 
 ROW = ROWS[3]
@@ -168,6 +186,11 @@ WRONG = {
     ),
     "no grid": ({"image_grid_thw": None}, "give pixel_values and image_grid_thw together"),
     "a film": ({"image_grid_thw": torch.tensor([[2, 5, 1]])}, "image_grid_thw=[[2, 5, 1]] must hold 1, height and"),
+    "a grid of two": (
+        {"image_grid_thw": torch.tensor([[5, 2]])},
+        "image_grid_thw=[[5, 2]] must have shape [images, 3]",
+    ),
+    "a grid of reals": ({"image_grid_thw": torch.tensor([[1.0, 5.0, 2.0]])}, "must have shape [images, 3], of whole"),
     "another size": (
         {"image_grid_thw": torch.tensor([[1, 4, 2]])},
         "pixel_values has shape (10, 12), but image_grid_thw=[[1, 4, 2]] asks for (8, 12)",
@@ -197,6 +220,15 @@ def test_labels_at_places_of_images_are_left_out(model):
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     without = labels.masked_fill(labels == IMAGE, -100)
     assert model(**inputs, labels=labels).loss == model(**inputs, labels=without).loss
+
+
+def test_labels_that_were_counted_at_places_of_images_are_told(model, caplog):
+    inputs, count = batch(ROWS, "right"), torch.tensor(9)
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE, -100)
+    model(**inputs, labels=labels, num_items_in_batch=count)
+    assert "counted them" not in caplog.text
+    model(**inputs, labels=inputs["input_ids"], num_items_in_batch=count)
+    assert "set labels to -100 where input_ids are image_token_id" in caplog.text
 
 
 def test_blocks_run_anew_have_the_gradients_of_blocks_that_kept_all():

@@ -94,6 +94,17 @@ def test_beside_an_image_is_grey(processor):
     assert rows[:, 1, 0].min() == 1.0 and rows[:, 1, 1].max() == -1.0
 
 
+def test_sixteen_bits_are_scaled_and_a_path_is_a_file(processor, tmp_path):
+    levels = numpy.arange(24, dtype=numpy.uint16).reshape(4, 6) * 2700
+    by_hand = processor.patches_of((levels // 256).astype(numpy.uint8))[0]
+    Image.fromarray(levels).save(tmp_path / "depth.png")
+    for image in (Image.fromarray(levels), Image.fromarray(levels.astype(numpy.int32)), tmp_path / "depth.png",
+                  str(tmp_path / "depth.png")):  # fmt: skip
+        numpy.testing.assert_array_equal(processor.patches_of(image)[0], by_hand)
+    few = processor.patches_of(Image.fromarray(numpy.full((4, 6), 200, numpy.int32)))[0]
+    numpy.testing.assert_allclose(few, 200 / 127.5 - 1, atol=1e-6)
+
+
 # Prompts -------------------------------------------------------------------------------------------------------------
 
 
@@ -113,6 +124,14 @@ def test_places_in_a_batch_of_unequal_rows(processor):
     assert all(torch.equal(by_text[name], made[name]) for name in made)
     longer = processor(text=["ab", "c"], padding="max_length", max_length=9, pad_to_multiple_of=4)
     assert [len(row) for row in longer["input_ids"]] == [12, 12] and set(longer) == {"input_ids", "attention_mask"}
+
+
+def test_the_side_of_a_call_counts_more_than_the_tokenizer_s(processor):
+    left, right = ([[one[0] for one in made["input_ids"]], [one[-1] for one in made["input_ids"]]]
+                   for made in (processor(text=["ab", "c"], padding=True, padding_side=side)
+                                for side in ("left", "right")))  # fmt: skip
+    pad = processor.tokenizer.pad_token_id
+    assert (pad in left[0], pad in left[1]) == (True, False) and (pad in right[0], pad in right[1]) == (False, True)
 
 
 CHAT = [
@@ -137,6 +156,10 @@ def test_images_in_chats(processor):
         return_assistant_tokens_mask=True,
     )  # fmt: skip
     assert both["input_ids"].shape == both["assistant_masks"].shape
+    again = processor.apply_chat_template(
+        [CHAT, CHAT[:1]], tokenize=True, return_dict=True, return_tensors="pt", padding=True
+    )
+    assert torch.equal(again["input_ids"], both["input_ids"])
     answer = both["input_ids"][0][both["assistant_masks"][0].bool()].tolist()
     assert processor.decode(answer, skip_special_tokens=True) == "a cat" and both["image_grid_thw"].shape == (3, 3)
 
@@ -157,6 +180,30 @@ WRONG = {
     "of another text": (lambda p: p(images=[[], [picture(2, 2)]], text=[IMAGE, "a"]), "have 1, 0 places for images ("),
     "no text": (lambda p: p(images=picture(2, 2)), "give a text too, with <｜deepseek_image｜> where an image stands"),
     "cut": (lambda p: p(text="a", truncation=True, max_length=2), "truncation would cut images off their places"),
+    "a chat cut": (
+        lambda p: p.apply_chat_template(CHAT, tokenize=True, truncation=True),
+        "truncation would cut images",
+    ),
+    "an option of others": (lambda p: p(text="a", do_resize=False), "the processor has no option do_resize; leave it"),
+    "a length alone": (lambda p: p(text="a", max_length=3), "padding=None with max_length=3: give both of them"),
+    "another padding": (lambda p: p(text="a", padding="all"), "padding='all', padding_side='left': give True or"),
+    "ids": (lambda p: p(text=[[1, 2]]), "text must be a text or a list of texts"),
+    "an empty chat": (lambda p: p.apply_chat_template([]), "a conversation is a list of messages, of one at least"),
+    "a list for some": (lambda p: p(images=[[PART["image"]], None], text=[IMAGE, "a"]), "a list for each text (empty"),
+    "real numbers": (
+        lambda p: p(images=numpy.ones((4, 6, 3)), text=IMAGE),
+        "image 1 can't be read: an array [4, 6, 3] ",
+    ),
+    "channels first": (lambda p: p(images=numpy.ones((3, 4, 6), "u1"), text=IMAGE), "[3, 4, 6] of uint8 is no image"),
+    "nothing to see": (lambda p: p(images=numpy.ones((0, 6, 3), "u1"), text=IMAGE), "[0, 6, 3] of uint8 is no image"),
+    "a picture of reals": (
+        lambda p: p(images=Image.new("F", (4, 4)), text=IMAGE),
+        "image 1 can't be read: it has real",
+    ),
+    "no image's file": (
+        lambda p: p(images=[picture(2, 2), __file__], text=IMAGE * 2),
+        f"image 2 ({__file__}) can't be read: cannot identify image file",
+    ),
     "nowhere": (
         lambda p: p.apply_chat_template([{"role": "user", "content": [{"type": "image"}]}], tokenize=True),
         "message 1: an image has none of image, url, path, base64, image_url",
