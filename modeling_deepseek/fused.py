@@ -14,7 +14,7 @@ from torch import nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .products import goes_by_onednn, outer_product, padded, product
+from .products import goes_by_onednn, outer_product, padded, plain_outer_product, product
 
 Pairs = tuple[torch.Tensor, torch.Tensor]
 BLOCK = 32  # queries that meet their keys at once
@@ -322,20 +322,22 @@ class SortedExperts(Function):
     @staticmethod
     def forward(ctx, x, top_k_weights, gate_up_proj, down_proj, order, counts, limit=None) -> torch.Tensor:
         """[N, D], [N, K], weights of the experts, [P] pairs (token * K + choice), numbers of each expert -> [N, D]."""
-        if goes_by_onednn(x[: len(order) // len(counts)], gate_up_proj[0]):
+        by_onednn = goes_by_onednn(x[: len(order) // len(counts)], gate_up_proj[0])
+        if by_onednn:
             order, counts = padded(order, counts, top_k_weights.numel())
+        multiply = product if by_onednn else nn.functional.linear  # never oneDNN for rows of any number
         tokens = (order // top_k_weights.shape[-1]).clamp_(max=len(x) - 1)
         weights = nn.functional.pad(top_k_weights.flatten(), (0, 1)).index_select(0, order).unsqueeze(-1)
         total = torch.zeros_like(x, dtype=full(x))
         kept: list[torch.Tensor] = []
         for own, weight, gate_up, down in of_experts(counts, tokens, weights, gate_up_proj, down_proj):
-            joined = product(x.index_select(0, own), gate_up)  # [p, 2 I]
+            joined = multiply(x.index_select(0, own), gate_up)  # [p, 2 I]
             gate, up = clamped(*pairs_of(joined, False), limit)
             silu = nn.functional.silu(gate)
-            total.index_add_(0, own, product((silu * up).mul_(weight), down).to(total.dtype))
+            total.index_add_(0, own, multiply((silu * up).mul_(weight), down).to(total.dtype))
             kept += joined, silu
         ctx.save_for_backward(x, weights, gate_up_proj, down_proj, order, tokens, *kept)
-        ctx.counts, ctx.choices, ctx.limit = counts, top_k_weights.shape, limit
+        ctx.counts, ctx.choices, ctx.limit, ctx.by_onednn = counts, top_k_weights.shape, limit, by_onednn
         return total.to(x.dtype)
 
     @staticmethod
@@ -348,23 +350,25 @@ class SortedExperts(Function):
         grad_gate_up = torch.empty_like(gate_up_proj) if needs_gate_up else None
         grad_down = torch.empty_like(down_proj) if needs_down else None
         found = weights.new_empty(len(order), 1)
+        multiply = product if ctx.by_onednn else nn.functional.linear
+        outer = outer_product if ctx.by_onednn else plain_outer_product
         experts = of_experts(ctx.counts, tokens, weights, gate_up_proj, down_proj, found, kept[::2], kept[1::2])
         for expert, (own, weight, gate_up, down, found_own, joined, silu) in enumerate(experts):
             gate, up = pairs_of(joined, False)
             inner, grad_outputs = silu * clamped(gate, up, ctx.limit)[1], grad.index_select(0, own)
-            grad_inner = product(grad_outputs, down.mT)
+            grad_inner = multiply(grad_outputs, down.mT)
             if needs_choice:
                 torch.sum(grad_inner * inner, -1, keepdim=True, dtype=weights.dtype, out=found_own)
             if grad_down is not None:
-                outer_product(grad_outputs, inner.mul_(weight), out=grad_down[expert])
+                outer(grad_outputs, inner.mul_(weight), out=grad_down[expert])
             if grad_x is None and grad_gate_up is None:
                 continue
             grad_joined = torch.empty_like(joined)
             through_silu(grad_inner.mul_(weight), gate, up, silu, ctx.limit, out=pairs_of(grad_joined, False))
             if grad_gate_up is not None:
-                outer_product(grad_joined, x.index_select(0, own), out=grad_gate_up[expert])
+                outer(grad_joined, x.index_select(0, own), out=grad_gate_up[expert])
             if grad_x is not None:
-                grad_x.index_add_(0, own, product(grad_joined, gate_up.mT).to(grad_x.dtype))
+                grad_x.index_add_(0, own, multiply(grad_joined, gate_up.mT).to(grad_x.dtype))
         grad_weights = None
         if needs_choice:
             by_pair = weights.new_zeros(ctx.choices.numel() + 1).index_put_((order,), found.squeeze(-1))

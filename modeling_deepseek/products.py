@@ -56,6 +56,11 @@ def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return (onednn_product if goes_by_onednn(rows, weight) else F.linear)(rows, weight)
 
 
+def plain_outer_product(grad: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+    """`outer_product` of [rows, out] and [rows, in], never by oneDNN."""
+    return torch.mm(grad.mT, rows, out=out)
+
+
 def outer_product(grad: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """The sum over all rows of their outer products, a weight's gradient: [..., out], [..., in] -> [out, in]."""
     grad, rows = grad.flatten(0, -2).mT, rows.flatten(0, -2).mT

@@ -220,14 +220,34 @@ def test_frozen_experts_cost_no_products(frozen, monkeypatch):
     given = [leaf(*shape) for shape in CASES["experts"][2]]
     expected = torch.autograd.grad(experts(*given).sum(), given)
     asked = []
-    outer = fused.outer_product
-    monkeypatch.setattr(fused, "outer_product", lambda *a, **more: asked.append(a) or outer(*a, **more))
+    outer = fused.plain_outer_product
+    monkeypatch.setattr(fused, "plain_outer_product", lambda *a, **more: asked.append(a) or outer(*a, **more))
     given[frozen].requires_grad_(False)
     fused_experts(*given).sum().backward()
     assert given[frozen].grad is None and len(asked) == 4 * (2 - (frozen >= 2))  # of four experts
     for i, x in enumerate(given):
         if i != frozen:
             assert_close(x.grad, expected[i])
+
+
+@pytest.mark.parametrize("enough", [False, True])
+def test_onednn_meets_experts_rows_of_few_numbers_only(enough, monkeypatch):
+    """It keeps compiled code for each number; also where one expert has rows enough, but not the mean one."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("torch has no oneDNN here")
+    shapes = (9, 6), (9, 1), (4, 8, 6), (4, 6, 4)
+    x, weights, gate_up, down = (leaf(*shape, dtype=torch.float32) for shape in shapes)
+    met, onednn = [], products.onednn_product
+    monkeypatch.setattr(products, "has_onednn", lambda: True)
+    monkeypatch.setattr(products, "ROWS", 8)
+    monkeypatch.setattr(products, "LEAST_OUTER", 1)
+    monkeypatch.setattr(products, "LEAST", 2 * 8 * 6 if enough else 3 * 8 * 6)
+    monkeypatch.setattr(products, "onednn_product", lambda *given: met.append(given) or onednn(*given))
+    chosen = torch.tensor([0, 0, 0, 0, 0, 0, 1, 2, 3])[:, None]
+    assert_close(fused_experts(x, weights, gate_up, down, chosen), experts(x, weights, gate_up, down, chosen))
+    fused_experts(x, weights, gate_up, down, chosen).sum().backward()
+    assert bool(met) == enough
+    assert all(8 in (rows.shape[0], rows.shape[1]) for rows, _ in met)
 
 
 def test_no_tokens_and_none_at_home(library):
