@@ -109,6 +109,24 @@ def pairs_of(x: torch.Tensor, interleaved: bool) -> Pairs:
     return first, second
 
 
+def are_numbers(x: torch.Tensor) -> bool:
+    """Whether the memory of neighbours on the last axis can be read as one complex number."""
+    *steps, last = x.stride()
+    return last == 1 and x.storage_offset() % 2 == 0 and not any(step % 2 for step in steps)
+
+
+def rotate_alike(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor, interleaved: bool):
+    """Write x, rotated, into `out`, whose pairs stand as those of x do.
+
+    Neighbours are taken for one complex number, whose product takes a quarter of the time.
+    """
+    if interleaved and are_numbers(x) and are_numbers(out):
+        numbers, rotated = (torch.view_as_complex(y.unflatten(-1, (-1, 2))) for y in (x, out))
+        torch.mul(numbers, torch.complex(cos, sin), out=rotated)
+    else:
+        rotate(pairs_of(x, interleaved), cos, sin, pairs_of(out, interleaved))
+
+
 def by_head(x: torch.Tensor, heads: int) -> torch.Tensor:
     """[B, S, H W] -> [B, H, S, W], the same memory."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -215,9 +233,9 @@ class LatentAttention(Function):
         queries = by_head(query, heads)
         query, key = queries.new_empty(queries.shape), queries.new_empty(queries.shape)
         query[..., :nope], key[..., :nope] = queries[..., :nope], expanded[..., :nope]
-        rotate(pairs_of(queries[..., nope:], interleaved), cos, sin, pairs_of(query[..., nope:], False))
-        rotated = torch.empty_like(rope)
-        rotate(pairs_of(rope, interleaved), cos, sin, pairs_of(rotated, False))
+        rotate_alike(queries[..., nope:], cos, sin, query[..., nope:], interleaved)
+        rotated = rope.new_empty(rope.shape)
+        rotate_alike(rope, cos, sin, rotated, interleaved)
         key[..., nope:] = rotated
         query, key, value = (x.flatten(0, 1) for x in (query, key, expanded[..., nope:]))
         output, blocks = attend_by_blocks(query, key, value, scaling, heads)
@@ -241,9 +259,9 @@ class LatentAttention(Function):
         queries, expanded = by_head(grad_query, heads), by_head(grad_up_rows, heads)
         queries[..., :nope] = by_query[..., :nope]
         expanded[..., :nope], expanded[..., nope:] = by_key[..., :nope], by_value
-        rotate(pairs_of(by_query[..., nope:], False), cos, -sin, pairs_of(queries[..., nope:], interleaved))
+        rotate_alike(by_query[..., nope:], cos, -sin, queries[..., nope:], interleaved)
         by_rope = by_key[..., nope:].sum(1, keepdim=True)
-        rotate(pairs_of(by_rope, False), cos, -sin, pairs_of(grad_rows[..., latents:].unsqueeze(1), interleaved))
+        rotate_alike(by_rope, cos, -sin, grad_rows[..., latents:].unsqueeze(1), interleaved)
         grad_up = outer_product(grad_up_rows, normed * norm) if ctx.needs_input_grad[3] else None
         by_latent = product(grad_up_rows, up.T)
         grad_rows[..., :latents], grad_norm = through_rms(by_latent, normed, scale, norm)

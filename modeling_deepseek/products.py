@@ -11,9 +11,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-# Multiplications that a product has at least, so that oneDNN's longer way to its kernel pays; one over all rows, for
-# which it copies a matrix first, has more.
-LEAST, LEAST_OUTER = 2**20, 2**22
+LEAST = 2**22  # multiplications that a product has at least, so that oneDNN's longer way and its memory pay
 ROWS = 64  # experts' numbers of rows are filled up to multiples of it, so that few shapes come up
 
 
@@ -38,9 +36,9 @@ def linear_pointwise():
     return torch.ops.mkldnn._linear_pointwise.default
 
 
-def goes_by_onednn(rows: torch.Tensor, weight: torch.Tensor, least: int | None = None) -> bool:
-    """Whether a product of these does, if it has at least so many multiplications, or `LEAST`."""
-    is_large = rows.numel() * weight.shape[0] >= (LEAST if least is None else least)
+def goes_by_onednn(rows: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether `product` of these does."""
+    is_large = rows.numel() * weight.shape[0] >= LEAST
     return is_large and rows.dtype == weight.dtype == torch.float32 and rows.is_cpu and has_onednn()
 
 
@@ -64,7 +62,7 @@ def plain_outer_product(grad: torch.Tensor, rows: torch.Tensor, out: torch.Tenso
 def outer_product(grad: torch.Tensor, rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """The sum over all rows of their outer products, a weight's gradient: [..., out], [..., in] -> [out, in]."""
     grad, rows = grad.flatten(0, -2).mT, rows.flatten(0, -2).mT
-    if not goes_by_onednn(grad, rows, LEAST_OUTER):
+    if not goes_by_onednn(grad, rows):
         return torch.mm(grad, rows.mT, out=out)
     # oneDNN copies the first into rows of its own: the smaller one
     found = onednn_product(grad, rows) if len(grad) <= len(rows) else onednn_product(rows, grad).mT

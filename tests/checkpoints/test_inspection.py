@@ -163,7 +163,7 @@ def test_an_index_that_is_none(saved, said, index):
     ("field", "value", "line"),
     [
         ("id2label", ["a"], "id2label=['a'] must map numbers to labels"),
-        ("num_hidden_layers", 3.0, "Field 'num_hidden_layers' expected int, got float"),
+        ("num_hidden_layers", 3.0, "num_hidden_layers=3.0 is a float that does not fit int"),
         (
             "rope_parameters",
             {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2, "original_max_position_embeddings": 0},

@@ -157,7 +157,6 @@ def library(request, monkeypatch):
     if request.param == "oneDNN" and not torch.backends.mkldnn.is_available():
         pytest.skip("torch has no oneDNN here")
     monkeypatch.setattr(products, "LEAST", 1)
-    monkeypatch.setattr(products, "LEAST_OUTER", 1)
     monkeypatch.setattr(products, "has_onednn", lambda: request.param == "oneDNN")
     return request.param
 
@@ -240,7 +239,6 @@ def test_onednn_meets_experts_rows_of_few_numbers_only(enough, monkeypatch):
     met, onednn = [], products.onednn_product
     monkeypatch.setattr(products, "has_onednn", lambda: True)
     monkeypatch.setattr(products, "ROWS", 8)
-    monkeypatch.setattr(products, "LEAST_OUTER", 1)
     monkeypatch.setattr(products, "LEAST", 2 * 8 * 6 if enough else 3 * 8 * 6)
     monkeypatch.setattr(products, "onednn_product", lambda *given: met.append(given) or onednn(*given))
     chosen = torch.tensor([0, 0, 0, 0, 0, 0, 1, 2, 3])[:, None]
@@ -453,10 +451,9 @@ def test_products_of_processors(monkeypatch):
         monkeypatch.setattr(products.Path, "read_text", lambda path, vendor=vendor: f"vendor_id : {vendor}")
         assert products.is_amd_with_avx512.__wrapped__() == expected
     monkeypatch.setattr(products, "has_onednn", lambda: True)
-    rows, weight = torch.ones(1024, 32), torch.ones(32, 32)
+    rows, weight = torch.ones(1024, 64), torch.ones(64, 64)
     assert products.goes_by_onednn(rows, weight)
     assert not products.goes_by_onednn(rows[:1023], weight)
-    assert not products.goes_by_onednn(rows, weight, products.LEAST_OUTER)
     assert not products.goes_by_onednn(rows.bfloat16(), weight.bfloat16())
     assert not products.goes_by_onednn(rows.to("meta"), weight.to("meta"))
 

@@ -85,10 +85,11 @@ class Numbers(random.Random):
 def test_draw_takes_the_token_whose_share_a_number_falls_into():
     scores = torch.tensor([[0.2, 0.0, 0.5, 0.3]]).log()
     numbers = [0.0, 0.19, 0.21, 0.69, 0.71, 1 - 1 / STEPS]
-    draw = Draw([Numbers(numbers)])
-    assert [int(draw(None, scores).argmax()) for _ in numbers] == [0, 0, 2, 2, 3, 3]
+    draw, texts = Draw([Numbers(numbers)]), [torch.zeros(1, 4 + place) for place in range(len(numbers))]
+    assert [int(draw(text, scores).argmax()) for text in texts] == [0, 0, 2, 2, 3, 3]
+    assert [int(draw(text, scores).argmax()) for text in texts] == [0, 0, 2, 2, 3, 3]  # a place has its number
     last = torch.tensor([[0.0, 1.0, 0.0]]).log()  # nothing that was ruled out, at either end
-    assert [int(Draw([Numbers([n])])(None, last).argmax()) for n in (0.0, 1 - 1 / STEPS)] == [1, 1]
+    assert [int(Draw([Numbers([n])])(texts[0], last).argmax()) for n in (0.0, 1 - 1 / STEPS)] == [1, 1]
 
 
 def test_drawn_tokens_are_as_frequent_as_transformers_makes_them(lm):
