@@ -201,6 +201,10 @@ class DeepSeekForImageTextToText(DeepSeekForCausalLM):
     def prepare_inputs_for_generation(self, input_ids, *args, is_first_iteration=False, use_cache=True, **kwargs):
         """As `DeepSeekForCausalLM`'s; images are read once, and what a cache holds of them after that."""
         cache, images = kwargs.get(CACHE_WORD), [kwargs.get(name) for name in IMAGES]
+        is_empty = (
+            cache is not None and cache.get_seq_length() == 0
+        )  # as an assistant's, which is told of no first one
+        is_first_iteration = is_first_iteration or is_empty
         if use_cache and not is_first_iteration:
             kwargs |= dict.fromkeys(IMAGES)
         elif use_cache and cache is not None and self.grids_of(*images):  # of a chat's turns before

@@ -152,6 +152,13 @@ def test_tokens_that_the_caller_suppresses_stay_so(model):
     assert model.generate(**ROWS[0], max_new_tokens=1, do_sample=False, suppress_tokens=[first])[0, -1] != first
 
 
+def test_an_assistant_sees_the_images_too(model):
+    assistant = model_of(DeepSeekForImageTextToText, **{**FIELDS, "index_n_heads": 10})
+    arguments = {"max_new_tokens": 5, "do_sample": False}
+    expected = model.generate(**ROWS[0], **arguments)
+    assert torch.equal(model.generate(**ROWS[0], **arguments, assistant_model=assistant), expected)
+
+
 def test_a_chat_goes_on_with_its_cache_and_another_image(model):
     before = model.generate(**ROWS[0], max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
     turn = seen(8, SMALL, 9, seed=4)
