@@ -339,10 +339,10 @@ def _known(options: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def _picture(image: Any) -> Image.Image:
-    """What is given as an image -> RGB. Of 16 bits a colour's upper 8 count, where Pillow would make white of it.
+    """What is given as an image -> RGB.
 
     Raises:
-        ValueError: for an array that isn't one of bytes, and an image of real numbers, of which none says the range.
+        ValueError: for an array that isn't one of bytes, and as `in_rgb`.
     """
     if isinstance(image, numpy.ndarray):
         shape = image.shape[:2] if image.ndim == 3 and image.shape[2] == 1 else image.shape
@@ -354,7 +354,15 @@ def _picture(image: Any) -> Image.Image:
         image = Image.fromarray(image.reshape(shape))
     is_file = isinstance(image, os.PathLike) or isinstance(image, str) and os.path.isfile(image)
     picture = Image.open(image) if is_file else image if isinstance(image, Image.Image) else load_image(image)
-    picture = ImageOps.exif_transpose(picture)
+    return in_rgb(ImageOps.exif_transpose(picture))
+
+
+def in_rgb(picture: Image.Image) -> Image.Image:
+    """An image as RGB. Of 16 bits a colour's upper 8 count, where Pillow would make white of it.
+
+    Raises:
+        ValueError: for an image of real numbers, of which none says the range.
+    """
     if picture.mode == "F":
         raise ValueError("it has real numbers; scale them to bytes")
     if picture.mode.startswith("I"):  # "I" may be either, by what made it

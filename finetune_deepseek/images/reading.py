@@ -17,6 +17,8 @@ import numpy as np
 from datasets import Dataset
 from PIL import Image, UnidentifiedImageError
 
+from tokenization_deepseek.processing_deepseek import in_rgb
+
 from ..data.arguments import SPLITS, DataArguments
 from ..data.cells import Column, absent, one
 from ..data.fault_report import finding
@@ -67,7 +69,7 @@ def opened(cell: Any) -> tuple[Image.Image, str]:
     try:
         with Image.open(io.BytesIO(cell) if isinstance(cell, bytes) else cell) as image:
             image.load()
-            return image.convert("RGB"), image.mode
+            return in_rgb(image), image.mode
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise NoImage(" ".join(str(error).split())) from error
 

@@ -9,7 +9,7 @@ from PIL import Image
 
 from finetune_deepseek.images.arguments import ImageArguments
 from finetune_deepseek.images.checks import check_images, hashes, near_ones
-from finetune_deepseek.images.reading import NoImage, array_of, held_out, read_images
+from finetune_deepseek.images.reading import NoImage, array_of, held_out, opened, read_images
 
 
 def picture(seed=0, size=(6, 5), mode="RGB"):
@@ -35,6 +35,17 @@ def save(folder, files):
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+def test_sixteen_bits_are_levels_and_real_numbers_are_refused():
+    """Pillow makes white of what is above 255."""
+    levels = np.array([[0, 0x80FF], [0x0100, 0xFFFF]], dtype=np.uint16)
+    image, mode = opened(bytes_of(Image.fromarray(levels)))
+    assert np.asarray(image)[..., 0].tolist() == [[0, 128], [1, 255]] and mode.startswith("I")
+    with io.BytesIO() as file:
+        Image.fromarray(np.ones((2, 2), np.float32)).save(file, "TIFF")
+        with pytest.raises(NoImage, match="real numbers"):
+            opened(file.getvalue())
 
 
 def test_folders_of_labels_are_read_and_what_is_no_image_is_named(tmp_path):
