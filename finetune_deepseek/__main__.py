@@ -30,6 +30,7 @@ def guarded(argv: Sequence[str], verb: str = "finetune") -> int:
         # Imported by name, since torch and transformers take seconds and --help of the command needs neither.
         home = importlib.import_module(f"{__package__}.commands.{HOMES.get(verb, verb)}")
         getattr(home, verb)(argv)
+        leave_processes()
     except BrokenPipeError:  # who reads standard output, as `head` does, has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -45,6 +46,13 @@ def guarded(argv: Sequence[str], verb: str = "finetune") -> int:
         print(f"deepseek-hf: interrupted{advice}.", file=sys.stderr)
         return 130
     return 0
+
+
+def leave_processes() -> None:
+    """Leave what several processes share, or one's end can abort another's (torch's threads are still at work)."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def main() -> int:
