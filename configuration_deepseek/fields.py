@@ -147,6 +147,9 @@ class DeepSeekFields(DraftFields, SharingFields):
         box_prediction: "grid", a box for each token of the image, of which overlapping ones are suppressed; or "set",
             a box for each of `num_detection_tokens` learned ones behind them (arXiv 2106.00666), trained by bipartite
             matching.
+        box_stride: pixels from one box of the grid to the next, of those that the convolutions come by: finer than the
+            trunk's tokens, whose states are added to the convolutions' features there (FPN, arXiv 1612.03144). `None`:
+            a box for each token.
         nms_threshold: overlap from which on the grid's worse box of two is suppressed; 1: none is.
 
     Layers
@@ -266,6 +269,7 @@ class DeepSeekFields(DraftFields, SharingFields):
     conv_pooling: list[int] = field(default_factory=lambda: [1, 2])
     box_prediction: str = "grid"
     num_detection_tokens: int = 100
+    box_stride: int | None = None
     nms_threshold: float = 0.6
 
     # layers

@@ -1,5 +1,6 @@
 """What `DeepSeekConfig` refuses: words that nobody knows and values that clash, in one line that names them."""
 
+import math
 from typing import Any
 
 from .drafts import validate_drafts
@@ -375,4 +376,15 @@ def validate_images(config: Any) -> None:
     )
     require_word("box_prediction", config.box_prediction, BOX_PREDICTIONS)
     require(config.num_detection_tokens > 0, f"num_detection_tokens={config.num_detection_tokens} must be positive")
+    if config.box_stride is not None:
+        require(
+            config.box_prediction == "grid" and config.image_stem != "patch",
+            f"box_stride={config.box_stride} needs box_prediction='grid' and a stem with convolutions; unset it",
+        )
+        strides = {math.prod(pooling[:number]) for number in range(len(pooling) + 1)}
+        require(
+            config.box_stride in strides,
+            f"box_stride={config.box_stride} is no stride of conv_pooling={pooling}; those are "
+            f"{', '.join(map(str, sorted(strides)))}",
+        )
     require(0 < config.nms_threshold <= 1, f"nms_threshold={config.nms_threshold} must be above 0 and at most 1")

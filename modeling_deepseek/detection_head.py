@@ -19,6 +19,7 @@ from transformers.utils.generic import ModelOutput, can_return_tuple
 
 from .boxes import corners_of, suppressed
 from .configuration_deepseek import DeepSeekConfig
+from .feature_pyramid import FeaturePyramid
 from .grid_boxes import assigned, grid_losses, objects_of, total
 from .image_model import DeepSeekImageModel
 from .image_stem import ImageTokens
@@ -88,12 +89,16 @@ class Boxes(nn.Module):
         """The tokens that the trunk reads, of those of the image."""
         return tokens
 
-    def forward(self, hidden_states: torch.Tensor, tokens: ImageTokens, size: torch.Tensor) -> Found:
-        """[B, S, D]; size: [B, 2], width and height of each image in pixels."""
+    def cells(self, hidden_states: torch.Tensor, tokens: ImageTokens) -> ImageTokens:
+        """What boxes are given by, of what the trunk made of its tokens, [B, S, D]."""
+        return tokens._replace(states=hidden_states)
+
+    def forward(self, cells: ImageTokens, size: torch.Tensor) -> Found:
+        """What `cells` gave; size: [B, 2], width and height of each image in pixels."""
         raise NotImplementedError
 
     def losses(
-        self, found: Found, labels: Labels, tokens: ImageTokens, size: torch.Tensor, loss_function: Any
+        self, found: Found, labels: Labels, cells: ImageTokens, size: torch.Tensor, loss_function: Any
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """What is trained, and its parts."""
         raise NotImplementedError
@@ -104,29 +109,36 @@ class Boxes(nn.Module):
 
 
 class GridBoxes(Boxes):
-    """A box for each token, about the middle of its cell. The chance of a class is that of an object times that of the
-    class among objects."""
+    """A box for each token or finer cell, about its middle. The chance of a class is that of an object times that of
+    the class among objects."""
 
-    def forward(self, hidden_states: torch.Tensor, tokens: ImageTokens, size: torch.Tensor) -> Found:
-        scores = self.score(hidden_states).float()
+    def __init__(self, config: DeepSeekConfig, stride: int):
+        super().__init__(config, config.box_stride or stride)
+        self.pyramid = None if self.stride == stride else FeaturePyramid(config)
+
+    def cells(self, hidden_states: torch.Tensor, tokens: ImageTokens) -> ImageTokens:
+        return super().cells(hidden_states, tokens) if self.pyramid is None else self.pyramid(hidden_states, tokens)
+
+    def forward(self, cells: ImageTokens, size: torch.Tensor) -> Found:
+        scores = self.score(cells.states).float()
         scores = torch.cat((scores[..., :1] + SELDOM, scores[..., 1:]), dim=-1)
-        shift, extent = self.box(hidden_states).float().split(2, dim=-1)
-        boxes = torch.cat((centres_of(tokens) + shift, extent.clamp(*SIZES).exp()), dim=-1)  # in cells
+        shift, extent = self.box(cells.states).float().split(2, dim=-1)
+        boxes = torch.cat((centres_of(cells) + shift, extent.clamp(*SIZES).exp()), dim=-1)  # in cells
         of_object, of_none = F.logsigmoid(scores[..., :1]), F.logsigmoid(-scores[..., :1])
         logits = torch.cat((of_object + scores[..., 1:].log_softmax(-1), of_none), dim=-1)
-        if tokens.is_token is not None:
-            logits = no_object(logits, ~tokens.is_token)
+        if cells.is_token is not None:
+            logits = no_object(logits, ~cells.is_token)
         return Found(scores, logits, boxes * (self.stride / size.repeat(1, 2)[:, None]))
 
     def losses(
-        self, found: Found, labels: Labels, tokens: ImageTokens, size: torch.Tensor, loss_function: Any
+        self, found: Found, labels: Labels, cells: ImageTokens, size: torch.Tensor, loss_function: Any
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        cells = size / self.stride
-        objects = objects_of(labels, cells)
-        corners = corners_of(found.boxes * cells.repeat(1, 2)[:, None])
+        in_cells = size / self.stride
+        objects = objects_of(labels, in_cells)
+        corners = corners_of(found.boxes * in_cells.repeat(1, 2)[:, None])
         is_cell = torch.ones_like(found.scores[..., 0], dtype=torch.bool)
-        is_cell = is_cell if tokens.is_token is None else tokens.is_token
-        targets = assigned(corners, centres_of(tokens), is_cell, objects)
+        is_cell = is_cell if cells.is_token is None else cells.is_token
+        targets = assigned(corners, centres_of(cells), is_cell, objects)
         losses = grid_losses(
             found.scores[..., 0], found.scores[..., 1:], corners, is_cell, targets, objects.is_there.sum()
         )
@@ -152,15 +164,15 @@ class SetBoxes(Boxes):
         more = self.tokens(torch.arange(count, device=tokens.states.device)).expand(batch, -1, -1)
         is_token = tokens.is_token if tokens.is_token is None else F.pad(tokens.is_token, (0, count), value=True)
         positions = F.pad(tokens.positions, (0, 0, 0, count))  # all of them at the corner: they differ by vectors
-        return ImageTokens(torch.cat((tokens.states, more), dim=1), is_token, positions)
+        return tokens._replace(states=torch.cat((tokens.states, more), dim=1), is_token=is_token, positions=positions)
 
-    def forward(self, hidden_states: torch.Tensor, tokens: ImageTokens, size: torch.Tensor) -> Found:
-        states = hidden_states[:, -self.config.num_detection_tokens :]
+    def forward(self, cells: ImageTokens, size: torch.Tensor) -> Found:
+        states = cells.states[:, -self.config.num_detection_tokens :]
         scores = self.score(states).float()
         return Found(scores, scores, self.box(states).float().sigmoid())
 
     def losses(
-        self, found: Found, labels: Labels, tokens: ImageTokens, size: torch.Tensor, loss_function: Any
+        self, found: Found, labels: Labels, cells: ImageTokens, size: torch.Tensor, loss_function: Any
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         weights = SimpleNamespace(num_labels=self.config.num_labels, **SET_LOSS)
         loss, parts, _ = loss_function(found.logits, labels, found.logits.device, found.boxes, weights)
@@ -219,11 +231,12 @@ class DeepSeekForObjectDetection(DeepSeekImageModel):
         """
         tokens, outputs = self.read(pixel_values, pixel_mask, **kwargs)
         size = size_of(pixel_values, pixel_mask)
-        found = self.boxes(outputs.last_hidden_state, tokens, size)
+        cells = self.boxes.cells(outputs.last_hidden_state, tokens)
+        found = self.boxes(cells, size)
         loss, parts = None, None
         if labels is not None:
             refuse_other_labels(labels, len(size))
-            loss, parts = self.boxes.losses(found, labels, tokens, size, self.loss_function)
+            loss, parts = self.boxes.losses(found, labels, cells, size, self.loss_function)
         return DeepSeekDetectionOutput(
             loss=loss,
             loss_dict=parts,

@@ -22,11 +22,37 @@ class ImageTokens(NamedTuple):
         states: [B, S, D]; an image's own tokens row by row, and behind them those of its padding.
         is_token: [B, S] booleans, false at padding; None without any.
         positions: [1 or B, S, 2], row and column of each token.
+        shape: h and w, with padding.
+        finer: what was computed on the way with more places, down to a stride of `box_stride`, the finest first.
     """
 
     states: torch.Tensor
     is_token: torch.Tensor | None
     positions: torch.Tensor
+    shape: tuple[int, int] = (0, 0)
+    finer: tuple["Level", ...] = ()
+
+
+class Level(NamedTuple):
+    """Features of one resolution.
+
+    Attributes:
+        features: [B, C', h', w'], 0 at padding.
+        mask: [B, 1, h', w'] ones and zeros; None without padding.
+    """
+
+    features: torch.Tensor
+    mask: torch.Tensor | None
+
+
+def laid_out(features: torch.Tensor, mask: torch.Tensor | None) -> ImageTokens:
+    """[B, D, h, w], [B, 1, h, w] ones and zeros: places as tokens, row by row, those of padding last."""
+    height, width = features.shape[-2:]
+    rows = torch.arange(height, device=features.device).repeat_interleave(width)
+    columns = torch.arange(width, device=features.device).repeat(height)
+    positions = torch.stack((rows, columns), dim=-1).unsqueeze(0)  # [1, S, 2]
+    tokens = ImageTokens(features.flatten(2).transpose(1, 2), None, positions, (height, width))
+    return tokens if mask is None else own_tokens_first(tokens._replace(is_token=mask.flatten(1).bool()))
 
 
 def own_tokens_first(tokens: ImageTokens) -> ImageTokens:
@@ -34,10 +60,10 @@ def own_tokens_first(tokens: ImageTokens) -> ImageTokens:
     assert tokens.is_token is not None
     batch, length = tokens.is_token.shape
     order = tokens.is_token.int().argsort(dim=1, descending=True, stable=True)[..., None]  # [B, S, 1]
-    return ImageTokens(
-        tokens.states.gather(1, order.expand_as(tokens.states)),
-        tokens.is_token.gather(1, order[..., 0]),
-        tokens.positions.expand(batch, length, 2).gather(1, order.expand(batch, length, 2)),
+    return tokens._replace(
+        states=tokens.states.gather(1, order.expand_as(tokens.states)),
+        is_token=tokens.is_token.gather(1, order[..., 0]),
+        positions=tokens.positions.expand(batch, length, 2).gather(1, order.expand(batch, length, 2)),
     )
 
 
@@ -50,8 +76,8 @@ class ImageStem(nn.Module):
 
     stride: int
 
-    def grid(self, pixels: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[B, C, H, W], [B, 1, H, W] ones and zeros -> [B, D, h, w], [B, 1, h, w]."""
+    def grid(self, pixels: torch.Tensor, mask: torch.Tensor | None) -> tuple[Level, tuple[Level, ...]]:
+        """[B, C, H, W], [B, 1, H, W] ones and zeros -> [B, D, h, w], [B, 1, h, w]; and what is finer."""
         raise NotImplementedError
 
     def mix(self, tokens: ImageTokens) -> ImageTokens:
@@ -64,15 +90,8 @@ class ImageStem(nn.Module):
         if pixel_mask is not None:
             mask = pixel_mask.unsqueeze(1).to(pixel_values.dtype)
             pixel_values = pixel_values * mask
-        features, mask = self.grid(pixel_values, mask)
-        height, width = features.shape[-2:]
-        rows = torch.arange(height, device=features.device).repeat_interleave(width)
-        columns = torch.arange(width, device=features.device).repeat(height)
-        positions = torch.stack((rows, columns), dim=-1).unsqueeze(0)  # [1, S, 2]
-        tokens = ImageTokens(features.flatten(2).transpose(1, 2), None, positions)
-        if mask is not None:
-            tokens = own_tokens_first(tokens._replace(is_token=mask.flatten(1).bool()))
-        return self.mix(tokens)
+        last, finer = self.grid(pixel_values, mask)
+        return self.mix(laid_out(*last)._replace(finer=finer))
 
 
 class PatchStem(ImageStem):
@@ -83,11 +102,11 @@ class PatchStem(ImageStem):
         self.patch_size = self.stride = config.patch_size
         self.projection = nn.Conv2d(config.num_channels, config.hidden_size, self.patch_size, self.patch_size)
 
-    def grid(self, pixels: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def grid(self, pixels: torch.Tensor, mask: torch.Tensor | None) -> tuple[Level, tuple[Level, ...]]:
         size = self.patch_size
         over = (0, -pixels.shape[-1] % size, 0, -pixels.shape[-2] % size)
         features = self.projection(F.pad(pixels, over))
-        return features, None if mask is None else F.max_pool2d(F.pad(mask, over), size)
+        return Level(features, None if mask is None else F.max_pool2d(F.pad(mask, over), size)), ()
 
 
 class ImageRMSNorm(nn.Module):
@@ -101,11 +120,12 @@ class ImageRMSNorm(nn.Module):
 
     def forward(self, features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """[B, C, H, W], [B, 1, H, W] -> [B, C, H, W]; computed in float32."""
-        wide = features.float()
-        squares = wide.square().mean(1, keepdim=True)
-        own = torch.ones_like(squares) if mask is None else mask.float()
-        mean = (squares * own).sum((2, 3), keepdim=True) / own.sum((2, 3), keepdim=True).clamp(min=1)
-        return (wide * torch.rsqrt(mean + self.eps)).to(features.dtype) * self.weight[:, None, None]
+        own = features if mask is None else features * mask
+        places = features[0, 0].numel() if mask is None else mask.float().sum((1, 2, 3), keepdim=True).clamp(min=1)
+        wide = torch.promote_types(own.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(own, dim=(1, 2, 3), keepdim=True, dtype=wide)
+        scale = torch.rsqrt(norm.square() / (places * features.shape[1]) + self.eps)
+        return features * (scale * self.weight[:, None, None]).to(features.dtype)
 
 
 class ConvBlock(nn.Module):
@@ -117,17 +137,31 @@ class ConvBlock(nn.Module):
         self.conv = nn.Conv2d(channels_in, channels, 3, padding=1, bias=False)
         self.norm = ImageRMSNorm(channels, eps)
 
-    def forward(self, features: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[B, C, H, W], [B, 1, H, W] -> the same of fewer places; padding is 0, as beyond an image's edges."""
-        features = F.gelu(self.norm(self.conv(features), mask))
+    def forward(self, pixels: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """[B, C, H, W], [B, 1, H, W] -> [B, C', H, W], not yet pooled; padding is 0, as beyond an image's edges."""
+        features = F.gelu(self.norm(self.conv(pixels), mask))
+        return features if mask is None else features * mask
+
+    def pooled(self, features: torch.Tensor, mask: torch.Tensor | None) -> Level:
+        """The same of fewer places."""
+        if self.pooling == 1:
+            return Level(features, mask)
         if mask is None:
-            return self._pooled(features), None
+            return Level(self._pooled(features), None)
         lowest = torch.finfo(features.dtype).min
         pooled, mask = self._pooled(features.masked_fill(mask == 0, lowest)), self._pooled(mask)
-        return pooled.masked_fill(mask == 0, 0.0), mask
+        return Level(pooled.masked_fill(mask == 0, 0.0), mask)
 
     def _pooled(self, features: torch.Tensor) -> torch.Tensor:
-        return features if self.pooling == 1 else F.max_pool2d(features, self.pooling, ceil_mode=True)
+        return F.max_pool2d(features, self.pooling, ceil_mode=True)
+
+
+def finer_levels(config) -> list[int]:
+    """Which convolutions are the last of a stride that is finer than the tokens', and `box_stride` or more."""
+    pooling = config.conv_pooling
+    strides = [math.prod(pooling[:number]) for number in range(len(pooling))]
+    finest = config.box_stride or math.prod(pooling)
+    return [number for number, stride in enumerate(strides) if pooling[number] > 1 and stride >= finest]
 
 
 class ConvStem(ImageStem):
@@ -137,16 +171,22 @@ class ConvStem(ImageStem):
         super().__init__()
         before = [config.num_channels, *config.conv_channels]
         self.stride = math.prod(config.conv_pooling)
+        self.levels = finer_levels(config)
         self.blocks = nn.ModuleList(
             ConvBlock(*sizes, config.rms_norm_eps)
             for sizes in zip(before, config.conv_channels, config.conv_pooling, strict=False)
         )
         self.projection = nn.Conv2d(before[-1], config.hidden_size, 1)
 
-    def grid(self, pixels: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        for block in self.blocks:
-            pixels, mask = block(pixels, mask)
-        return self.projection(pixels), mask
+    def grid(self, pixels: torch.Tensor, mask: torch.Tensor | None) -> tuple[Level, tuple[Level, ...]]:
+        finer = []
+        level = Level(pixels.contiguous(memory_format=torch.channels_last), mask)  # pools several times as fast
+        for number, block in enumerate(self.blocks):
+            features = block(*level)
+            if number in self.levels:
+                finer.append(Level(features, level.mask))
+            level = block.pooled(features, level.mask)
+        return level._replace(features=self.projection(level.features)), tuple(finer)
 
 
 class ConvLSTMStem(ConvStem):

@@ -8,7 +8,7 @@ import json
 import pytest
 
 STEMS = ["patch", "conv", "conv_lstm"]
-WAYS = ["grid", "set"]
+WAYS = ["grid", "pyramid", "set"]
 
 
 def save(folder, stems):
@@ -109,7 +109,8 @@ def save_detectors(folder, ways):
     for way in ways:
         torch.manual_seed(0)
         fields = {"attention_direction": "bidirectional", "id2label": {0: "round", 1: "flat"}, "vocab_size": 1}
-        fields |= {"pad_token_id": None, "box_prediction": way, "num_detection_tokens": 6, "initializer_range": 0.2}
+        fields |= {"box_stride": 1} if way == "pyramid" else {"box_prediction": way, "num_detection_tokens": 6}
+        fields |= {"pad_token_id": None, "initializer_range": 0.2}
         model = DeepSeekForObjectDetection(preset("tiny_v3", image_stem="conv", **fields)).eval()
         model.save_pretrained(f"{folder}/{way}")
         DetrImageProcessorPil(size={"height": 8, "width": 12}, do_pad=False).save_pretrained(f"{folder}/{way}")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 from transformers import AutoModelForObjectDetection, DetrImageProcessorPil
 from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
 
@@ -50,8 +51,16 @@ def boxes(request):
     return request.param
 
 
-def test_images_of_unequal_size_are_read_as_if_alone(stem, boxes):
-    model = detector(stem, boxes, "tiny_v3")
+PYRAMIDS = [("conv", {"box_stride": 4}), ("conv_lstm", {"box_stride": 2}), ("conv", {"box_stride": 1})]
+PYRAMIDS = [(stem, fields | {"conv_channels": [6, 8, 4], "conv_pooling": [2, 2, 3]}) for stem, fields in PYRAMIDS]
+
+
+@pytest.mark.parametrize(
+    ("stem", "boxes", "fields"),
+    [(stem, boxes, {}) for stem in STEMS for boxes in BOXES] + [(stem, "grid", fields) for stem, fields in PYRAMIDS],
+)
+def test_images_of_unequal_size_are_read_as_if_alone(stem, boxes, fields):
+    model = detector(stem, boxes, "tiny_v3", **fields)
     wide, high = images(1, 2, 7, 9), images(1, 2, 10, 5)
     padded, mask = images(2, 2, 11, 9) * 9, torch.zeros(2, 11, 9)
     for row, image in enumerate((wide, high)):
@@ -105,6 +114,50 @@ def test_a_grid_gives_chances_that_add_up_to_one_and_boxes_about_its_cells():
         model.boxes.box[-1].bias.zero_()
     centre = model(images(1, 2, 12, 20)).pred_boxes[0, 7]  # second row, third column, of cells of four pixels
     torch.testing.assert_close(centre, torch.tensor([2.5 / 5, 1.5 / 3, 1 / 5, 1 / 3]))
+
+
+@pytest.mark.parametrize(("stem", "fields"), PYRAMIDS)
+def test_a_pyramid_adds_to_each_place_what_the_trunk_made_of_the_token_that_it_lies_in(stem, fields):
+    """Against loops over places; 13 x 10 pixels pool to 7 x 5, 4 x 3 and 2 x 1 places."""
+    model = detector(stem, **fields).double()
+    pixels, stride = images(1, 2, 13, 10).double(), fields["box_stride"]
+    cells = []
+    model.boxes.score.register_forward_hook(lambda module, inputs, output: cells.append(inputs[0]))
+    found = model(pixels, output_hidden_states=True)
+    trunk = found.hidden_states[-1][0].view(2, 1, -1)
+
+    levels, features, strides = [], pixels, [1, 2, 4]
+    for block in model.stem.blocks:
+        whole = F.conv2d(features, block.conv.weight, padding=1)
+        whole = F.gelu(whole / (whole.square().mean() + 1e-6).sqrt() * block.norm.weight[:, None, None])
+        levels.append(whole[0])
+        features = F.max_pool2d(whole, block.pooling, ceil_mode=True)
+    _, height, width = levels[strides.index(stride)].shape
+    assert cells[0].shape == (1, height * width, 32) and found.pred_boxes.shape == (1, height * width, 4)
+    laterals = dict(zip([one for one in strides if one >= stride], model.boxes.pyramid.lateral, strict=True))
+    for row in range(height):
+        for column in range(width):
+            expected = trunk[row * stride // 12, column * stride // 12]
+            for one, lateral in laterals.items():
+                place = levels[strides.index(one)][:, row * stride // one, column * stride // one]
+                expected = expected + lateral.weight[:, :, 0, 0] @ place + lateral.bias
+            torch.testing.assert_close(cells[0][0, row * width + column], expected)
+    model.boxes.box[-1].weight.data.zero_()
+    model.boxes.box[-1].bias.data.zero_()
+    found = model(pixels).pred_boxes[0, width + 2]  # second row, third column
+    expected = torch.tensor([2.5 * stride / 10, 1.5 * stride / 13, stride / 10, stride / 13])
+    torch.testing.assert_close(found, expected)
+
+
+def test_every_weight_of_a_pyramid_is_trained_saved_and_opened(tmp_path):
+    model = detector(**PYRAMIDS[1][1]).train()
+    one = {"class_labels": torch.tensor([0, 2]), "boxes": torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.2, 0.2, 0.3, 0.3]])}
+    model(images(8, 2, 16, 16), labels=[one] * 8).loss.backward()
+    assert all(weight.grad.any() for name, weight in model.named_parameters() if "embed_tokens" not in name)
+    model.eval().save_pretrained(tmp_path)
+    again = AutoModelForObjectDetection.from_pretrained(tmp_path)
+    pixels = images(2, 2, 8, 8)
+    assert torch.equal(again(pixels).logits, model(pixels).logits)
 
 
 def test_overlapping_boxes_are_suppressed_in_evaluation_alone():
@@ -176,6 +229,9 @@ def test_other_labels_are_refused(labels):
     [
         ({"box_prediction": "grit"}, "did you mean 'grid'"),
         ({"num_detection_tokens": 0}, "num_detection_tokens=0 must be positive"),
+        ({"box_stride": 3}, r"box_stride=3 is no stride of conv_pooling=\[2, 2\]; those are 1, 2, 4"),
+        ({"box_stride": 2, "boxes": "set"}, "box_stride=2 needs box_prediction='grid' and a stem with convolutions"),
+        ({"box_stride": 3, "stem": "patch"}, "box_stride=3 needs box_prediction='grid' and a stem with convolutions"),
         ({"nms_threshold": 0.0}, "nms_threshold=0.0 must be above 0 and at most 1"),
     ],
 )
