@@ -45,7 +45,8 @@ class Muon(torch.optim.Optimizer):
     """One optimizer to Trainer; the groups with `muon` true are stepped here, the others by AdamW.
 
     Args:
-        groups: parameter groups, each with `muon`; stacks of matrices [E, m, n] (experts) are stepped one by one.
+        groups: parameter groups, each with `muon`; stacks of matrices [E, m, n] (experts) are stepped one by one, and
+            kernels of a convolution, whose groups `convolution` counts, as a matrix from window to channels for each.
         lr, weight_decay: for all groups that don't name their own.
         betas, eps: AdamW's.
         momentum: Muon's, in Nesterov's form.
@@ -62,7 +63,8 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         processes: int = 1,
     ) -> None:
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "muon": False})
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "muon": False, "convolution": 0}
+        super().__init__(groups, defaults)
         rest = [group for group in self.param_groups if not group["muon"]]
         self.adamw = torch.optim.AdamW(rest, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay) if rest else None
         self.processes = processes
@@ -90,20 +92,24 @@ class Muon(torch.optim.Optimizer):
             for parameter in group["params"]
             if parameter.grad is not None
         ]
-        directions = (self._momentum(parameter, group["momentum"]) for parameter, group in moved)
+        directions = (self._direction(parameter, group) for parameter, group in moved)
         for (parameter, group), direction in zip(moved, self._orthogonalized(directions), strict=True):
+            step = direction.to(parameter.dtype).view_as(parameter)
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(direction.to(parameter.dtype), alpha=-group["lr"] * 0.2 * max(parameter.shape[-2:]) ** 0.5)
+            parameter.add_(step, alpha=-group["lr"] * 0.2 * max(direction.shape[-2:]) ** 0.5)
         if self.adamw:
             self.adamw.step()
         return loss
 
-    def _momentum(self, parameter: torch.Tensor, momentum: float) -> torch.Tensor:
+    def _direction(self, parameter: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+        """Nesterov's momentum, as matrices."""
         state, gradient = self.state[parameter], cast(torch.Tensor, parameter.grad)
         if not state:
             state["momentum"] = torch.zeros_like(gradient)
-        state["momentum"].lerp_(gradient, 1 - momentum)
-        return gradient.lerp(state["momentum"], momentum)
+        state["momentum"].lerp_(gradient, 1 - group["momentum"])
+        direction = gradient.lerp(state["momentum"], group["momentum"])
+        parts = group["convolution"]
+        return direction.reshape(parts, len(direction) // parts, -1) if parts else direction
 
     def _orthogonalized(self, directions: Iterable[torch.Tensor]) -> Iterable[torch.Tensor]:
         if self.processes == 1:
@@ -134,13 +140,16 @@ def muon_groups(model: nn.Module, decayed: Iterable[str], weight_decay: float) -
         if isinstance(module, nn.Embedding) or module is getattr(model, "get_output_embeddings", lambda: None)()
         for parameter in module.parameters()
     }
+    convolutions = (module for module in model.modules() if isinstance(module, nn.modules.conv._ConvNd))
+    kernels = {id(module.weight): module.groups for module in convolutions}
     decayed = set(decayed)
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, int, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_inside = parameter.ndim >= 2 and id(parameter) not in outside
-            groups.setdefault((is_inside, name in decayed), []).append(parameter)
+            kind = is_inside, kernels.get(id(parameter), 0), weight_decay if name in decayed else 0.0
+            groups.setdefault(kind, []).append(parameter)
     return [
-        {"params": parameters, "muon": muon, "weight_decay": weight_decay if has_decay else 0.0}
-        for (muon, has_decay), parameters in groups.items()
+        {"params": parameters, "muon": muon, "convolution": convolution, "weight_decay": decay}
+        for (muon, convolution, decay), parameters in groups.items()
     ]

@@ -61,6 +61,26 @@ def test_a_step_by_hand():
     torch.testing.assert_close(vector, twin)
 
 
+def test_kernels_of_convolutions_are_a_matrix_from_window_to_channels():
+    """Not a stack of 3 x 3 matrices; of each group by itself, where there are groups."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv1d(8, 4, 2, groups=2), torch.nn.Linear(4, 4))
+    model.experts = torch.nn.Parameter(torch.randn(2, 5, 6))
+    groups = muon_groups(model, {"0.weight"}, weight_decay=0.5)
+    weights = dict(model.named_parameters())
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    for weight in weights.values():
+        weight.grad = torch.randn_like(weight)
+    Muon(groups, lr=0.01).step()
+    shapes = {"0.weight": (8, 27), "1.weight": (2, 2, 8), "2.weight": (4, 4), "experts": (2, 5, 6)}
+    for name, shape in shapes.items():
+        moved = (before[name] * (0.995 if name == "0.weight" else 1) - weights[name].detach()).view(shape)
+        u, _, v = torch.linalg.svd(weights[name].grad.view(shape), full_matrices=False)
+        values = torch.linalg.svdvals(moved) / (0.01 * 0.2 * max(shape[-2:]) ** 0.5)
+        assert values.min() > 0.6 and values.max() < 1.25
+        assert (torch.nn.functional.cosine_similarity(moved.flatten(-2), (u @ v).flatten(-2), dim=-1) > 0.95).all()
+
+
 def take_steps(model, optimizer, seeds):
     for seed in seeds:
         ids = torch.randint(0, 50, (2, 6), generator=torch.Generator().manual_seed(seed))
