@@ -4,13 +4,15 @@
 
 For each system the flag under `choose` is tried with each of its values, and the best by the validation score named
 there is kept; then every seed is run with every system in turn (A B A B). What is found in --output, or in
-docs/results/NAME.json from earlier calls, isn't repeated; table and JSON are written at the end. A value `{data}` in a
+docs/results/NAME.json from earlier calls, isn't repeated, and refused if the system's settings have changed since;
+table and JSON are written at the end. A value `{data}` in a
 flag stands for --data, `{runs}` for this table's folder in --output, `{here}` for the folder of the YAML file.
 `include` names a table whose keys this one adds to or replaces, `curve` has scores of the evaluations during training,
 which are printed below the table, and with `processes` in place of a flag so many of them train in parallel.
 """
 
 import argparse
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -30,6 +32,7 @@ from finetune_deepseek.training.arguments import is_more_better
 RESULTS = Path(__file__).parents[1] / "docs" / "results.md"
 PACKAGES = ("torch", "transformers", "peft", "datasets", "sacrebleu")
 KEPT = "_by_scores.json"
+SETTINGS = "settings_hash"  # of a run, beside its results
 
 
 def flags(settings: dict[str, Any], places: dict[str, str]) -> list[str]:
@@ -49,10 +52,29 @@ def fill(text: str, places: dict[str, str]) -> str:
     return text
 
 
+def hash_of(settings: dict[str, Any]) -> str:
+    """What tells settings apart, whatever their order and the seed; null is as good as absent."""
+    told = {name: value for name, value in settings.items() if value is not None and name not in (KEPT, "seed")}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def refuse_other_settings(name: str, known: str | None, settings: dict[str, Any], home: Path) -> None:
+    """Results before there were hashes have none, and are taken as they are.
+
+    Raises:
+        SystemExit: for results by other settings.
+    """
+    if known not in (None, hash_of(settings)):
+        raise SystemExit(f"compare.py: {name} was run with other settings: remove it from {home}, or name it anew.")
+
+
 def run(task: str, settings: dict[str, Any], folder: Path, places: dict[str, str]) -> dict[str, Any]:
     """The results of one run; those on disk if it was done before."""
-    results = folder / "all_results.json"
-    if not results.is_file():
+    results, told = folder / "all_results.json", folder / SETTINGS
+    if results.is_file():
+        refuse_other_settings(folder.name, told.read_text() if told.is_file() else None, settings, folder.parent)
+    else:
+        known = hash_of(settings)
         settings = {"processes": 1, **settings}
         processes = settings.pop("processes")
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -66,6 +88,7 @@ def run(task: str, settings: dict[str, Any], folder: Path, places: dict[str, str
             subprocess.run(
                 [sys.executable, *command], check=True, stdout=log, stderr=subprocess.STDOUT, env=environment
             )
+        told.write_text(known)
     return json.loads(results.read_text())
 
 
@@ -232,7 +255,9 @@ def main() -> None:
     chosen = choose(table, folder, places, arguments.system, known["chosen"])
     for seed in table["seeds"] if arguments.seeds is None else arguments.seeds:
         for name, settings in chosen.items():
-            if f"{name} {seed}" not in known["rows"]:
+            if row := known["rows"].get(f"{name} {seed}"):
+                refuse_other_settings(f"{name} {seed}", row.get(SETTINGS), settings, record)
+            else:
                 settings = {flag: value for flag, value in settings.items() if flag != KEPT}
                 run(table["task"], {**settings, "seed": seed}, folder / f"{name}_seed_{seed}", places)
     rows = {}
@@ -240,7 +265,9 @@ def main() -> None:
         for name in table["systems"]:
             results = folder / f"{name}_seed_{seed}" / "all_results.json"
             if results.is_file():
-                known["rows"][f"{name} {seed}"] = json.loads(results.read_text())
+                told = results.with_name(SETTINGS)
+                own = {SETTINGS: told.read_text()} if told.is_file() else {}
+                known["rows"][f"{name} {seed}"] = json.loads(results.read_text()) | own
                 if "curve" in table:
                     known["rows"][f"{name} {seed}"]["curve"] = curve(
                         results.with_name("trainer_state.json"), table["curve"]

@@ -1,10 +1,12 @@
 """Image classification as a run: learned by heart in a few steps, saved, opened by a pipeline, scored again."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 from torch.nn import functional as F
@@ -237,6 +239,35 @@ def test_the_flags_of_the_benchmark_are_known(tmp_path, monkeypatch):
         argv = compare.flags(settings | {"output_dir": tmp_path, "use_cpu": True}, {"data": "data", "here": "here"})
         (stage,) = parse_command("image_classification", ImageArguments, argv)
         assert stage.data.pixel_max == 16 and stage.training.max_steps == 4000
+
+
+def test_a_benchmarks_results_by_other_settings_are_refused(tmp_path, monkeypatch):
+    compare = benchmark(monkeypatch, "compare")
+    monkeypatch.setattr(compare, "RESULTS", tmp_path / "results.md")
+    started = []
+
+    def start(command, **_):
+        started.append(command)
+        (tmp_path / "out/one/a_seed_0/all_results.json").write_text('{"score": 0.5}')
+
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=start, STDOUT=None))
+    table = {"name": "one", "title": "One", "text": "", "source": "none.", "task": "t", "common": {"rate": 1},
+             "systems": {"a": {"size": None, "width": 2}}, "seeds": [0], "columns": {"score": "score"}}  # fmt: skip
+    argv = ["compare.py", str(tmp_path / "one.yaml"), "--data", "d", "--output", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", argv)
+
+    def compared(**changed):
+        (tmp_path / "one.yaml").write_text(yaml.safe_dump(table | changed))
+        compare.main()
+
+    compared()
+    compared(systems={"a": {"width": 2}})  # null is as good as absent
+    assert len(started) == 1 and "| a | 0 | 0.500 |" in (tmp_path / "results.md").read_text()
+    with pytest.raises(SystemExit, match=r"a 0 was run with other settings: remove it from .*one\.json"):
+        compared(common={"rate": 2})
+    (tmp_path / "results/one.json").unlink()
+    with pytest.raises(SystemExit, match="a_seed_0 was run with other settings"):
+        compared(common={"rate": 2})
 
 
 @pytest.mark.parametrize("stem", ["conv", "conv_lstm"])
