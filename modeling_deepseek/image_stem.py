@@ -180,7 +180,9 @@ class ConvStem(ImageStem):
 
     def grid(self, pixels: torch.Tensor, mask: torch.Tensor | None) -> tuple[Level, tuple[Level, ...]]:
         finer = []
-        level = Level(pixels.contiguous(memory_format=torch.channels_last), mask)  # pools several times as fast
+        if pixels.device.type == "cpu":  # where pooling is several times as fast in this layout
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        level = Level(pixels, mask)
         for number, block in enumerate(self.blocks):
             features = block(*level)
             if number in self.levels:
