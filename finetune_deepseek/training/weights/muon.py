@@ -77,6 +77,8 @@ class Muon(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            group.setdefault("convolution", 0)  # a state that was saved before there was a difference
         self._share_state()
 
     @torch.no_grad()
