@@ -54,32 +54,40 @@ def fill(text: str, places: dict[str, str]) -> str:
 
 def hash_of(settings: dict[str, Any]) -> str:
     """What tells settings apart, whatever their order and the seed; null is as good as absent."""
-    told = {name: value for name, value in settings.items() if value is not None and name not in (KEPT, "seed")}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+    told = {"processes": 1, **settings}
+    words = [flags({name: told[name]}, {}) for name in sorted(told) if name not in (KEPT, "seed")]
+    return hashlib.sha256(json.dumps([word for word in words if word]).encode()).hexdigest()[:12]
 
 
-def refuse_other_settings(name: str, known: str | None, settings: dict[str, Any], home: Path) -> None:
-    """Results before there were hashes have none, and are taken as they are.
+def told_by(folder: Path) -> Path:
+    """Where it stands by which settings a folder's run was started."""
+    return folder.with_name(f"{folder.name}.settings")
+
+
+def refuse_other_settings(name: str, known: str | Path | None, settings: dict[str, Any], home: Path) -> None:
+    """Results before there were hashes have none, and are taken as they are. `known` may be the file of one.
 
     Raises:
         SystemExit: for results by other settings.
     """
+    if isinstance(known, Path):
+        known = known.read_text() if known.is_file() else None
     if known not in (None, hash_of(settings)):
         raise SystemExit(f"compare.py: {name} was run with other settings: remove it from {home}, or name it anew.")
 
 
 def run(task: str, settings: dict[str, Any], folder: Path, places: dict[str, str]) -> dict[str, Any]:
     """The results of one run; those on disk if it was done before."""
-    results, told = folder / "all_results.json", folder / SETTINGS
+    results = folder / "all_results.json"
     if results.is_file():
-        refuse_other_settings(folder.name, told.read_text() if told.is_file() else None, settings, folder.parent)
+        refuse_other_settings(folder.name, told_by(folder), settings, folder.parent)
     else:
-        known = hash_of(settings)
+        folder.mkdir(parents=True, exist_ok=True)
+        told_by(folder).write_text(hash_of(settings))
         settings = {"processes": 1, **settings}
         processes = settings.pop("processes")
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         words = flags({**settings, "output_dir": str(folder), "overwrite_output_dir": True}, places)
-        folder.mkdir(parents=True, exist_ok=True)
         print(time.strftime("%H:%M"), shlex.join(words), flush=True)
         with open(f"{folder}.log", "w") as log:
             threads = str(settings.get("cpu_threads", ""))
@@ -88,7 +96,6 @@ def run(task: str, settings: dict[str, Any], folder: Path, places: dict[str, str
             subprocess.run(
                 [sys.executable, *command], check=True, stdout=log, stderr=subprocess.STDOUT, env=environment
             )
-        told.write_text(known)
     return json.loads(results.read_text())
 
 
@@ -255,25 +262,22 @@ def main() -> None:
     chosen = choose(table, folder, places, arguments.system, known["chosen"])
     for seed in table["seeds"] if arguments.seeds is None else arguments.seeds:
         for name, settings in chosen.items():
-            if row := known["rows"].get(f"{name} {seed}"):
-                refuse_other_settings(f"{name} {seed}", row.get(SETTINGS), settings, record)
-            else:
+            if f"{name} {seed}" not in known["rows"]:
                 settings = {flag: value for flag, value in settings.items() if flag != KEPT}
                 run(table["task"], {**settings, "seed": seed}, folder / f"{name}_seed_{seed}", places)
     rows = {}
     for seed in table["seeds"]:
-        for name in table["systems"]:
+        for name, settings in chosen.items():
             results = folder / f"{name}_seed_{seed}" / "all_results.json"
             if results.is_file():
-                told = results.with_name(SETTINGS)
-                own = {SETTINGS: told.read_text()} if told.is_file() else {}
-                known["rows"][f"{name} {seed}"] = json.loads(results.read_text()) | own
+                refuse_other_settings(results.parent.name, told_by(results.parent), settings, folder)
+                row = known["rows"][f"{name} {seed}"] = json.loads(results.read_text())
+                row |= {SETTINGS: hash_of(settings)} if told_by(results.parent).is_file() else {}
                 if "curve" in table:
-                    known["rows"][f"{name} {seed}"]["curve"] = curve(
-                        results.with_name("trainer_state.json"), table["curve"]
-                    )
-            if f"{name} {seed}" in known["rows"]:
-                rows[name, seed] = known["rows"][f"{name} {seed}"]
+                    row["curve"] = curve(results.with_name("trainer_state.json"), table["curve"])
+            if row := known["rows"].get(f"{name} {seed}"):
+                refuse_other_settings(f"{name} {seed}", row.get(SETTINGS), settings, record)
+                rows[name, seed] = row
     if rows and arguments.system is None:
         tried = {name: {flag: settings[flag] for flag in (table["choose"]["flag"], KEPT)}
                  for name, settings in chosen.items() if KEPT in settings}  # fmt: skip

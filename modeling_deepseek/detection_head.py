@@ -25,6 +25,7 @@ from .image_model import DeepSeekImageModel
 from .image_stem import ImageTokens
 
 SELDOM = -4.6  # added to the logit of an object, so that of a new model's cells one in a hundred says yes
+MOST_BOXES = 1000  # of an image, the best, of which any are kept: memory grows with their square
 SIZES = (-4.0, 6.0)  # a box is from exp(-4) to exp(6) cells wide
 # DETR's costs of a match and weights of losses (arXiv 2005.12872, appendix A.4).
 SET_LOSS = {
@@ -148,8 +149,10 @@ class GridBoxes(Boxes):
         if self.config.nms_threshold == 1:
             return found.logits
         scores, labels = found.logits[..., :-1].max(-1)
-        dropped = suppressed(corners_of(found.boxes), scores, labels, self.config.nms_threshold)
-        return no_object(found.logits, dropped)
+        best = scores.topk(min(MOST_BOXES, scores.shape[1]), dim=1).indices.sort(dim=1).values  # equal ones in order
+        corners = corners_of(found.boxes).gather(1, best[..., None].expand(-1, -1, 4))
+        dropped = suppressed(corners, scores.gather(1, best), labels.gather(1, best), self.config.nms_threshold)
+        return no_object(found.logits, torch.ones_like(labels, dtype=torch.bool).scatter(1, best, dropped))
 
 
 class SetBoxes(Boxes):
@@ -253,7 +256,7 @@ def size_of(pixel_values: Any, pixel_mask: torch.Tensor | None) -> torch.Tensor:
     if pixel_mask is None:
         return torch.tensor([[width, height]], dtype=torch.float32, device=pixel_values.device).expand(batch, 2)
     is_own = pixel_mask.bool()
-    return torch.stack((is_own.any(1).sum(1), is_own.any(2).sum(1)), dim=-1).float()
+    return torch.stack((is_own.any(1).sum(1), is_own.any(2).sum(1)), dim=-1).float().clamp(min=1)  # of none, too
 
 
 def refuse_other_labels(labels: Labels, batch: int) -> None:

@@ -120,12 +120,12 @@ class ImageRMSNorm(nn.Module):
 
     def forward(self, features: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """[B, C, H, W], [B, 1, H, W] -> [B, C, H, W]; computed in float32."""
-        own = features if mask is None else features * mask
+        own = features if mask is None else features.masked_fill(mask == 0, 0.0)
         places = features[0, 0].numel() if mask is None else mask.float().sum((1, 2, 3), keepdim=True).clamp(min=1)
         wide = torch.promote_types(own.dtype, torch.float32)
         norm = torch.linalg.vector_norm(own, dim=(1, 2, 3), keepdim=True, dtype=wide)
         scale = torch.rsqrt(norm.square() / (places * features.shape[1]) + self.eps)
-        return features * (scale * self.weight[:, None, None]).to(features.dtype)
+        return (features * (scale * self.weight[:, None, None])).to(features.dtype)
 
 
 class ConvBlock(nn.Module):
@@ -140,7 +140,7 @@ class ConvBlock(nn.Module):
     def forward(self, pixels: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """[B, C, H, W], [B, 1, H, W] -> [B, C', H, W], not yet pooled; padding is 0, as beyond an image's edges."""
         features = F.gelu(self.norm(self.conv(pixels), mask))
-        return features if mask is None else features * mask
+        return features if mask is None else features.masked_fill(mask == 0, 0.0)
 
     def pooled(self, features: torch.Tensor, mask: torch.Tensor | None) -> Level:
         """The same of fewer places."""

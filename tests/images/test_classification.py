@@ -248,7 +248,8 @@ def test_a_benchmarks_results_by_other_settings_are_refused(tmp_path, monkeypatc
 
     def start(command, **_):
         started.append(command)
-        (tmp_path / "out/one/a_seed_0/all_results.json").write_text('{"score": 0.5}')
+        seed = command[command.index("--seed") + 1]
+        (tmp_path / f"out/one/a_seed_{seed}/all_results.json").write_text('{"score": 0.5}')
 
     monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=start, STDOUT=None))
     table = {"name": "one", "title": "One", "text": "", "source": "none.", "task": "t", "common": {"rate": 1},
@@ -263,8 +264,10 @@ def test_a_benchmarks_results_by_other_settings_are_refused(tmp_path, monkeypatc
     compared()
     compared(systems={"a": {"width": 2}})  # null is as good as absent
     assert len(started) == 1 and "| a | 0 | 0.500 |" in (tmp_path / "results.md").read_text()
-    with pytest.raises(SystemExit, match=r"a 0 was run with other settings: remove it from .*one\.json"):
+    with pytest.raises(SystemExit, match=r"a_seed_0 was run with other settings: remove it from .*out"):
         compared(common={"rate": 2})
+    with pytest.raises(SystemExit, match="a_seed_0 was run with other settings"):
+        compared(common={"rate": 2}, seeds=[1, 0])  # of which the first is run
     (tmp_path / "results/one.json").unlink()
     with pytest.raises(SystemExit, match="a_seed_0 was run with other settings"):
         compared(common={"rate": 2})

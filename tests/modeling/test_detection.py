@@ -7,7 +7,7 @@ from transformers import AutoModelForObjectDetection, DetrImageProcessorPil
 from transformers.loss.loss_for_object_detection import ForObjectDetectionLoss
 
 from configuration_deepseek import preset
-from modeling_deepseek import DeepSeekForCausalLM, DeepSeekForObjectDetection
+from modeling_deepseek import DeepSeekForCausalLM, DeepSeekForObjectDetection, detection_head
 from modeling_deepseek.boxes import corners_of, overlap, pairwise
 from modeling_deepseek.detection_head import BOXES
 from modeling_deepseek.image_stem import STEMS
@@ -176,6 +176,29 @@ def test_overlapping_boxes_are_suppressed_in_evaluation_alone():
         assert near.fill_diagonal_(0).max() <= 0.3
     shown = DetrImageProcessorPil().post_process_object_detection(found, 0.0, [(16, 16)] * 2)
     assert [len(one["scores"]) for one in shown] == kept.sum(1).tolist()
+
+
+def test_of_very_many_boxes_the_best_are_kept(monkeypatch):
+    model = detector(box_stride=1, nms_threshold=0.9)
+    pixels = images(2, 2, 9, 8)
+    every = model(pixels).logits[..., :-1].max(-1).values
+    monkeypatch.setattr(detection_head, "MOST_BOXES", 20)
+    few = model(pixels).logits[..., :-1].max(-1).values
+    raw = model.train()(pixels).logits[..., :-1].max(-1).values
+    for one, other, scores in zip(every, few, raw, strict=True):
+        kept = one.argsort(descending=True)[: int((other > -1e4).sum())]
+        assert 0 < len(kept) <= 20 and (scores >= scores.sort().values[-20]).sum() == 20
+        assert torch.equal(one[kept].sort().values, other[other > -1e4].sort().values)
+
+
+def test_an_image_that_is_all_padding_has_no_boxes_and_spoils_no_loss(stem, boxes):
+    model = detector(stem, boxes)
+    mask = torch.ones(2, 9, 9)
+    mask[1] = 0
+    found = model(images(2, 2, 9, 9), mask, some_labels())
+    assert found.loss.isfinite() and found.pred_boxes.isfinite().all()
+    found.loss.backward()
+    assert all(weight.grad is None or weight.grad.isfinite().all() for weight in model.parameters())
 
 
 def test_a_set_learns_by_the_loss_of_transformers():

@@ -76,9 +76,15 @@ class Muon(torch.optim.Optimizer):
             self.adamw.state = self.state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        is_older = any("convolution" not in group for group in state_dict["param_groups"])
+        if is_older and any(group["convolution"] for group in self.param_groups):
+            raise ValueError(
+                "the checkpoint's state of Muon is of a version that took kernels of convolutions for stacks of small "
+                "matrices: train from its weights anew, without --resume_from_checkpoint"
+            )
         super().load_state_dict(state_dict)
         for group in self.param_groups:
-            group.setdefault("convolution", 0)  # a state that was saved before there was a difference
+            group.setdefault("convolution", 0)
         self._share_state()
 
     @torch.no_grad()
@@ -96,7 +102,7 @@ class Muon(torch.optim.Optimizer):
         ]
         directions = (self._direction(parameter, group) for parameter, group in moved)
         for (parameter, group), direction in zip(moved, self._orthogonalized(directions), strict=True):
-            step = direction.to(parameter.dtype).view_as(parameter)
+            step = direction.to(parameter.dtype).reshape(parameter.shape)
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_(step, alpha=-group["lr"] * 0.2 * max(direction.shape[-2:]) ** 0.5)
         if self.adamw:
@@ -145,13 +151,14 @@ def muon_groups(model: nn.Module, decayed: Iterable[str], weight_decay: float) -
     convolutions = (module for module in model.modules() if isinstance(module, nn.modules.conv._ConvNd))
     kernels = {id(module.weight): module.groups for module in convolutions}
     decayed = set(decayed)
-    groups: dict[tuple[bool, int, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, int, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             is_inside = parameter.ndim >= 2 and id(parameter) not in outside
-            kind = is_inside, kernels.get(id(parameter), 0), weight_decay if name in decayed else 0.0
+            kind = is_inside, kernels.get(id(parameter), 0), name in decayed
             groups.setdefault(kind, []).append(parameter)
+    decay = {True: weight_decay, False: 0.0}
     return [
-        {"params": parameters, "muon": muon, "convolution": convolution, "weight_decay": decay}
-        for (muon, convolution, decay), parameters in groups.items()
+        {"params": parameters, "muon": muon, "convolution": convolution, "weight_decay": decay[is_decayed]}
+        for (muon, convolution, is_decayed), parameters in groups.items()
     ]

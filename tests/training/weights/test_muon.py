@@ -32,7 +32,11 @@ def a_model():
 def test_groups_hold_every_parameter_once():
     model = a_model()
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = muon_groups(model, {"model.layers.0.self_attn.o_proj.weight", "lm_head.weight"}, weight_decay=0.1)
+    decayed = {"model.layers.0.self_attn.o_proj.weight", "lm_head.weight"}
+    groups = muon_groups(model, decayed, weight_decay=0.1)
+    assert (
+        len(muon_groups(model, decayed, weight_decay=0.0)) == len(groups) == 4
+    )  # as before, whatever the decay
     found = {(g["muon"], g["weight_decay"]): {names[id(p)] for p in g["params"]} for g in groups}
     assert sum(len(group) for group in found.values()) == len(names)
     assert found[True, 0.1] == {"model.layers.0.self_attn.o_proj.weight"}
@@ -79,6 +83,16 @@ def test_kernels_of_convolutions_are_a_matrix_from_window_to_channels():
         values = torch.linalg.svdvals(moved) / (0.01 * 0.2 * max(shape[-2:]) ** 0.5)
         assert values.min() > 0.6 and values.max() < 1.25
         assert (torch.nn.functional.cosine_similarity(moved.flatten(-2), (u @ v).flatten(-2), dim=-1) > 0.95).all()
+
+
+def test_a_state_of_before_is_refused_where_there_are_kernels():
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(4, 4))
+    optimizer = Muon(muon_groups(model, set(), weight_decay=0.0), lr=0.01)
+    state = copy.deepcopy(optimizer.state_dict())
+    for group in state["param_groups"]:
+        del group["convolution"]
+    with pytest.raises(ValueError, match="train from its weights anew, without --resume_from_checkpoint"):
+        optimizer.load_state_dict(state)
 
 
 def take_steps(model, optimizer, seeds):
