@@ -34,9 +34,7 @@ def test_groups_hold_every_parameter_once():
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed = {"model.layers.0.self_attn.o_proj.weight", "lm_head.weight"}
     groups = muon_groups(model, decayed, weight_decay=0.1)
-    assert (
-        len(muon_groups(model, decayed, weight_decay=0.0)) == len(groups) == 4
-    )  # as before, whatever the decay
+    assert len(muon_groups(model, decayed, weight_decay=0.0)) == len(groups) == 4  # as before, whatever the decay
     found = {(g["muon"], g["weight_decay"]): {names[id(p)] for p in g["params"]} for g in groups}
     assert sum(len(group) for group in found.values()) == len(names)
     assert found[True, 0.1] == {"model.layers.0.self_attn.o_proj.weight"}
